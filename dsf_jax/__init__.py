@@ -1,1 +1,6 @@
-"""Double Sparse Factorization and pruning of Flax models (arXiv 2409.18850)."""
+"""Double Sparse Factorization and pruning of Flax models, on JAX."""
+
+from dsf_jax.problem import relative_output_error
+from dsf_jax.pruners import prune
+
+__all__ = ["prune", "relative_output_error"]

@@ -1,0 +1,85 @@
+"""Masks with an exact number of non-zeros.
+
+A mask is a boolean array; ties between equal scores go to the earlier position in row-major order,
+so the same scores give the same mask on every device. Nothing is sorted: the k-th largest score is
+found bit by bit on the bit patterns of the floats, counting at every step how many scores reach a
+candidate, which reads the scores some 60 times and needs no memory beyond them. A sort of the 33
+million entries of a large factor takes many times longer on a GPU.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def _largest(accepts, bits):
+    """Largest unsigned integer below 2**bits that `accepts`, a predicate true up to a limit."""
+
+    def set_bit(i, value):
+        candidate = value | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+        return jnp.where(accepts(candidate), candidate, value)
+
+    return lax.fori_loop(0, bits, set_bit, jnp.uint32(0))
+
+
+def top_k_mask(scores: jax.Array, k) -> jax.Array:
+    """Marks the `k` entries of largest score, ties to the earlier position.
+
+    Args:
+      scores: Non-negative scores of any shape; compared as float32. Not NaN.
+      k: Entries to keep, an integer in [0, scores.size]; may be traced.
+
+    Returns:
+      Boolean mask of the shape of `scores` with exactly `k` true entries.
+    """
+    k = jnp.asarray(k, jnp.int32)
+    # The bit patterns of non-negative floats are ordered as the floats are; adding 0 turns -0.0.
+    patterns = lax.bitcast_convert_type(scores.astype(jnp.float32) + 0.0, jnp.uint32)
+    position = lax.iota(jnp.uint32, scores.size).reshape(scores.shape)
+
+    threshold = _largest(lambda t: jnp.sum(patterns >= t, dtype=jnp.int32) >= k, bits=31)
+    above, tied = patterns > threshold, patterns == threshold
+    wanted = k - jnp.sum(above, dtype=jnp.int32)
+    end = _largest(lambda p: jnp.sum(tied & (position < p), dtype=jnp.int32) <= wanted,
+                   bits=max(1, scores.size.bit_length()))
+    return above | (tied & (position < end))
+
+
+def row_top_k_mask(scores: jax.Array, k) -> jax.Array:
+    """Marks `k` entries spread evenly over the rows, the best of each row.
+
+    Every row keeps ``k // rows`` entries; what is left of the budget goes, one entry each, to the
+    rows whose next entry scores highest.
+
+    Args:
+      scores: Non-negative scores `[rows, cols]`.
+      k: Entries to keep in total, in [0, rows * cols]; may be traced.
+
+    Returns:
+      Boolean mask `[rows, cols]` with exactly `k` true entries.
+    """
+    rows = scores.shape[0]
+    each = jnp.asarray(k, jnp.int32) // rows
+    mask = jax.vmap(top_k_mask, (0, None))(scores, each)
+    best_left = jnp.max(jnp.where(mask, 0.0, scores), axis=1)
+    extra = top_k_mask(best_left, jnp.asarray(k, jnp.int32) - each * rows)
+    return jax.vmap(top_k_mask)(scores, each + extra)
+
+
+def n_m_mask(scores: jax.Array, n: int, m: int) -> jax.Array:
+    """Marks the best `n` of every `m` neighbours along a row (N:M sparsity).
+
+    Args:
+      scores: Non-negative scores `[rows, cols]`, `cols` a multiple of `m`.
+      n: Entries kept in each group.
+      m: Size of a group.
+
+    Returns:
+      Boolean mask `[rows, cols]` with exactly ``rows * cols * n / m`` true entries.
+    """
+    rows, cols = scores.shape
+    groups = scores.reshape(rows, cols // m, m)
+    mine, other = groups[..., :, None], groups[..., None, :]
+    earlier = jnp.tril(jnp.ones((m, m), bool), -1)
+    rank = jnp.sum((other > mine) | ((other == mine) & earlier), axis=-1)
+    return (rank < n).reshape(rows, cols)
