@@ -1,0 +1,1 @@
+"""A Llama-architecture language model in Flax NNX."""

@@ -1,0 +1,455 @@
+"""A Llama-architecture decoder in Flax NNX: the model, its KV cache and its generation loop.
+
+One file for the Llama family: RMSNorm, rotary embeddings, grouped-query attention and SwiGLU,
+with the options that tell Llama 2 and 3, Mistral, Qwen2 and Qwen3 apart in `Config`. The dense and
+the sparse model are the same code: they differ only in what stands in place of each `nnx.Linear`.
+Projections that share an input are one matrix (`qkv`, `gate_up`), so that a decode step reads
+every weight in four products a layer.
+
+Shapes: B batch, T tokens of this call, S slots of the cache, H query heads, K key-value heads,
+D head dimension, E hidden size.
+"""
+
+import dataclasses
+import functools
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the training context.
+
+    `kind` is "linear" (every frequency is divided by `factor`) or "llama3" (only wavelengths
+    longer than the original context are, with a ramp between the two frequency factors).
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape of a model. Fields that Hugging Face's config.json has keep their names there."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm of each query and key head before the rotation
+    tie_word_embeddings: bool = False
+    sliding_windows: tuple[int | None, ...] | None = None  # one entry a layer; None sees everything
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        windows = self.sliding_windows
+        if windows is not None and len(windows) != self.num_hidden_layers:
+            raise ValueError(
+                f"sliding_windows has {len(windows)} entries for {self.num_hidden_layers} layers"
+            )
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
+
+    def __init__(self, size, eps, param_dtype):
+        self.scale = nnx.Param(jnp.ones(size, param_dtype))
+        self.eps = eps
+
+    def __call__(self, x):
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary position embeddings."""
+
+    def __init__(self, config, window, linear, param_dtype):
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.window = window
+        self.qkv = linear(
+            config.hidden_size,
+            (self.heads + 2 * self.kv_heads) * self.head_dim,
+            use_bias=config.qkv_bias,
+        )
+        self.out = linear(self.heads * self.head_dim, config.hidden_size)
+        norm = functools.partial(RMSNorm, self.head_dim, config.rms_norm_eps, param_dtype)
+        self.query_norm = norm() if config.qk_norm else None
+        self.key_norm = norm() if config.qk_norm else None
+
+    def __call__(self, x, positions, rotary, layer_cache):
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
+        query, key, value = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = _rotate(query, rotary), _rotate(key, rotary)
+        if layer_cache is None:
+            mixed = _self_attention(query, key, value, self.window)
+        else:
+            layer_cache = _write(layer_cache, key, value, positions)
+            mixed = _cached_attention(query, layer_cache, positions, self.window)
+        return self.out(mixed.reshape(batch, length, self.heads * self.head_dim)), layer_cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config, linear):
+        self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x):
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+class Block(nnx.Module):
+    """One decoder layer: attention and MLP, each normalized before and added to the stream."""
+
+    def __init__(self, config, window, linear, param_dtype):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
+        self.attention = Attention(config, window, linear, param_dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
+        self.mlp = MLP(config, linear)
+
+    def __call__(self, x, positions, rotary, layer_cache, dropout):
+        mixed, layer_cache = self.attention(self.attention_norm(x), positions, rotary, layer_cache)
+        x = x + dropout(mixed)
+        return x + dropout(self.mlp(self.mlp_norm(x))), layer_cache
+
+
+class Llama(nnx.Module):
+    """A decoder-only language model.
+
+    Args:
+      config: the model's shape.
+      dtype: what is computed in (normalization and attention weights: always float32).
+      param_dtype: what parameters are held in.
+      rngs: random streams; "params" initializes the weights.
+    """
+
+    def __init__(self, config, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs):
+        init = nnx.initializers.normal(0.02)
+        linear = functools.partial(
+            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, kernel_init=init,
+            rngs=rngs,
+        )
+        windows = config.sliding_windows or (None,) * config.num_hidden_layers
+        self.config = config
+        self.dtype = dtype
+        self.embed = nnx.Embed(
+            config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype,
+            embedding_init=init, rngs=rngs,
+        )
+        self.layers = nnx.List([Block(config, window, linear, param_dtype) for window in windows])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
+        self.head = (
+            None if config.tie_word_embeddings else linear(config.hidden_size, config.vocab_size)
+        )
+
+    def __call__(self, tokens, *, dropout=lambda branch: branch):
+        """Next-token logits of whole sequences.
+
+        Args:
+          tokens: [B, T] integers.
+          dropout: applied to each branch before it is added to the residual stream.
+
+        Returns:
+          [B, T, vocab] logits in float32.
+        """
+        hidden, _ = self.hidden(tokens, dropout=dropout)
+        return self.logits(hidden)
+
+    def hidden(self, tokens, cache=None, *, dropout=lambda branch: branch):
+        """Final hidden states [B, T, E] and the cache, extended by these tokens if one is given."""
+        batch, length = tokens.shape
+        start = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
+        positions = start[:, None] + jnp.arange(length)
+        rotary = _rotary(positions, self.config)
+        x = self.embed(tokens)
+        layer_caches = []
+        for i, block in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[i]
+            x, layer_cache = block(x, positions, rotary, layer_cache, dropout)
+            layer_caches.append(layer_cache)
+        if cache is not None:
+            cache = Cache(tuple(layer_caches), cache.lengths + length)
+        return self.norm(x), cache
+
+    def logits(self, hidden):
+        """Logits in float32 of hidden states [..., E]."""
+        logits = self.embed.attend(hidden) if self.head is None else self.head(hidden)
+        return logits.astype(jnp.float32)
+
+
+# Rotary position embeddings (Su et al., arXiv 2104.09864), halves rotated against each other.
+
+
+def rotary_frequencies(config):
+    """Angular frequency of each of the head_dim / 2 rotated pairs, float32."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "llama3":
+        # Wavelengths per original context: many stay, few are stretched, a ramp lies between.
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        ramp = (turns - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        keep = jnp.clip(ramp, 0.0, 1.0)
+        return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+    raise ValueError(f"rope scaling {scaling.kind!r} is not supported; use 'linear' or 'llama3'")
+
+
+def _rotary(positions, config):
+    """(cos, sin), each [B, T, 1, D/2] float32."""
+    angles = positions[..., None, None].astype(jnp.float32) * rotary_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x, rotary):
+    cos, sin = rotary
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+# Attention over the tokens of one call, and over a cache.
+
+
+@functools.cache
+def _flash_attention():
+    """Whether cuDNN's fused attention serves the default device."""
+    if jax.default_backend() != "gpu":
+        return False
+    query = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
+
+    def loss(query, key, value):
+        mixed = jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, implementation="cudnn"
+        )
+        return mixed.astype(jnp.float32).sum()
+
+    try:
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, key).compile()
+    except Exception:  # whatever is missing (cuDNN, a supported GPU), XLA's attention remains
+        return False
+    return True
+
+
+def _self_attention(query, key, value, window):
+    length = query.shape[1]
+    fused = query.dtype in (jnp.bfloat16, jnp.float16) and length % 64 == 0 and _flash_attention()
+    local = None if window is None or window >= length else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=True, local_window_size=local,
+        implementation="cudnn" if fused else "xla",
+    )
+
+
+def _cached_attention(query, layer_cache, positions, window):
+    keys, values = layer_cache
+    slots = jnp.arange(keys.shape[1])
+    # A slot holds the key of the position of that number: later slots are empty or padding.
+    visible = slots <= positions[..., None]
+    if window is not None:
+        visible &= slots > positions[..., None] - window
+    return jax.nn.dot_product_attention(
+        query, keys, values, mask=visible[:, None], implementation="xla"
+    )
+
+
+# The KV cache.
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["layers", "lengths"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values seen so far.
+
+    layers: for each layer the pair (keys, values), each [B, S, K, D].
+    lengths: [B] int32, tokens held per sequence. Slots beyond are never visible, so prompts of
+      unequal length are padded at their end and `lengths` set back to the true ones.
+    """
+
+    layers: tuple
+    lengths: jax.Array
+
+
+def empty_cache(config, batch, slots, dtype):
+    """A cache for `batch` sequences of at most `slots` tokens."""
+    shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+    layers = tuple(
+        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)
+    )
+    return Cache(layers, jnp.zeros(batch, jnp.int32))
+
+
+def _write(layer_cache, key, value, positions):
+    keys, values = layer_cache
+    if keys.shape[0] == 1:  # one sequence: a slice update, which XLA does in place
+        start = (0, positions[0, 0], 0, 0)
+        return (
+            jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), start),
+            jax.lax.dynamic_update_slice(values, value.astype(values.dtype), start),
+        )
+    rows = jnp.arange(keys.shape[0])[:, None]
+    return keys.at[rows, positions].set(key), values.at[rows, positions].set(value)
+
+
+# Generation.
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    temperature 0 takes the likeliest token. Otherwise logits are divided by the temperature,
+    and what is drawn from is cut to the `top_k` likeliest tokens and to the fewest tokens that
+    hold `top_p` of the probability.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None (no cut), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+    def __call__(self, key, logits):
+        """Tokens [B] drawn from logits [B, vocab]."""
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if self.top_p < 1:
+            ranked = jnp.sort(logits, axis=-1, descending=True)
+            before = jnp.cumsum(jax.nn.softmax(ranked), axis=-1) - jax.nn.softmax(ranked)
+            least = jnp.min(jnp.where(before < self.top_p, ranked, jnp.inf), -1, keepdims=True)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames="cache")
+def prefill(graph, state, tokens, lengths, cache, key, sampling):
+    """Reads the prompts and draws the first token after each.
+
+    Args:
+      graph, state: the model, from `nnx.split`.
+      tokens: [B, T] prompts, padded at the end.
+      lengths: [B] true lengths.
+      cache: an empty cache of at least T slots; it is consumed.
+
+    Returns:
+      The first tokens [B], and the cache.
+    """
+    model = nnx.merge(graph, state)
+    hidden, cache = model.hidden(tokens, cache)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return sampling(key, model.logits(last)), dataclasses.replace(cache, lengths=lengths)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graph", "steps", "sampling"), donate_argnames="cache"
+)
+def decode(graph, state, token, cache, key, steps, sampling):
+    """Draws `steps` further tokens on the device, without a visit to the host.
+
+    Args:
+      graph, state: the model, from `nnx.split`.
+      token: [B] the last token drawn, not yet in the cache.
+      cache: keys and values of everything before; it is consumed.
+
+    Returns:
+      Tokens [B, steps], and the cache.
+    """
+
+    def step(carry, key):
+        token, cache = carry
+        # Merged inside the loop: the modules are then traced at the loop's own level.
+        model = nnx.merge(graph, state)
+        hidden, cache = model.hidden(token[:, None], cache)
+        token = sampling(key, model.logits(hidden[:, 0]))
+        return (token, cache), token
+
+    (_, cache), tokens = jax.lax.scan(step, (token, cache), jax.random.split(key, steps))
+    return tokens.T, cache
+
+
+def generate(model, prompts, new_tokens, *, sampling=Sampling(), seed=0, chunk=32):
+    """Continues prompts, yielding the new tokens in chunks as they come.
+
+    Args:
+      model: a `Llama`, dense or with substituted layers.
+      prompts: B sequences of token ids, each of at least one token.
+      new_tokens: how many tokens to draw for each prompt.
+      sampling: how tokens are drawn.
+      seed: of the random draws.
+      chunk: tokens per yield; a larger chunk visits the host less often.
+
+    Yields:
+      [B, n] int32 arrays on the host, `new_tokens` columns in all.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) < 1:
+        raise ValueError("generate needs at least one prompt, each of at least one token")
+    if new_tokens < 1:
+        raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
+    longest = max(lengths)
+    if longest + new_tokens > model.config.max_position_embeddings:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) and {new_tokens} new tokens exceed the "
+            f"model's {model.config.max_position_embeddings} positions; shorten one of them"
+        )
+    graph, state = nnx.split(model)
+    slots = -(-(longest + new_tokens + chunk) // 64) * 64
+    cache = empty_cache(model.config, len(prompts), slots, model.dtype)
+    padded = jnp.array([list(p) + [0] * (longest - len(p)) for p in prompts], jnp.int32)
+    key, first = jax.random.split(jax.random.key(seed))
+    token, cache = prefill(graph, state, padded, jnp.array(lengths), cache, first, sampling)
+    yield jax.device_get(token[:, None])
+    drawn = 1
+    while drawn < new_tokens:
+        key, now = jax.random.split(key)
+        tokens, cache = decode(graph, state, token, cache, now, chunk, sampling)
+        token = tokens[:, -1]
+        yield jax.device_get(tokens[:, : new_tokens - drawn])
+        drawn += chunk

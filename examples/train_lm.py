@@ -1,0 +1,232 @@
+"""Trains the byte-level language model that the demo prunes.
+
+    python -m examples.stdlib_text --out=.corpus/stdlib.npz
+    python -m examples.train_lm --corpus=.corpus/stdlib.npz --out=runs/lm
+
+The whole corpus lies on the device, and many steps run in one call. Written are a Hugging Face
+model directory (config.json, model.safetensors in bfloat16) and record.json: loss curve, bits per
+byte on the held-out modules, versions, device, seconds and every flag.
+"""
+
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import time
+
+from absl import app
+from absl import flags
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from examples.llama import checkpoint
+from examples.llama import evaluation
+from examples.llama import model as llama
+from examples.stdlib_text import HELD_OUT
+
+CORPUS = flags.DEFINE_string("corpus", ".corpus/stdlib.npz", "Written by examples.stdlib_text.")
+OUT = flags.DEFINE_string("out", "runs/lm", "Directory for the checkpoint and the record.")
+MINUTES = flags.DEFINE_float(
+    "minutes", 5.0, "Wall time for training, compilation included; sets the number of steps."
+)
+STEPS = flags.DEFINE_integer("steps", None, "Number of steps, instead of --minutes.")
+CHUNK = flags.DEFINE_integer("chunk", 100, "Steps per call of the device.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 64, "Sequences per step.")
+LENGTH = flags.DEFINE_integer("length", 1024, "Bytes per sequence.")
+HIDDEN = flags.DEFINE_integer("hidden", 320, "Hidden size.")
+INTERMEDIATE = flags.DEFINE_integer("intermediate", 832, "Hidden size of the MLP.")
+LAYERS = flags.DEFINE_integer("layers", 7, "Decoder layers.")
+HEADS = flags.DEFINE_integer("heads", 6, "Query heads.")
+KV_HEADS = flags.DEFINE_integer("kv_heads", 2, "Key-value heads.")
+HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Size of a head.")
+RATE = flags.DEFINE_float("learning_rate", 2e-3, "Peak learning rate.")
+WARMUP = flags.DEFINE_integer("warmup", 200, "Steps of linear warm-up.")
+DECAY = flags.DEFINE_float("weight_decay", 0.1, "AdamW's weight decay, on matrices.")
+DROPOUT = flags.DEFINE_float("dropout", 0.05, "Share of each branch's features dropped.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the initial weights, the data order and dropout.")
+
+START = 0  # the byte before every document
+
+
+def model_config():
+    return llama.Config(
+        vocab_size=256,
+        hidden_size=HIDDEN.value,
+        intermediate_size=INTERMEDIATE.value,
+        num_hidden_layers=LAYERS.value,
+        num_attention_heads=HEADS.value,
+        num_key_value_heads=KV_HEADS.value,
+        head_dim=HEAD_DIM.value,
+        max_position_embeddings=LENGTH.value,
+    )
+
+
+def initial_model(config, seed):
+    """A fresh model with float32 parameters that computes in bfloat16.
+
+    The two projections that write to the residual stream start smaller by the square root of
+    their number (Radford et al., 2019).
+    """
+    model = llama.Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(seed))
+    for block in model.layers:
+        for linear in (block.attention.out, block.mlp.down):
+            linear.kernel.set_value(linear.kernel[...] / (2 * config.num_hidden_layers) ** 0.5)
+    return model
+
+
+def learning_rate(step, total):
+    """Linear warm-up, then a cosine to a hundredth of the peak; both arguments may be traced."""
+    warm = (step + 1) / WARMUP.value
+    progress = jnp.clip((step - WARMUP.value) / jnp.maximum(total - WARMUP.value, 1), 0, 1)
+    cosine = 0.01 + 0.99 * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return RATE.value * jnp.minimum(warm, cosine)
+
+
+def branch_dropout(key, rate):
+    """Dropout whose mask is shared along the sequence: cheap to draw, as strong per feature."""
+    drawn = 0
+
+    def drop(branch):
+        nonlocal drawn
+        drawn += 1
+        batch, _, features = branch.shape
+        keep = jax.random.bernoulli(jax.random.fold_in(key, drawn), 1 - rate, (batch, 1, features))
+        return branch * (keep / (1 - rate)).astype(branch.dtype)
+
+    return drop if rate else lambda branch: branch
+
+
+def optimizer():
+    matrices = functools.partial(jax.tree.map, lambda p: p.ndim > 1)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b1=0.9, b2=0.95),
+        optax.add_decayed_weights(DECAY.value, mask=matrices),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "chunk"), donate_argnums=(1, 2))
+def train_chunk(graph, params, moments, corpus, first, total, key, chunk):
+    """`chunk` optimizer steps on random stretches of the corpus.
+
+    Returns:
+      Parameters, optimizer state, and the loss of each step in bits per byte.
+    """
+
+    def loss(params, tokens, key):
+        model = nnx.merge(graph, params)
+        logits = model(tokens[:, :-1], dropout=branch_dropout(key, DROPOUT.value))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    def step(carry, i):
+        params, moments = carry
+        order, masks = jax.random.split(jax.random.fold_in(key, i))
+        stretch = LENGTH.value + 1
+        starts = jax.random.randint(order, BATCH.value, 0, corpus.size - stretch + 1)
+        tokens = jax.vmap(lambda at: jax.lax.dynamic_slice(corpus, (at,), (stretch,)))(starts)
+        nats, gradients = jax.value_and_grad(loss)(params, tokens.astype(jnp.int32), masks)
+        updates, moments = optimizer().update(gradients, moments, params)
+        rate = learning_rate(i, total)
+        params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+        return (params, moments), nats / jnp.log(2.0)
+
+    steps = first + jnp.arange(chunk)
+    (params, moments), bits = jax.lax.scan(step, (params, moments), steps)
+    return params, moments, bits
+
+
+def train(graph, params, corpus):
+    """Trains until the steps or the minutes are used up.
+
+    The first chunk compiles, the second is timed; what is left of the minutes then gives the
+    number of steps. The learning rate does not depend on it before the warm-up is over.
+
+    Returns:
+      Parameters, and the record: steps, curve of (step, bits per byte), seconds.
+    """
+    begun = time.monotonic()
+    moments = optimizer().init(params)
+    key = jax.random.key(SEED.value)
+    total, done, curve, stamps = STEPS.value or 2**30, 0, [], [begun]
+    while done < total:
+        chunk = min(CHUNK.value, total - done)
+        params, moments, bits = train_chunk(
+            graph, params, moments, corpus, done, float(total), key, chunk
+        )
+        bits = np.asarray(bits)
+        if not np.isfinite(bits).all():
+            raise FloatingPointError(f"the loss is not finite after {done} steps; lower the rate")
+        done += chunk
+        stamps.append(time.monotonic())
+        if STEPS.value is None and len(stamps) == 3:
+            per_chunk = stamps[2] - stamps[1]
+            # A reserve, as the last chunk must not be cut off before the rate has come down.
+            left = 0.98 * (60 * MINUTES.value - (stamps[2] - begun))
+            total = done + CHUNK.value * max(0, int(left / per_chunk))
+            if total < 2 * WARMUP.value:
+                print(f"warning: --minutes={MINUTES.value} allows for only {total} steps")
+        curve.append((done, round(float(bits.mean()), 4)))
+        elapsed = stamps[-1] - begun
+        per_step = (stamps[-1] - stamps[1]) / max(done - CHUNK.value, 1)
+        left = "" if total == 2**30 else f", {(total - done) * per_step:.0f} s left"
+        of = "" if total == 2**30 else f" of {total}"
+        print(f"step {done}{of}: {curve[-1][1]:.4f} bits per byte, {elapsed:.0f} s{left}", flush=True)
+    return params, {
+        "steps": done,
+        "curve_bits_per_byte": curve,
+        "seconds": round(stamps[-1] - begun, 1),
+        "seconds_first_chunk": round(stamps[1] - begun, 1),
+        "milliseconds_per_step": round(1e3 * per_step, 3),
+    }
+
+
+def main(_):
+    began = time.monotonic()
+    with np.load(CORPUS.value) as corpus:
+        text, held_out = jnp.asarray(corpus["train"]), corpus["held_out"]
+    config = model_config()
+    graph, params = nnx.split(initial_model(config, SEED.value))
+    size = sum(p.size for p in jax.tree.leaves(params))
+    print(
+        f"{size / 1e6:.2f} M parameters, {text.size / 1e6:.1f} MB to train on, "
+        f"{held_out.size / 1e6:.2f} MB held out, {jax.devices()[0].device_kind}",
+        flush=True,
+    )
+    params, record = train(graph, params, text)
+
+    model = nnx.merge(graph, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
+    checkpoint.save(OUT.value, model, jnp.bfloat16, extra={"bos_token_id": START})
+    loaded = checkpoint.load(OUT.value)
+    windowing = {"length": LENGTH.value, "stride": LENGTH.value // 2}
+    with jax.default_matmul_precision("highest"):
+        bits = evaluation.bits_per_token(loaded, held_out, batch=16, **windowing)
+    print(f"{bits:.4f} bits per byte on the held-out modules, weights in bfloat16", flush=True)
+
+    record |= {
+        "held_out_bits_per_byte": round(bits, 4),
+        "held_out_modules": HELD_OUT,
+        "held_out_bytes": held_out.size,
+        "windowing": windowing,
+        "train_bytes": text.size,
+        "bytes_read": record["steps"] * BATCH.value * LENGTH.value,
+        "parameters": size,
+        "seconds_in_all": round(time.monotonic() - began, 1),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+        "flags": {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(__name__)},
+    }
+    out = pathlib.Path(OUT.value) / "record.json"
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(out)
+    print(f"written: {OUT.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)
