@@ -1,0 +1,77 @@
+"""Which implementation computes which product, and why another one does not."""
+import dataclasses
+from collections.abc import Callable
+
+from macko_jax import reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a product is asked for: everything that may decide between implementations.
+
+    Attributes:
+      product: "spmv", "spmv_transposed" or "spmv_values".
+      platform: what it is lowered for, "cpu", "cuda", "rocm" or "tpu".
+      shape, encoding, lanes, stored: of the matrix.
+      batch: number of vectors.
+      dtypes: of the two operands, in the product's order.
+      out_dtype: of the result.
+    """
+    product: str
+    platform: str
+    shape: tuple[int, int]
+    encoding: str
+    lanes: int
+    stored: int
+    batch: int
+    dtypes: tuple
+    out_dtype: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """Functions by product name, and `why_not(problem)`: None, or the reason it cannot serve."""
+    products: dict[str, Callable]
+    why_not: Callable[[Problem], str | None]
+
+
+# In order of preference.
+IMPLEMENTATIONS = {
+    "xla": Implementation(
+        products={
+            "spmv": reference.spmv,
+            "spmv_transposed": reference.spmv_transposed,
+            "spmv_values": reference.spmv_values,
+        },
+        why_not=lambda problem: None),
+}
+
+
+def explain(problem: Problem) -> dict[str, str | None]:
+    """For every implementation in order of preference: None if it can serve, or why it cannot."""
+    return {name: i.why_not(problem) for name, i in IMPLEMENTATIONS.items()}
+
+
+def choose(problem: Problem, implementation: str | None) -> Callable:
+    """The function that serves `problem`: of the named implementation, or of the first that can.
+
+    Raises:
+      NotImplementedError: the named implementation cannot serve; it never falls back silently.
+    """
+    reasons = explain(problem)
+    if implementation is None:
+        implementation = next(name for name, reason in reasons.items() if reason is None)
+    elif reasons[implementation] is not None:
+        able = [name for name, reason in reasons.items() if reason is None]
+        raise NotImplementedError(
+            f"implementation {implementation!r} cannot compute {problem.product} here: "
+            f"{reasons[implementation]}. Use implementation=None or one of {able}.")
+    return IMPLEMENTATIONS[implementation].products[problem.product]
+
+
+def check_name(implementation: str | None) -> None:
+    """Raises ValueError for an unknown implementation."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown implementation {implementation!r}; choose None or one of "
+            f"{sorted(IMPLEMENTATIONS)}")
