@@ -43,7 +43,7 @@ def _batch_nats(graph, state, inputs, targets, counts):
     return -jnp.sum(likelihood[..., 0], where=counts)
 
 
-def total_nats(model, tokens, *, length, stride, batch, progress=None):
+def total_nats(model, tokens, *, length, stride, batch, limit=None, progress=None):
     """Negative log-likelihood of a text.
 
     Args:
@@ -51,13 +51,18 @@ def total_nats(model, tokens, *, length, stride, batch, progress=None):
       tokens: [N] token ids; the first one is given, not predicted.
       length, stride: the windowing; see `windows`.
       batch: windows per call of the model.
+      limit: take at most this many windows, evenly spread over the text; None takes all.
       progress: called with (windows done, windows in all) after each batch.
 
     Returns:
       The sum in nats, and the number of predicted tokens.
     """
     graph, state = nnx.split(model)
-    inputs, targets, counts = windows(tokens, length, stride)
+    cut = windows(tokens, length, stride)
+    if limit is not None and limit < len(cut[0]):
+        chosen = np.linspace(0, len(cut[0]) - 1, limit).round().astype(int)
+        cut = [array[chosen] for array in cut]
+    inputs, targets, counts = cut
     total = 0.0
     for first in range(0, len(inputs), batch):
         part = [array[first : first + batch] for array in (inputs, targets, counts)]
