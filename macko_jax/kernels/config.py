@@ -1,0 +1,62 @@
+"""How a product is laid out on a device: a rule of shape and batch."""
+import dataclasses
+import functools
+
+import jax
+
+WARPGROUP = 4  # warps
+SHARED_BYTES = 220 * 1024  # of a Hopper multiprocessor's 227 KiB; the rest is the kernel's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Layout of one product on the device.
+
+    Attributes:
+      blocks: thread blocks that share the rows; one for each multiprocessor.
+      warps: warps of a block, a multiple of 4.
+      unroll: groups of eight elements that a lane loads ahead.
+      vectors: vectors (1, 2 or 4) that are multiplied in one pass over the matrix.
+      stage_x: whether x is kept in shared memory, or gathered from global memory.
+    """
+    blocks: int
+    warps: int
+    unroll: int
+    vectors: int
+    stage_x: bool
+
+    def __post_init__(self):
+        if self.warps % WARPGROUP or not 0 < self.warps <= 32:
+            raise ValueError(f"warps must be a multiple of {WARPGROUP} up to 32, got {self.warps}")
+        if self.vectors not in (1, 2, 4):
+            raise ValueError(f"vectors must be 1, 2 or 4, got {self.vectors}")
+        if self.blocks < 1 or self.unroll < 1:
+            raise ValueError(f"blocks and unroll must be positive, got {self}")
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Of the first GPU here; of an H200 where there is none (the count only affects speed)."""
+    gpus = [d for d in jax.local_devices() if d.platform == "gpu"]
+    return getattr(gpus[0], "core_count", 132) if gpus else 132
+
+
+def choose(shape: tuple[int, int], lanes: int, batch: int) -> Settings:
+    """The settings for a matrix of `shape` whose rows are shared by `lanes` lanes."""
+    rows, cols = shape
+    vectors = next(v for v in (4, 2, 1) if v == 1 or (v <= batch and _fits(cols, v)))
+    blocks = min(multiprocessors(), rows)
+    tasks = -(-rows // blocks) * lanes // 32  # of a block's warps
+    return Settings(blocks=blocks, warps=_warps(tasks), unroll=2, vectors=vectors,
+                    stage_x=_fits(cols, vectors))
+
+
+def _fits(cols: int, vectors: int) -> bool:
+    return (cols + 64) * vectors * 4 <= SHARED_BYTES
+
+
+def _warps(tasks: int) -> int:
+    """As many warps as can be had with the fewest idle in the last round of tasks."""
+    if tasks <= 32:
+        return min(32, max(WARPGROUP, -(-tasks // WARPGROUP) * WARPGROUP))
+    return max((32, 28, 24), key=lambda w: (tasks / (-(-tasks // w) * w) > 0.97, w))

@@ -1,0 +1,129 @@
+"""The lane vocabulary executed with NumPy, every lane of the grid at once.
+
+It runs the very program that `lanes.py` emits, so that a machine without a GPU can check decode
+arithmetic, control flow and addresses: a load or store outside an array, or of a shared slot that
+nothing wrote, is an error. It does not model races within a block.
+"""
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from macko_jax.kernels.lanes import WARP
+
+
+class NumpyLanes:
+    """Lanes of `blocks` blocks of `threads` threads, all in step; registers are NumPy arrays.
+
+    Attributes:
+      arrays: name -> NumPy array; stores write into them.
+    """
+
+    def __init__(self, arrays, *, blocks, threads, shared_slots):
+        self.arrays = {name: a.reshape(-1) for name, a in arrays.items()}
+        self._blocks, self._threads = blocks, threads
+        self._shared = np.zeros((blocks, shared_slots), np.float32)
+        self._written = np.zeros((blocks, shared_slots), bool)
+        self._active = np.ones(blocks * threads, bool)
+        self._lane_block = np.repeat(np.arange(blocks, dtype=np.uint32), threads)
+
+    # Registers
+
+    def block(self): return self._lane_block.copy()
+    def thread(self): return np.tile(np.arange(self._threads, dtype=np.uint32), self._blocks)
+    def integer(self, number): return np.full(self._active.size, number, np.uint32)
+    def real(self, number): return np.full(self._active.size, number, np.float32)
+
+    def select(self, condition, yes, no):
+        return jax.tree.map(lambda a, b: np.where(condition, a, b), yes, no)
+
+    def fma(self, a, b, c):
+        with np.errstate(all="ignore"):
+            return (a.astype(np.float64) * b + c).astype(np.float32)
+
+    def trailing_zeros(self, word):
+        return np.bitwise_count(~word & (word - np.uint32(1))).astype(np.uint32)
+
+    def pair(self, word, dtype):
+        halves = np.ascontiguousarray(word).view(jnp.dtype(dtype)).astype(np.float32)
+        return halves[0::2], halves[1::2]
+
+    def as_real(self, word): return word.view(np.float32)
+
+    # Warp
+
+    def all(self, condition): return self._vote(condition | ~self._active, np.all)
+    def any(self, condition): return self._vote(condition & self._active, np.any)
+
+    def _vote(self, condition, reduce):
+        return np.repeat(reduce(condition.reshape(-1, WARP), axis=1), WARP)
+
+    def exchange(self, value, distance):
+        warps = self._active.reshape(-1, WARP)
+        assert (warps.all(1) | ~warps.any(1)).all(), "shuffle in a warp with inactive lanes"
+        return value.reshape(-1, WARP)[:, np.arange(WARP) ^ distance].reshape(-1)
+
+    def barrier(self):
+        assert self._active.all(), "barrier that not every lane reaches"
+
+    # Memory
+
+    def load_words(self, name, index, count, where, *, fill=0, stream=False):
+        del stream
+        words = self.arrays[name].view(np.uint32)
+        where = where & self._active
+        at = self._in_range(name, index.astype(np.int64) * count, where, words.size - count + 1)
+        return [np.where(where, words[at + i] if words.size else 0, fill).astype(np.uint32)
+                for i in range(count)]
+
+    def load_integer(self, name, index):
+        array = self.arrays[name]
+        at = self._in_range(name, index.astype(np.int64), self._active, array.size)
+        return array[at].astype(np.uint32)
+
+    def load_real(self, name, index, where):
+        array, where = self.arrays[name], where & self._active
+        at = self._in_range(name, index.astype(np.int64), where, array.size)
+        return np.where(where, array[at], 0).astype(np.float32)
+
+    def store_real(self, name, index, value, where):
+        array, where = self.arrays[name], where & self._active
+        at = self._in_range(name, index.astype(np.int64), where, array.size)[where]
+        assert np.unique(at).size == at.size, f"two lanes store the same element of {name}"
+        array[at] = value[where].astype(array.dtype)
+
+    def load_shared(self, index, count):
+        at = index.astype(np.int64) * count
+        at = self._in_range("shared", at, self._active, self._shared.shape[1] - count + 1)
+        assert self._written[self._lane_block, at][self._active].all(), "shared slot never written"
+        return [self._shared[self._lane_block, at + i] for i in range(count)]
+
+    def store_shared(self, index, value):
+        at = self._in_range("shared", index.astype(np.int64), self._active, self._shared.shape[1])
+        place = self._lane_block[self._active], at[self._active]
+        self._shared[place], self._written[place] = value[self._active], True
+
+    @staticmethod
+    def _in_range(name, index, where, size):
+        outside = where & ((index < 0) | (index >= size))
+        assert not outside.any(), f"{name}[{index[outside][:4]}] of {size} elements"
+        return np.where(where, index, 0)
+
+    # Control flow
+
+    def loop(self, condition, body, state):
+        outer = self._active
+        while True:
+            going = condition(state) & self._active
+            if not going.any():
+                break
+            self._active = going
+            state = self.select(going, body(state), state)
+        self._active = outer
+        return state
+
+    def branch(self, condition, yes, otherwise):
+        outer = self._active
+        self._active = outer & condition
+        result = yes()
+        self._active = outer
+        return self.select(condition & outer, result, otherwise)

@@ -1,0 +1,223 @@
+"""The lane vocabulary, emitted as MLIR inside a Pallas Mosaic GPU kernel.
+
+A lane program sees registers (one 32-bit integer, float32 or truth value a lane), global arrays,
+one shared array of float32, warp votes and shuffles, and structured control flow. Integers are
+unsigned. Control flow may differ between warps, and where no vote, shuffle or barrier is inside,
+between lanes. Carried state is any pytree of registers.
+"""
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils as mosaic
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
+
+WARP = 32
+FULL_WARP = 0xFFFFFFFF
+
+
+class Register:
+    """One lane's SSA value with Python's operators; Python numbers become constants."""
+
+    def __init__(self, value: ir.Value):
+        self.value = value
+
+    def _coerce(self, other):
+        if isinstance(other, Register):
+            return other
+        return Register(_constant(self.value.type, other))
+
+    def _apply(self, other, integer, floating=None):
+        operation = floating if isinstance(self.value.type, ir.F32Type) else integer
+        return Register(operation(self.value, self._coerce(other).value))
+
+    def _compare(self, predicate, other):
+        kind = getattr(arith.CmpIPredicate, predicate)
+        return Register(arith.cmpi(kind, self.value, self._coerce(other).value))
+
+    def __add__(self, other): return self._apply(other, arith.addi, arith.addf)
+    def __sub__(self, other): return self._apply(other, arith.subi, arith.subf)
+    def __mul__(self, other): return self._apply(other, arith.muli, arith.mulf)
+    def __and__(self, other): return self._apply(other, arith.andi)
+    def __or__(self, other): return self._apply(other, arith.ori)
+    def __lshift__(self, other): return self._apply(other, arith.shli)
+    def __rshift__(self, other): return self._apply(other, arith.shrui)
+    def __lt__(self, other): return self._compare("ult", other)
+    def __ge__(self, other): return self._compare("uge", other)
+    def __eq__(self, other): return self._compare("eq", other)
+    __hash__ = None
+
+
+def _i1(): return ir.IntegerType.get_signless(1)
+def _i16(): return ir.IntegerType.get_signless(16)
+def _i32(): return ir.IntegerType.get_signless(32)
+
+
+def _constant(kind: ir.Type, number) -> ir.Value:
+    if isinstance(kind, ir.F32Type):
+        return arith.constant(kind, float(number))
+    number = int(number) & FULL_WARP
+    return arith.constant(kind, number - (1 << 32) if number >> 31 else number)
+
+
+class MosaicLanes:
+    """Emits a lane program for the block that the surrounding kernel runs in.
+
+    Attributes:
+      arrays: name -> (memref, dtype) of the global arrays.
+      shared: memref of the shared float32 array.
+      block: register with the block's index in the grid.
+    """
+
+    def __init__(self, arrays, shared, block):
+        self._pointers = {name: mosaic.memref_ptr(ref) for name, (ref, _) in arrays.items()}
+        self._dtypes = {name: jnp.dtype(dtype) for name, (_, dtype) in arrays.items()}
+        self._shared = mosaic.memref_ptr(shared)
+        self._block = Register(block)
+
+    # Registers
+
+    def block(self): return self._block
+    def thread(self): return Register(mosaic.thread_idx())
+    def integer(self, number): return Register(_constant(_i32(), number))
+    def real(self, number): return Register(_constant(ir.F32Type.get(), number))
+
+    def select(self, condition, yes, no):
+        """Of two pytrees of registers, the first where the condition holds."""
+        return jax.tree.map(
+            lambda a, b: Register(arith.select(condition.value, a.value, b.value)), yes, no)
+
+    def fma(self, a, b, c):
+        return Register(llvm.intr_fma(a.value, b.value, c.value))
+
+    def trailing_zeros(self, word):
+        """Index of the lowest set bit; 32 for zero."""
+        return Register(llvm.intr_cttz(word.value, False))
+
+    def pair(self, word, dtype):
+        """The two 16-bit floats of a 32-bit word, the lower half first, as float32."""
+        if dtype == jnp.float16:
+            halves = llvm.bitcast(ir.VectorType.get((2,), ir.F16Type.get()), word.value)
+            return tuple(
+                Register(arith.extf(ir.F32Type.get(), llvm.extractelement(
+                    halves, _constant(_i32(), i))))
+                for i in (0, 1))
+        return self.as_real(word << 16), self.as_real(word & 0xFFFF0000)
+
+    def as_real(self, word):
+        """The float32 with the bits of `word`."""
+        return Register(arith.bitcast(ir.F32Type.get(), word.value))
+
+    # Warp
+
+    def all(self, condition): return self._vote(condition, nvvm.VoteSyncKind.all)
+    def any(self, condition): return self._vote(condition, nvvm.VoteSyncKind.any)
+
+    def _vote(self, condition, kind):
+        mask = _constant(_i32(), FULL_WARP)
+        return Register(nvvm.vote_sync(mask, condition.value, kind, results=[_i1()]))
+
+    def exchange(self, value, distance):
+        """The value of the lane whose index differs by the bit `distance`."""
+        return Register(nvvm.shfl_sync(
+            _constant(_i32(), FULL_WARP), value.value, _constant(_i32(), distance),
+            _constant(_i32(), WARP - 1), nvvm.ShflKind.bfly))
+
+    def barrier(self): gpu.barrier()
+
+    # Memory
+
+    def load_words(self, name, index, count, where, *, fill=0, stream=False):
+        """`count` consecutive 32-bit words at word index `index * count`; `fill` where not `where`.
+
+        `stream` marks data that is read once: it is evicted first, and spares the caches.
+        """
+        vector = ir.VectorType.get((count,), _i32()) if count > 1 else _i32()
+        address = self._address(self._pointers[name], index, vector)
+        form, outs = (f".v{count}", [f"${i}" for i in range(count)]) if count > 1 else ("", ["$0"])
+        listed = "{" + ",".join(outs) + "}" if count > 1 else "$0"
+        preset = "".join(f"mov.u32 {out}, {fill:#x};" for out in outs)
+        asm = (f"{{.reg .pred p; setp.ne.u32 p, ${count + 1}, 0; {preset}"
+               f" @p ld.global{'.cs' if stream else ''}{form}.b32 {listed}, [${count}];}}")
+        flag = arith.extui(_i32(), where.value)
+        kinds = [_i32()] * count
+        result = kinds[0] if count == 1 else llvm.StructType.get_literal(kinds)
+        out = llvm.inline_asm(result, [address, flag], asm,
+                              ",".join(["=r"] * count + ["l", "r"]), has_side_effects=True)
+        if count == 1:
+            return [Register(out)]
+        return [Register(llvm.extractvalue(_i32(), out, [i])) for i in range(count)]
+
+    def load_integer(self, name, index):
+        """One unsigned element of an integer array; the index must be in range."""
+        kind = _i16() if self._dtypes[name].itemsize == 2 else _i32()
+        value = llvm.load(kind, self._address(self._pointers[name], index, kind))
+        return Register(arith.extui(_i32(), value) if kind == _i16() else value)
+
+    def load_real(self, name, index, where):
+        """One element of a float array as float32; 0 where not `where`."""
+        kind = _float_type(self._dtypes[name])
+
+        def load():
+            value = llvm.load(kind, self._address(self._pointers[name], index, kind))
+            exact = value if kind == ir.F32Type.get() else arith.extf(ir.F32Type.get(), value)
+            return Register(exact)
+
+        return self.branch(where, load, self.real(0))
+
+    def store_real(self, name, index, value, where):
+        """Writes float32 registers to a float array, rounded to its dtype, where `where` holds."""
+        kind = _float_type(self._dtypes[name])
+        with mosaic.when(where.value):
+            rounded = value.value if kind == ir.F32Type.get() else arith.truncf(kind, value.value)
+            llvm.store(rounded, self._address(self._pointers[name], index, kind))
+
+    def load_shared(self, index, count):
+        """`count` (1, 2 or 4) consecutive float32 of the shared array, from `index * count`."""
+        if count == 1:
+            kind = ir.F32Type.get()
+            return [Register(llvm.load(kind, self._address(self._shared, index, kind)))]
+        kind = ir.VectorType.get((count,), ir.F32Type.get())
+        loaded = llvm.load(kind, self._address(self._shared, index, kind), alignment=4 * count)
+        return [Register(llvm.extractelement(loaded, _constant(_i32(), i))) for i in range(count)]
+
+    def store_shared(self, index, value):
+        llvm.store(value.value, self._address(self._shared, index, ir.F32Type.get()))
+
+    @staticmethod
+    def _address(pointer, index, kind):
+        return llvm.getelementptr(
+            pointer.type, pointer, [index.value], [mosaic.DYNAMIC32], kind,
+            llvm.GEPNoWrapFlags.none)
+
+    # Control flow
+
+    def loop(self, condition, body, state):
+        """Repeats `state = body(state)` while `condition(state)` holds."""
+        leaves, tree = jax.tree.flatten(state)
+        kinds = [leaf.value.type for leaf in leaves]
+        op = scf.WhileOp(kinds, [leaf.value for leaf in leaves])
+
+        def unflatten(block):
+            return jax.tree.unflatten(tree, [Register(a) for a in block.arguments])
+
+        before, after = op.before.blocks.append(*kinds), op.after.blocks.append(*kinds)
+        with ir.InsertionPoint(before):
+            scf.condition(condition(unflatten(before)).value, list(before.arguments))
+        with ir.InsertionPoint(after):
+            scf.yield_([leaf.value for leaf in jax.tree.leaves(body(unflatten(after)))])
+        return jax.tree.unflatten(tree, [Register(r) for r in op.results])
+
+    def branch(self, condition, yes, otherwise):
+        """`yes()` where the condition holds, else the state `otherwise`, a pytree of the same kind."""
+        leaves, tree = jax.tree.flatten(otherwise)
+        op = scf.IfOp(condition.value, [leaf.value.type for leaf in leaves], has_else=True)
+        with ir.InsertionPoint(op.then_block):
+            scf.yield_([leaf.value for leaf in jax.tree.leaves(yes())])
+        with ir.InsertionPoint(op.else_block):
+            scf.yield_([leaf.value for leaf in leaves])
+        return jax.tree.unflatten(tree, [Register(r) for r in op.results])
+
+
+def _float_type(dtype) -> ir.Type:
+    return {"float16": ir.F16Type, "bfloat16": ir.BF16Type, "float32": ir.F32Type}[
+        jnp.dtype(dtype).name].get()
