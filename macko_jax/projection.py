@@ -122,7 +122,8 @@ def project(
     axis, out_features = np.atleast_1d(axis), np.atleast_1d(out_features)
     axis = sorted(int(a) % inputs.ndim for a in axis)
     x = jnp.moveaxis(inputs, axis, range(-len(axis), 0))
-    x = x.reshape(*x.shape[: x.ndim - len(axis)], -1)
+    kept = x.ndim - len(axis)
+    x = x.reshape(*x.shape[:kept], math.prod(x.shape[kept:]))
 
     x, values, bias = promote((x, matrix.values, bias))
     # Stored values narrower than the computation are widened by the product itself, exactly and

@@ -1,0 +1,287 @@
+"""Saving and loading: exact round trips, and no broken file is ever accepted."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+import macko_jax
+from macko_jax import MackoMatrix, checkpoint
+
+
+def matrix(rows=6, cols=70, density=0.4, dtype=jnp.float32, seed=0, **options):
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(size=(rows, cols)) * (rng.random((rows, cols)) < density)
+    return macko_jax.compress(jnp.asarray(weight, dtype), **options)
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        if isinstance(b, jax.Array | np.ndarray):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            if jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
+                a, b = jax.random.key_data(a), jax.random.key_data(b)
+            np.testing.assert_array_equal(
+                np.asarray(a).reshape(-1).view(np.uint8), np.asarray(b).reshape(-1).view(np.uint8))
+        else:
+            assert type(a) is type(b) and a == b
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tree.safetensors"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
+def test_matrix_round_trip(path, encoding, dtype):
+    expected = matrix(dtype=dtype, encoding=encoding, lanes=2)
+    macko_jax.save(path, expected)
+    found = macko_jax.load(path)
+    assert isinstance(found, MackoMatrix) and isinstance(found.values, jax.Array)
+    assert_same(found, expected)
+    x = jnp.linspace(-1, 1, 70, dtype=dtype)
+    np.testing.assert_array_equal(found @ x, expected @ x)
+
+
+def test_tree_round_trip(path):
+    expected = {
+        "layers": {0: {"kernel": matrix()}, 1: [matrix(seed=1), (matrix(seed=2), None)]},
+        "config": {"name": "näme", "width": 128, "rate": 1e-4, "tied": True, "window": None},
+        "strings": {"1": jnp.arange(3)}, "integers": {1: jnp.float32(2.5), -2: jnp.ones(())},
+        "empty": {}, "nothing": jnp.zeros((0, 4)),
+        "a/b": jnp.ones(2), "a": {"b": jnp.zeros(3)},
+        "host": np.ones((2, 3), np.float32),
+        "keys": jax.random.split(jax.random.key(3, impl="rbg"), 2),
+    }  # fmt: skip
+    macko_jax.save(path, expected)
+    found = macko_jax.load(path)
+    assert list(found) == list(expected)
+    assert found["empty"] == {} and found["config"] == expected["config"]
+    assert found["layers"][1][1][1] is None
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [
+    np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.float16,
+    ml_dtypes.bfloat16, np.float32, np.complex64, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2,
+])  # fmt: skip
+def test_dtypes(path, dtype):
+    expected = {"x": jnp.asarray(np.arange(12).reshape(3, 4).astype(dtype)),
+                "scalar": jnp.asarray(np.array(1).astype(dtype))}
+    macko_jax.save(path, expected)
+    assert_same(macko_jax.load(path), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.float64])
+def test_64_bit_arrays_are_not_shortened(path, dtype):
+    expected = np.array([2**53 - 1, 1], dtype)
+    macko_jax.save(path, {"x": expected})
+    found = macko_jax.load(path)["x"]
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_float_bits_survive(path):
+    expected = jnp.asarray([np.nan, np.inf, -np.inf, -0.0, 1e-45, 3.0], jnp.float32)
+    macko_jax.save(path, [expected])
+    assert_same(macko_jax.load(path), [expected])
+
+
+def test_stacked_matrices(path):
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *[
+        matrix(seed=seed, encoding="bitmask", lanes=1, capacity=40) for seed in range(3)])
+    macko_jax.save(path, stacked)
+    assert_same(macko_jax.load(path), stacked)
+
+
+def test_matrices_without_elements(path):
+    expected = [matrix(density=0.0), matrix(rows=1, cols=1, density=1.0), matrix(rows=0)]
+    macko_jax.save(path, expected)
+    assert_same(macko_jax.load(path), expected)
+
+
+def test_other_readers_can_look_inside(path):
+    expected = {"layers": {0: matrix()}, "bias": jnp.arange(3.0)}
+    macko_jax.save(path, expected)
+    with safetensors.safe_open(path, framework="np") as file:
+        assert set(file.keys()) == {
+            "bias", "layers/0.values", "layers/0.codes", "layers/0.row_offsets", "layers/0.starts"}
+        np.testing.assert_array_equal(file.get_tensor("bias"), expected["bias"])
+        assert file.metadata()["format"] == "macko_jax"
+
+
+def test_existing_file_is_replaced_and_nothing_is_left_behind(path):
+    for value in (1.0, 2.0):
+        macko_jax.save(str(path), {"x": jnp.full(4, value)})
+        np.testing.assert_array_equal(macko_jax.load(str(path))["x"], np.full(4, value))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("moment", ["safetensors.numpy.save_file", "os.replace"])
+def test_a_failed_save_leaves_the_old_file(path, monkeypatch, moment):
+    macko_jax.save(path, {"x": jnp.ones(4)})
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moment, fail)
+        with pytest.raises(OSError, match="no space"):
+            macko_jax.save(path, {"x": jnp.zeros(4)})
+    np.testing.assert_array_equal(macko_jax.load(path)["x"], np.ones(4))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_save_names_the_place_of_what_it_cannot_store(path):
+    with pytest.raises(TypeError, match="the object at 'a/1'(.|\n)*flax_nnx.to_pure_dict"):
+        macko_jax.save(path, {"a": [1, object()]})
+    with pytest.raises(TypeError, match=r"array of int4 at 'x'; allowed are bool, int8"):
+        macko_jax.save(path, {"x": jnp.ones(3, jnp.int4)})
+    with pytest.raises(TypeError, match=r"has the key \(1, 2\); keys are strings or integers"):
+        macko_jax.save(path, {"x": {(1, 2): jnp.ones(3)}})
+    with pytest.raises(FileNotFoundError, match="directory .*missing does not exist"):
+        macko_jax.save(path.parent / "missing" / "tree", {})
+    assert not list(path.parent.iterdir())
+
+
+def test_missing_and_foreign_files(path):
+    with pytest.raises(FileNotFoundError, match="tree.safetensors"):
+        macko_jax.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        macko_jax.load(path)
+    path.write_text("a text\n" * 100)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        macko_jax.load(path)
+    safetensors.numpy.save_file({"x": np.ones(3)}, path)
+    with pytest.raises(ValueError, match="names the format None"):
+        macko_jax.load(path)
+
+
+def test_another_version(path):
+    macko_jax.save(path, {"x": jnp.ones(3)})
+    rewrite(path, lambda tensors, metadata: metadata.update(version="2"))
+    with pytest.raises(ValueError, match="version '2', and this macko_jax reads version '1'"):
+        macko_jax.load(path)
+
+
+def rewrite(path, change):
+    """Read a file with safetensors, change its tensors and metadata, and write it again."""
+    with safetensors.safe_open(path, framework="np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+    change(tensors, metadata)
+    safetensors.numpy.save_file(tensors, path, metadata=metadata)
+
+
+def test_changed_tensors_and_tree(path):
+    def flip(tensors, metadata):
+        tensors["m.values"][3] += 1
+
+    def remove(tensors, metadata):
+        del tensors["x"]
+
+    def add(tensors, metadata):
+        tensors["y"] = np.ones(3)
+
+    def edit(tensors, metadata):
+        metadata["tree"] = metadata["tree"].replace("[6,70]", "[7,70]")
+
+    for change, message in [(flip, "'m.values' do not match their checksum"), (remove, "missing"),
+                            (add, "does not mention: .'y'"), (edit, "description of its tree")]:
+        macko_jax.save(path, {"m": matrix(), "x": jnp.ones(3)})
+        rewrite(path, change)
+        with pytest.raises(ValueError, match=message):
+            macko_jax.load(path)
+
+
+def test_every_truncation_is_refused(path):
+    macko_jax.save(path, {"m": matrix(3, 20), "x": jnp.ones(3)})
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="tree.safetensors"):
+            macko_jax.load(path)
+
+
+def test_a_changed_byte_never_changes_the_tree(path):
+    expected = {"m": matrix(3, 20), "x": jnp.ones(3)}
+    macko_jax.save(path, expected)
+    whole = bytearray(path.read_bytes())
+    refused = 0
+    rng = np.random.default_rng(0)
+    for position in range(len(whole)):
+        changed = whole.copy()
+        changed[position] ^= int(rng.integers(1, 256))
+        path.write_bytes(changed)
+        try:
+            assert_same(macko_jax.load(path), expected)
+        except ValueError:
+            refused += 1
+    assert refused > 0.9 * len(whole)  # the rest is white space and the like
+
+
+BROKEN = {
+    "too few values": lambda m: dict(values=m.values[:-8]),
+    "offsets that decrease": lambda m: dict(row_offsets=m.row_offsets.at[2].set(0)),
+    "offsets beyond the end": lambda m: dict(row_offsets=m.row_offsets.at[-1].add(8)),
+    "offsets that begin late": lambda m: dict(row_offsets=m.row_offsets.at[0].set(1)),
+    "too few offsets": lambda m: dict(row_offsets=m.row_offsets[:-1]),
+    "floating offsets": lambda m: dict(row_offsets=m.row_offsets.astype(jnp.float32)),
+    "other codes": lambda m: dict(codes=jnp.full_like(m.codes, 0xFFFFFFFF)),
+    "signed codes": lambda m: dict(codes=m.codes.astype(jnp.int32)),
+    "too few starts": lambda m: dict(starts=m.starts[:-1]),
+    "other starts": lambda m: dict(starts=m.starts + 1),
+    "integer values": lambda m: dict(values=m.values.astype(jnp.int32)),
+    "more columns": lambda m: dict(shape=(6, 700)),
+    "fewer columns": lambda m: dict(shape=(6, 40)),
+    "negative rows": lambda m: dict(shape=(-6, 70)),
+    "fractional shape": lambda m: dict(shape=(6.5, 70)),
+    "unknown encoding": lambda m: dict(encoding="csr"),
+    "three lanes": lambda m: dict(lanes=3),
+}
+
+
+@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_matrices_that_contradict_themselves(path, broken, encoding):
+    whole = matrix(encoding=encoding, lanes=2)
+    macko_jax.save(path, {"layer": dataclasses.replace(whole, **BROKEN[broken](whole))})
+    with pytest.raises(ValueError, match="Cannot load .*tree.safetensors"):
+        macko_jax.load(path)
+
+
+def test_one_broken_matrix_of_a_stack(path):
+    matrices = [matrix(seed=seed, encoding="bitmask", lanes=1, capacity=40) for seed in range(3)]
+    matrices[1] = dataclasses.replace(
+        matrices[1], row_offsets=matrices[1].row_offsets.at[2].set(99))
+    macko_jax.save(path, jax.tree.map(lambda *a: jnp.stack(a), *matrices))
+    with pytest.raises(ValueError, match="Cannot load"):
+        macko_jax.load(path)
+
+
+@pytest.mark.parametrize("tree", [
+    {"odd": 1}, {"array": "x"}, {"matrix": {}, "shape": [1, 2]}, [], 3, {"list": 4},
+    {"array": "x", "dtype": "object", "crc32": "{crc}"}, {"dict": [["a"]]}, {"dict": [[[], {}]]},
+    {"array": "x", "dtype": "float8", "crc32": "{crc}"},
+])  # fmt: skip
+def test_a_forged_description_is_refused(path, tree):
+    """Also with a valid checksum a description that makes no sense is a ValueError."""
+    macko_jax.save(path, {"x": jnp.ones(3)})
+
+    def forge(tensors, metadata):
+        crc = checkpoint._crc32(tensors["x"].view(np.uint8))
+        metadata["tree"] = json.dumps(tree).replace("{crc}", crc)
+        metadata["crc32"] = checkpoint._crc32(metadata["tree"].encode())
+
+    rewrite(path, forge)
+    with pytest.raises(ValueError, match="Cannot load"):
+        macko_jax.load(path)

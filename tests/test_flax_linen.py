@@ -1,0 +1,295 @@
+"""Unmodified linen modules on packed kernels."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import traverse_util
+from flax.training.train_state import TrainState
+
+import macko_jax
+from macko_jax import MackoMatrix, flax_linen
+from macko_jax.rules import Rule
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        x = x + nn.Dense(16, name="up")(x)
+        return x + nn.MultiHeadDotProductAttention(4)(x), None
+
+
+class Network(nn.Module):
+    """Dense and DenseGeneral: in compact and setup style, in lists, under scan, remat and vmap."""
+
+    def setup(self):
+        self.stem = nn.Dense(16)
+        self.blocks = nn.scan(
+            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+        self.tail = [nn.Dense(16), nn.Dense(16, use_bias=False)]
+        self.block = nn.jit(Block)()
+        self.heads = nn.vmap(
+            nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
+            axis_size=2)(5)
+        self.norm = nn.BatchNorm()
+        self.dropout = nn.Dropout(0.5)
+
+    def __call__(self, x, train=False):
+        x, _ = self.blocks(self.stem(x), None)
+        for layer in self.tail:
+            x = jnp.tanh(layer(x))
+        x = self.norm(x, use_running_average=not train)
+        x, _ = self.block(self.dropout(x, deterministic=not train))
+        return self.heads(x)
+
+
+PATHS = [
+    *(f"{block}/{name}" for block in ("block", "blocks")
+      for name in ("MultiHeadDotProductAttention_0/key", "MultiHeadDotProductAttention_0/out",
+                   "MultiHeadDotProductAttention_0/query", "MultiHeadDotProductAttention_0/value",
+                   "up")),
+    "heads", "stem", "tail_0", "tail_1",
+]  # fmt: skip
+
+
+def sparsify(variables, density=0.4, seed=0):
+    rng = np.random.default_rng(seed)
+    flat = traverse_util.flatten_dict(variables)
+    for path, leaf in flat.items():
+        if path[-1] == "kernel":
+            flat[path] = leaf * jnp.asarray(rng.random(leaf.shape) < density, leaf.dtype)
+        elif path[-1] == "bias":
+            flat[path] = leaf + jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+    return traverse_util.unflatten_dict(flat)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return jax.random.normal(jax.random.key(1), (2, 6, 8))
+
+
+@pytest.fixture(scope="module")
+def variables(inputs):
+    return sparsify(Network().init(jax.random.key(0), inputs))
+
+
+@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
+def test_every_dense_layer_is_packed(variables, inputs, encoding):
+    packed, report = flax_linen.substitute(
+        Network(), variables, inputs, rules=Rule(encoding=encoding))
+    assert sorted(layer.path for layer in report.packed) == PATHS
+    assert not report.skipped
+    run = jax.jit(functools.partial(flax_linen.apply, Network()))
+    np.testing.assert_allclose(
+        run(packed, inputs), Network().apply(variables, inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_unpacked_variables_and_other_modules_are_untouched(variables, inputs):
+    packed, _ = flax_linen.substitute(Network(), variables, inputs)
+    expected = Network().apply(variables, inputs)
+    with flax_linen.packed_kernels():
+        np.testing.assert_array_equal(Network().apply(variables, inputs), expected)
+        np.testing.assert_allclose(
+            Network().apply(packed, inputs), expected, rtol=1e-4, atol=1e-4)
+    # Outside of the context nothing of linen has changed.
+    np.testing.assert_array_equal(Network().apply(variables, inputs), expected)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
+
+
+def test_nothing_is_shared_with_the_old_variables(inputs):
+    variables = sparsify(Network().init(jax.random.key(0), inputs))
+    packed, _ = flax_linen.substitute(Network(), variables, inputs, rules=["stem", "block/.*"])
+    expected = flax_linen.apply(Network(), packed, inputs)
+    for leaf in jax.tree.leaves(variables):
+        leaf.delete()
+    np.testing.assert_array_equal(flax_linen.apply(Network(), packed, inputs), expected)
+
+
+def test_training_flags_rngs_and_mutable_collections(variables, inputs):
+    packed, _ = flax_linen.substitute(
+        Network(), variables, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), train=True,
+        rngs={"dropout": jax.random.key(0)})
+    options = dict(train=True, rngs={"dropout": jax.random.key(2)}, mutable=["batch_stats"])
+    expected, expected_state = Network().apply(variables, inputs, **options)
+    found, state = flax_linen.apply(Network(), packed, inputs, **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected_state)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_method_argument():
+    class Tower(nn.Module):
+        def setup(self):
+            self.encoder, self.decoder = nn.Dense(8), nn.Dense(4)
+
+        def __call__(self, x):
+            return self.decoder(self.encoder(x))
+
+        def encode(self, x):
+            return self.encoder(x)
+
+    x = jnp.ones((3, 4))
+    variables = sparsify(Tower().init(jax.random.key(0), x))
+    packed, report = flax_linen.substitute(Tower(), variables, x, method="encode")
+    assert [layer.path for layer in report.packed] == ["encoder"]
+    assert report.skipped[0].path == "decoder"
+    assert "does not reach it" in report.skipped[0].skipped
+    np.testing.assert_allclose(
+        flax_linen.apply(Tower(), packed, x), Tower().apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [None, BF16, F32])
+@pytest.mark.parametrize("param_dtype, x_dtype", [(F32, F32), (BF16, F32), (F32, F16), (F16, F16)])
+def test_dtypes_are_promoted_as_in_dense(param_dtype, dtype, x_dtype):
+    layer = nn.Dense(24, dtype=dtype, param_dtype=param_dtype)
+    x = jax.random.normal(jax.random.key(0), (4, 40), x_dtype)
+    variables = sparsify(layer.init(jax.random.key(0), x))
+    packed, report = flax_linen.substitute(layer, variables, x)
+    assert report.layers[0].path == "" and report.packed
+    expected, found = layer.apply(variables, x), flax_linen.apply(layer, packed, x)
+    assert found.dtype == expected.dtype
+    tolerance = 8 * float(jnp.finfo(expected.dtype).eps)
+    np.testing.assert_allclose(
+        found.astype(F32), expected.astype(F32), rtol=tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("features, axis", [((4, 3), -1), (5, (-2, -1)), ((2, 2), (0, -1)), (3, 1)])
+def test_dense_general(features, axis):
+    layer = nn.DenseGeneral(features, axis=axis)
+    x = jax.random.normal(jax.random.key(0), (3, 2, 6))
+    variables = sparsify(layer.init(jax.random.key(0), x))
+    packed, report = flax_linen.substitute(layer, variables, x)
+    assert isinstance(packed["params"]["kernel"], MackoMatrix) and report.packed
+    np.testing.assert_allclose(
+        flax_linen.apply(layer, packed, x), layer.apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+class LoudDense(nn.Dense):
+    @nn.compact
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+@pytest.mark.parametrize("layer, reason", [
+    (LoudDense(4), "LoudDense has a __call__ of its own"),
+    (nn.Dense(4, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)),
+     "it has a dot_general of its own"),
+    (nn.DenseGeneral(4, batch_dims=(0,)), "it has batch dimensions"),
+    (nn.Einsum((6, 4), "abc,cd->abd"), "Einsum has no packed form"),
+])  # fmt: skip
+def test_layers_that_stay_dense_are_reported(layer, reason):
+    x = jnp.ones((3, 2, 6))
+    variables = layer.init(jax.random.key(0), x)
+    packed, report = flax_linen.substitute(layer, variables, x)
+    assert report.layers[0].skipped == reason
+    np.testing.assert_array_equal(
+        flax_linen.apply(layer, packed, x), layer.apply(variables, x))
+
+
+def test_convolutions_are_not_listed():
+    class Convolutional(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.Conv(8, (3, 3))(x).reshape(len(x), -1))
+
+    x = jnp.ones((2, 5, 5, 1))
+    variables = sparsify(Convolutional().init(jax.random.key(0), x))
+    packed, report = flax_linen.substitute(Convolutional(), variables, x)
+    assert [layer.path for layer in report.layers] == ["Dense_0"]
+    np.testing.assert_allclose(
+        flax_linen.apply(Convolutional(), packed, x), Convolutional().apply(variables, x),
+        rtol=1e-5, atol=1e-5)
+
+
+def test_rules_and_report(variables, inputs):
+    packed, report = flax_linen.substitute(
+        Network(), variables, inputs,
+        rules=[Rule("stem", skip=True), Rule("tail_.", dtype="bfloat16"), "blocks?/.*"])
+    skipped = {layer.path: layer.skipped for layer in report.skipped}
+    assert skipped == {"stem": "rule 'stem' says so", "heads": "no rule matches its path"}
+    assert packed["params"]["tail_0"]["kernel"].dtype == jnp.bfloat16
+    assert report.bytes_before == sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    assert report.bytes_after == sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
+    with pytest.raises(ValueError, match="'decoder' matches no layer(.|\n)*'blocks/up'"):
+        flax_linen.substitute(Network(), variables, inputs, rules="decoder")
+
+
+def test_axis_metadata_is_dropped():
+    layer = nn.Dense(4, kernel_init=nn.with_partitioning(nn.initializers.ones, ("in", "out")))
+    x = jnp.ones((2, 3))
+    variables = layer.init(jax.random.key(0), x)
+    packed, _ = flax_linen.substitute(layer, variables, x, rules=Rule(max_density=1.0))
+    np.testing.assert_allclose(flax_linen.apply(layer, packed, x), layer.apply(variables, x))
+
+
+def test_frozen_dict_variables(variables, inputs):
+    packed, _ = flax_linen.substitute(Network(), flax.core.freeze(variables), inputs)
+    assert isinstance(packed["params"]["stem"]["kernel"], MackoMatrix)
+
+
+@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
+def test_fine_tuning_keeps_the_zeros(encoding):
+    """AdamW with weight decay through partition and combine, in a TrainState."""
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(jnp.tanh(nn.Dense(30)(x)))
+
+    x = jax.random.normal(jax.random.key(1), (64, 40))
+    y = jax.random.normal(jax.random.key(2), (64, 3))
+    network = Network()
+    packed, _ = flax_linen.substitute(
+        network, sparsify(network.init(jax.random.key(0), x)), x, rules=Rule(encoding=encoding))
+    before = packed["params"]
+    trainable, fixed = flax_linen.partition(before)
+    state = TrainState.create(
+        apply_fn=functools.partial(flax_linen.apply, network), params=trainable,
+        tx=optax.adamw(1e-2, weight_decay=0.1))
+
+    @jax.jit
+    def step(state):
+        def loss(trainable):
+            params = flax_linen.combine(trainable, fixed)
+            return jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=grads), value
+
+    losses = []
+    for _ in range(30):
+        state, value = step(state)
+        losses.append(float(value))
+    assert losses[-1] < 0.5 * losses[0]
+    after = flax_linen.combine(state.params, fixed)
+    for name in ("Dense_0", "Dense_1"):
+        old, new = before[name]["kernel"], after[name]["kernel"]
+        zeros = macko_jax.decompress(old) == 0
+        np.testing.assert_array_equal(macko_jax.decompress(new) == 0, zeros)
+        assert not np.any(np.asarray(new.values)[np.asarray(old.values) == 0])
+        assert np.abs(macko_jax.decompress(new) - macko_jax.decompress(old)).max() > 1e-3
+
+
+def test_partition_and_combine_are_inverse(variables, inputs):
+    packed, _ = flax_linen.substitute(Network(), variables, inputs)
+    trainable, fixed = flax_linen.partition(packed)
+    assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(trainable))
+    assert all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(fixed))
+    whole = flax_linen.combine(trainable, fixed)
+    assert jax.tree.structure(whole) == jax.tree.structure(packed)
+    jax.tree.map(np.testing.assert_array_equal, whole, packed)
+
+
+def test_packed_checkpoint(variables, inputs, tmp_path):
+    packed, _ = flax_linen.substitute(Network(), variables, inputs)
+    macko_jax.save(tmp_path / "packed.safetensors", packed)
+    loaded = macko_jax.load(tmp_path / "packed.safetensors")
+    np.testing.assert_array_equal(
+        flax_linen.apply(Network(), loaded, inputs), flax_linen.apply(Network(), packed, inputs))

@@ -1,0 +1,466 @@
+"""Substitution in NNX models: equal outputs, nothing shared, transforms, training, restoring."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import macko_jax
+from macko_jax.flax_nnx import MackoIndex, MackoLinear, from_pure_dict, substitute, to_pure_dict
+from macko_jax.rules import Rule
+
+
+def sparsify(model, density=0.4, seed=0):
+    """Set all but a share of each kernel's entries to zero, at random places."""
+    rng = np.random.default_rng(seed)
+
+    kernels = nnx.state(model, lambda path, variable: path[-1] == "kernel")
+    nnx.update(model, jax.tree.map(
+        lambda leaf: leaf * jnp.asarray(rng.random(leaf.shape) < density, leaf.dtype), kernels))
+    return model
+
+
+class MLP(nnx.Module):
+    """Linear layers in every kind of container, one of them shared, one tied to an embedding."""
+
+    def __init__(self, rngs, width=48):
+        def linear(a, b, **options):
+            return nnx.Linear(a, b, bias_init=nnx.initializers.normal(1.0), rngs=rngs, **options)
+
+        self.first = linear(20, width)
+        self.blocks = nnx.List([linear(width, width), nnx.Dict(up=linear(width, width))])
+        self.pair = nnx.data((linear(width, width), {"inner": [linear(width, width)]}))
+        self.sequence = nnx.Sequential(linear(width, width), jax.nn.relu, linear(width, width))
+        self.shared = self.blocks[0]
+        self.attention = nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, use_running_average=True, rngs=rngs)
+        self.last = linear(width, 7, use_bias=False)
+
+    def __call__(self, x):
+        x = jnp.tanh(self.first(x))
+        x = jnp.tanh(self.blocks[1]["up"](self.blocks[0](x)))
+        x = jnp.tanh(self.pair[1]["inner"][0](self.pair[0](x)))
+        x = self.norm(self.shared(self.sequence(x)))
+        x = x + self.attention(x)
+        return self.last(self.dropout(x))
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return nnx.view(sparsify(MLP(nnx.Rngs(0))), deterministic=True)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return jax.random.normal(jax.random.key(1), (3, 5, 20))
+
+
+PATHS = [
+    "attention/key", "attention/out", "attention/query", "attention/value", "blocks/0",
+    "blocks/1/up", "first", "last", "pair/0", "pair/1/inner/0", "sequence/layers/0",
+    "sequence/layers/2",
+]  # fmt: skip
+
+
+def test_every_linear_is_replaced(dense, inputs):
+    packed, report = substitute(dense)
+    assert sorted(layer.path for layer in report.packed) == PATHS
+    assert not report.skipped
+    kinds = {type(module) for _, module in nnx.iter_modules(packed)}
+    assert MackoLinear in kinds and not kinds & {nnx.Linear, nnx.LinearGeneral}
+    np.testing.assert_allclose(packed(inputs), dense(inputs), rtol=2e-5, atol=2e-5)
+    compiled = nnx.jit(lambda model, x: model(x))
+    np.testing.assert_allclose(compiled(packed, inputs), dense(inputs), rtol=2e-5, atol=2e-5)
+
+
+def test_a_shared_layer_stays_shared(dense):
+    packed, _ = substitute(dense)
+    assert packed.shared is packed.blocks[0]
+    assert isinstance(packed.shared, MackoLinear)
+
+
+def test_the_model_itself(inputs):
+    dense = sparsify(nnx.Linear(20, 6, rngs=nnx.Rngs(0)))
+    packed, report = substitute(dense)
+    assert isinstance(packed, MackoLinear) and isinstance(dense, nnx.Linear)
+    assert report.layers[0].path == "" and "(the model)" in str(report)
+    np.testing.assert_allclose(packed(inputs), dense(inputs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("container", [
+    lambda a, b: [a, b], lambda a, b: (a, b), lambda a, b: {"x": a, "y": {"z": b}},
+])  # fmt: skip
+def test_plain_containers(container):
+    layers = [sparsify(nnx.Linear(20, 6, rngs=nnx.Rngs(i))) for i in range(2)]
+    packed, report = substitute(container(*layers))
+    assert len(report.packed) == 2
+    assert type(packed) is type(container(*layers))
+    found = jax.tree.leaves(packed, is_leaf=lambda node: isinstance(node, nnx.Module))
+    assert all(isinstance(layer, MackoLinear) for layer in found)
+
+
+def test_a_cycle_between_modules(inputs):
+    class Child(nnx.Module):
+        def __init__(self, parent, rngs):
+            self.parent = parent
+            self.linear = nnx.Linear(20, 6, rngs=rngs)
+
+    class Parent(nnx.Module):
+        def __init__(self, rngs):
+            self.child = Child(self, rngs)
+
+    dense = sparsify(Parent(nnx.Rngs(0)))
+    packed, _ = substitute(dense)
+    assert packed.child.parent is packed
+    np.testing.assert_allclose(
+        packed.child.linear(inputs), dense.child.linear(inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_shared_with_the_old_model(inputs):
+    dense = nnx.view(sparsify(MLP(nnx.Rngs(0))), deterministic=True)
+    before = jax.tree.map(np.asarray, nnx.state(dense, nnx.Param))
+    packed, _ = substitute(dense, [Rule("first", skip=True), ".*"])
+    expected = dense(inputs)
+    modules = [{id(module) for _, module in nnx.iter_modules(model)} for model in (dense, packed)]
+    assert not modules[0] & modules[1]
+    # Writing to the copy does not show in the original, and deleting the original's arrays does
+    # not hurt the copy.
+    result = packed(inputs)
+    nnx.update(packed, jax.tree.map(lambda a: a + 1, nnx.state(packed, nnx.Param)))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(dense, nnx.Param), before)
+    packed, _ = substitute(dense, [Rule("first", skip=True), ".*"])
+    for leaf in jax.tree.leaves(nnx.state(dense)):
+        leaf.delete()
+    np.testing.assert_array_equal(packed(inputs), result)
+    np.testing.assert_allclose(result, expected, rtol=2e-5, atol=2e-5)
+
+
+F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
+
+
+@pytest.mark.parametrize("x_dtype", [F16, BF16, F32])
+@pytest.mark.parametrize("dtype", [None, F16, BF16, F32])
+@pytest.mark.parametrize("param_dtype", [F16, BF16, F32])
+def test_dtypes_are_promoted_as_in_linear(param_dtype, dtype, x_dtype):
+    dense = sparsify(nnx.Linear(
+        40, 24, dtype=dtype, param_dtype=param_dtype, bias_init=nnx.initializers.normal(1.0),
+        rngs=nnx.Rngs(0)))
+    packed, _ = substitute(dense)
+    assert packed.values.dtype == param_dtype
+    x = jax.random.normal(jax.random.key(0), (4, 40), x_dtype)
+    expected, found = dense(x), packed(x)
+    assert found.dtype == expected.dtype
+    tolerance = 8 * float(jnp.finfo(expected.dtype).eps)
+    np.testing.assert_allclose(
+        found.astype(F32), expected.astype(F32), rtol=tolerance, atol=2 * tolerance)
+
+
+def test_integer_input_and_leading_axes():
+    dense = sparsify(nnx.Linear(5, 4, rngs=nnx.Rngs(0)))
+    packed, _ = substitute(dense)
+    for shape in [(5,), (0, 5), (2, 1, 3, 5)]:
+        x = jnp.arange(np.prod(shape), dtype=jnp.int32).reshape(shape)
+        assert packed(x).dtype == dense(x).dtype
+        np.testing.assert_allclose(packed(x), dense(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("features, axis", [
+    ((6, (4, 3)), -1), (((2, 6), 5), (-2, -1)), (((3, 6), (2, 2)), (0, -1)), ((2, 3), 1),
+])  # fmt: skip
+def test_linear_general(features, axis):
+    dense = sparsify(nnx.LinearGeneral(*features, axis=axis, rngs=nnx.Rngs(0)))
+    dense.bias[...] += 0.5
+    packed, report = substitute(dense)
+    assert report.packed
+    x = jax.random.normal(jax.random.key(0), (3, 2, 6))
+    np.testing.assert_allclose(packed(x), dense(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
+def test_gradients_are_those_of_the_dense_model(encoding, inputs):
+    dense = sparsify(nnx.Linear(20, 9, rngs=nnx.Rngs(0)))
+    packed, _ = substitute(dense, Rule(encoding=encoding))
+
+    def loss(model, x):
+        return jnp.sum(jnp.sin(model(x)))
+
+    expected = nnx.grad(loss)(dense, inputs)
+    found = nnx.jit(nnx.grad(loss))(packed, inputs)
+    assert set(found) == {"values", "bias"}
+    mask = np.asarray(dense.kernel[...].T) != 0
+    gradient = macko_jax.decompress(with_values(packed, found["values"][...]))
+    np.testing.assert_allclose(gradient, expected["kernel"][...].T * mask, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["bias"][...], expected["bias"][...], rtol=1e-5, atol=1e-5)
+    of_input = jax.grad(lambda x: loss(packed, x))(inputs)
+    np.testing.assert_allclose(
+        of_input, jax.grad(lambda x: loss(dense, x))(inputs), rtol=1e-5, atol=1e-5)
+
+
+def with_values(layer, values):
+    layer = nnx.clone(layer)
+    layer.values[...] = values
+    return layer.matrix
+
+
+def test_index_arrays_are_no_parameters(dense):
+    packed, _ = substitute(dense)
+    indices = jax.tree.leaves(nnx.state(packed, MackoIndex))
+    assert len(indices) == 3 * len(PATHS)
+    assert all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in indices)
+    assert all(jnp.issubdtype(leaf.dtype, jnp.floating)
+               for leaf in jax.tree.leaves(nnx.state(packed, nnx.Param)))
+
+
+def test_split_and_merge(dense, inputs):
+    packed, _ = substitute(dense)
+    graph, params, rest = nnx.split(packed, nnx.Param, ...)
+
+    @jax.jit
+    def run(params, rest, x):
+        return nnx.merge(graph, params, rest)(x)
+
+    np.testing.assert_allclose(run(params, rest, inputs), packed(inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_orbax_round_trip(dense, inputs, tmp_path):
+    packed, _ = substitute(dense, Rule(dtype="bfloat16"))
+    state = nnx.state(packed)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "packed", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(
+            tmp_path / "packed", jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+    other, _ = substitute(dense, Rule(dtype="bfloat16"))
+    nnx.update(other, jax.tree.map(jnp.zeros_like, nnx.state(other, (nnx.Param, MackoIndex))))
+    nnx.update(other, restored)
+    np.testing.assert_array_equal(other(inputs), packed(inputs))
+
+
+@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
+def test_vmapped_and_scanned_stack(encoding):
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(24, 24, rngs=rngs)
+
+        def __call__(self, x):
+            return x + jnp.tanh(self.linear(x))
+
+    @nnx.split_rngs(splits=4)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs):
+        return Block(rngs)
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def run(block, x):
+        return block(x)
+
+    dense = sparsify(create(nnx.Rngs(0)))
+    # The matrices of a stack have different numbers of non-zeros; one of them has none.
+    dense.linear.kernel[...] = dense.linear.kernel[...].at[2].set(0).at[1, :, :20].set(0)
+    packed, report = substitute(dense, Rule(encoding=encoding))
+    assert report.packed[0].shape == (4, 24, 24)
+    x = jax.random.normal(jax.random.key(0), (3, 24))
+    np.testing.assert_allclose(run(packed, x), run(dense, x), rtol=1e-5, atol=1e-5)
+
+    @nnx.vmap(in_axes=(0, None))
+    def each(block, x):
+        return block(x)
+
+    np.testing.assert_allclose(each(packed, x), each(dense, x), rtol=1e-5, atol=1e-5)
+
+    def loss(model):
+        return jnp.sum(run(model, x) ** 2)
+
+    expected = nnx.grad(loss)(dense)["linear"]["kernel"][...]
+    found = nnx.grad(loss)(packed)["linear"]["values"][...]
+    packed.linear.values[...] = found
+    for index in range(4):
+        matrix = jax.tree.map(lambda leaf: leaf[index], packed.linear.matrix)
+        kernel = dense.linear.kernel[index]
+        np.testing.assert_allclose(
+            macko_jax.decompress(matrix).T, expected[index] * (kernel != 0), rtol=1e-4, atol=1e-5)
+
+
+class LoudLinear(nnx.Linear):
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+class QuietLinear(nnx.Linear):
+    """A subclass that changes nothing."""
+
+
+@pytest.mark.parametrize("layer, reason", [
+    (lambda rngs: LoudLinear(8, 8, rngs=rngs), "LoudLinear has a __call__ of its own"),
+    (lambda rngs: nnx.Linear(8, 8, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k),
+                             rngs=rngs), "it has a dot_general of its own"),
+    (lambda rngs: nnx.Linear(8, 8, preferred_element_type=F32, rngs=rngs),
+     "it sets preferred_element_type"),
+    (lambda rngs: nnx.Linear(8, 8, param_dtype=jnp.float8_e5m2, rngs=rngs),
+     "values of float8_e5m2 are not packed; a rule can set dtype to float16, bfloat16, float32"),
+    (lambda rngs: nnx.LinearGeneral(8, 8, batch_axis={0: 2}, rngs=rngs), "it has batch axes"),
+    (lambda rngs: nnx.Einsum("ab,bc->ac", (8, 8), rngs=rngs), "Einsum has no packed form"),
+    (lambda rngs: nnx.Linear(0, 8, kernel_init=nnx.initializers.zeros, rngs=rngs),
+     "its kernel is empty"),
+])  # fmt: skip
+def test_layers_that_stay_dense_are_reported(layer, reason):
+    dense = layer(nnx.Rngs(0))
+    packed, report = substitute(dense, Rule(max_density=1.0))
+    assert type(packed) is type(dense)
+    assert report.layers[0].skipped == reason
+    assert report.layers[0].bytes_before == report.layers[0].bytes_after
+    assert reason in str(report)
+
+
+def test_plain_subclass_is_packed():
+    packed, report = substitute(sparsify(QuietLinear(8, 8, rngs=nnx.Rngs(0))))
+    assert report.layers[0].layer == "QuietLinear" and isinstance(packed, MackoLinear)
+
+
+def test_dense_layers_stay_dense_unless_a_rule_allows_them(inputs):
+    dense = nnx.Linear(20, 8, rngs=nnx.Rngs(0))
+    packed, report = substitute(dense)
+    assert isinstance(packed, nnx.Linear)
+    assert report.layers[0].skipped == "above density 0.8 dense is faster"
+    packed, report = substitute(dense, Rule(max_density=1.0))
+    assert isinstance(packed, MackoLinear) and report.layers[0].density == 1.0
+    np.testing.assert_allclose(packed(inputs), dense(inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_rules_choose_layers_and_dtypes(dense):
+    packed, report = substitute(dense, [
+        Rule("last", skip=True), Rule("blocks/.*", dtype="bfloat16", encoding="delta4"),
+        Rule("first|pair/.*", max_density=0.1), "sequence/.*"])
+    skipped = {layer.path: layer.skipped for layer in report.skipped}
+    assert skipped["last"] == "rule 'last' says so"
+    assert skipped["first"] == skipped["pair/0"] == "above density 0.1 dense is faster"
+    assert skipped["attention/out"] == "no rule matches its path"
+    assert {layer.path for layer in report.packed} == {
+        "blocks/0", "blocks/1/up", "sequence/layers/0", "sequence/layers/2"}
+    assert packed.blocks[0].values.dtype == jnp.bfloat16
+    assert packed.blocks[0].encoding == "delta4"
+    assert packed.sequence.layers[0].values.dtype == jnp.float32
+    with pytest.raises(ValueError, match="'decoder' matches no layer(.|\n)*'sequence/layers/0'"):
+        substitute(dense, "decoder")
+
+
+def test_report_counts_bytes(dense):
+    packed, report = substitute(dense, [Rule("last", skip=True), ".*"])
+
+    def nbytes(model):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+
+    assert report.bytes_before == nbytes(dense)
+    assert report.bytes_after == nbytes(packed)
+    kernel = dense.first.kernel[...]
+    first = next(layer for layer in report.layers if layer.path == "first")
+    assert first.density == pytest.approx(np.count_nonzero(kernel) / kernel.size)
+    assert first.bytes_before == kernel.nbytes
+    assert first.bytes_after == packed.first.matrix.nbytes
+
+
+def test_out_sharding_and_wrong_width_are_refused(dense):
+    packed, _ = substitute(dense)
+    with pytest.raises(ValueError, match="skip=True"):
+        packed.first(jnp.ones((2, 20)), out_sharding=jax.P("data"))
+    with pytest.raises(ValueError, match="20"):
+        packed.first(jnp.ones((2, 21)))
+
+
+def test_abstract_model_is_refused():
+    with pytest.raises(ValueError, match="from_pure_dict"):
+        substitute(nnx.eval_shape(lambda: MLP(nnx.Rngs(0))))
+
+
+@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
+def test_fine_tuning_keeps_the_zeros(encoding):
+    """AdamW with weight decay on packed values follows AdamW on masked dense kernels."""
+    rngs = nnx.Rngs(0)
+    dense = sparsify(nnx.Sequential(
+        nnx.Linear(40, 30, rngs=rngs), jnp.tanh, nnx.Linear(30, 3, rngs=rngs)))
+    packed, _ = substitute(dense, Rule(encoding=encoding))
+    masks = [np.asarray(dense.layers[i].kernel[...]) != 0 for i in (0, 2)]
+    structure = jax.tree.map(np.asarray, nnx.state(packed, MackoIndex))
+    padding = [np.asarray(packed.layers[i].values[...]) == 0 for i in (0, 2)]
+    x = jax.random.normal(jax.random.key(1), (64, 40))
+    y = jax.random.normal(jax.random.key(2), (64, 3))
+
+    def loss(model):
+        return jnp.mean((model(x) - y) ** 2)
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return value
+
+    losses = []
+    for model in (dense, packed):
+        optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=0.1), wrt=nnx.Param)
+        losses.append([])
+        for _ in range(30):
+            losses[-1].append(float(step(model, optimizer)))
+            if model is dense:
+                for i, mask in zip((0, 2), masks):
+                    dense.layers[i].kernel[...] *= mask
+    assert losses[1][-1] < 0.5 * losses[1][0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    for i, mask, pad in zip((0, 2), masks, padding):
+        kernel = macko_jax.decompress(packed.layers[i].matrix).T
+        np.testing.assert_array_equal(np.asarray(kernel) != 0, mask)
+        np.testing.assert_allclose(kernel, dense.layers[i].kernel[...], rtol=1e-2, atol=1e-3)
+        assert not np.asarray(packed.layers[i].values[...])[pad].any()
+    jax.tree.map(np.testing.assert_array_equal, structure, nnx.state(packed, MackoIndex))
+
+
+def test_packed_checkpoint_without_dense_weights(dense, inputs, tmp_path):
+    packed, _ = substitute(dense, [Rule("last", skip=True), Rule(dtype="bfloat16")])
+    expected = packed(inputs)
+    macko_jax.save(tmp_path / "packed.safetensors", to_pure_dict(packed))
+    held = {leaf.shape for leaf in jax.live_arrays()}
+
+    abstract = nnx.view(nnx.eval_shape(lambda: MLP(nnx.Rngs(0), width=48)), deterministic=True)
+    count = len([leaf for leaf in jax.live_arrays() if leaf.shape == (20, 48)])
+    model = from_pure_dict(abstract, macko_jax.load(tmp_path / "packed.safetensors"))
+    assert (20, 48) in held  # the old model's first kernel: the new model has no such array
+    assert len([leaf for leaf in jax.live_arrays() if leaf.shape == (20, 48)]) == count
+    np.testing.assert_array_equal(model(inputs), expected)
+    assert isinstance(model.first, MackoLinear) and isinstance(model.last, nnx.Linear)
+    assert model.shared is model.blocks[0]
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, (nnx.Param, nnx.BatchStat)),
+                 nnx.state(packed, (nnx.Param, nnx.BatchStat)))
+    assert model.dropout.rngs.key[...] == packed.dropout.rngs.key[...]
+
+
+def test_restored_stack():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs):
+        return nnx.Linear(8, 12, rngs=rngs)
+
+    packed, _ = substitute(sparsify(create(nnx.Rngs(0))))
+    restored = from_pure_dict(nnx.eval_shape(lambda: create(nnx.Rngs(0))), to_pure_dict(packed))
+    x = jnp.ones((3, 8))
+    run = nnx.vmap(lambda layer, x: layer(x))
+    np.testing.assert_array_equal(run(restored, x), run(packed, x))
+
+
+def test_tree_that_does_not_fit_the_model(dense):
+    packed, _ = substitute(dense)
+    tree = to_pure_dict(packed)
+    del tree["norm"]["mean"]
+    tree["extra"] = {"kernel": tree["first"]["kernel"]}
+    tree["last"]["kernel"] = tree["first"]["kernel"]
+    tree["first"]["bias"] = jnp.zeros((5,))
+    with pytest.raises(ValueError) as error:
+        from_pure_dict(nnx.eval_shape(lambda: MLP(nnx.Rngs(0))), tree)
+    message = str(error.value)
+    assert "norm/mean: missing in the tree" in message
+    assert "extra/kernel: not in the model" in message
+    assert "last/kernel: the matrix [out, in] has shape (48, 20), the model needs (7, 48)" in message
+    assert "first/bias: the tree has float32[5], the model needs float32[48]" in message
+    assert "build the model with the configuration" in message
