@@ -1,0 +1,141 @@
+"""Fine-tunes a packed model with its sparsity fixed: handwritten digits, from dense to packed.
+
+    python -m examples.finetune_masked --density=0.05
+
+A dense classifier is trained on scikit-learn's digits, its hidden layers are pruned by magnitude
+and packed, and the packed model is trained on. The optimizer sees only the stored values, so no
+mask is applied anywhere: a weight that was pruned away has no entry and cannot come back.
+"""
+
+import time
+
+from absl import app
+from absl import flags
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import dsf_jax
+import macko_jax
+import macko_jax.flax_nnx
+
+DENSITY = flags.DEFINE_float(
+    "density", 0.05, "Kept share of the hidden layers' weights.", lower_bound=0.0, upper_bound=1.0
+)
+HIDDEN = flags.DEFINE_integer("hidden", 256, "Width of the two hidden layers.", lower_bound=1)
+EPOCHS = flags.DEFINE_integer("epochs", 30, "Passes over the data, before and after pruning.")
+BATCH = flags.DEFINE_integer("batch", 128, "Images per step.", lower_bound=1)
+RATE = flags.DEFINE_float("learning_rate", 1e-3, "AdamW's learning rate.")
+DECAY = flags.DEFINE_float("weight_decay", 1e-2, "AdamW's weight decay.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the weights, the split and the order of the data.")
+OUT = flags.DEFINE_string("out", None, "Where to save the packed model, if anywhere.")
+
+
+class Classifier(nnx.Module):
+    """A perceptron with two hidden layers."""
+
+    def __init__(self, inputs: int, hidden: int, classes: int, rngs: nnx.Rngs):
+        self.hidden = nnx.List([
+            nnx.Linear(inputs, hidden, rngs=rngs),
+            nnx.Linear(hidden, hidden, rngs=rngs),
+        ])
+        self.head = nnx.Linear(hidden, classes, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.hidden:
+            x = jax.nn.relu(layer(x))
+        return self.head(x)
+
+
+def cross_entropy(model, images, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
+
+
+@nnx.jit
+def train_step(model, optimizer, images, labels):
+    loss, grads = nnx.value_and_grad(cross_entropy)(model, images, labels)
+    optimizer.update(model, grads)
+    return loss
+
+
+@nnx.jit
+def evaluate(model, images, labels):
+    """Cross entropy and accuracy."""
+    correct = jnp.argmax(model(images), axis=-1) == labels
+    return cross_entropy(model, images, labels), jnp.mean(correct)
+
+
+def train(model, images, labels, name):
+    optimizer = nnx.Optimizer(
+        model, optax.adamw(RATE.value, weight_decay=DECAY.value), wrt=nnx.Param)
+    rng = np.random.default_rng(SEED.value)
+    begin = time.perf_counter()
+    for epoch in range(1, EPOCHS.value + 1):
+        order = rng.permutation(len(images))
+        losses = [
+            train_step(model, optimizer, images[order[i : i + BATCH.value]],
+                       labels[order[i : i + BATCH.value]])
+            for i in range(0, len(order) - BATCH.value + 1, BATCH.value)
+        ]  # fmt: skip
+        if epoch % 10 == 0 or epoch == EPOCHS.value:
+            seconds = time.perf_counter() - begin
+            print(f"{name}: epoch {epoch} of {EPOCHS.value}, "
+                  f"training loss {np.mean(jax.device_get(losses)):.4f}, {seconds:.1f} s")
+
+
+def prune(model):
+    """Prune the hidden layers in place; the small output layer stays dense."""
+    for layer in model.hidden:
+        weight = layer.kernel[...].T  # [out, in]
+        layer.kernel[...] = dsf_jax.prune(weight, density=DENSITY.value, method="magnitude").T
+
+
+def zero_patterns(model):
+    return [np.asarray(macko_jax.decompress(layer.matrix)) == 0 for layer in model.hidden]
+
+
+def main(argv):
+    del argv
+    digits = load_digits()
+    images = (digits.data / 16).astype(np.float32)
+    train_images, test_images, train_labels, test_labels = train_test_split(
+        images, digits.target, test_size=0.25, random_state=SEED.value, stratify=digits.target)
+
+    def report(name, model):
+        loss, accuracy = evaluate(model, test_images, test_labels)
+        rows.append((name, float(loss), float(accuracy)))
+
+    rows = []
+    model = Classifier(images.shape[1], HIDDEN.value, 10, nnx.Rngs(SEED.value))
+    train(model, train_images, train_labels, "dense")
+    report("dense", model)
+
+    prune(model)
+    packed, layers = macko_jax.flax_nnx.substitute(model, "hidden/.*")
+    report(f"packed at density {DENSITY.value:g}", packed)
+    print(f"\n{layers}\n")
+
+    before = zero_patterns(packed)
+    train(packed, train_images, train_labels, "packed")
+    report("packed and fine-tuned", packed)
+    after = zero_patterns(packed)
+
+    print(f"\n{'test set':<28}{'loss':>8}{'accuracy':>10}")
+    for name, loss, accuracy in rows:
+        print(f"{name:<28}{loss:>8.4f}{accuracy:>10.2%}")
+    moved = sum(int((a != b).sum()) for a, b in zip(before, after))
+    zeros, total = sum(int(a.sum()) for a in after), sum(a.size for a in after)
+    print(f"\n{zeros} of {total} hidden weights are zero, {moved} of them other than before")
+    if moved:
+        raise RuntimeError("Fine-tuning changed the pattern of zeros")
+    if OUT.value:
+        macko_jax.save(OUT.value, macko_jax.flax_nnx.to_pure_dict(packed))
+        print(f"Saved to {OUT.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)
