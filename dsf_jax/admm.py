@@ -1,43 +1,216 @@
-"""Masked least squares: solvers for one matrix of limited non-zeros, jitted, in lax loops."""
+"""Masked least squares for one matrix of limited non-zeros, by ADMM and by conjugate gradients.
+
+Both factors of W ~ A B are solved in the same form. The unknown is a matrix X `[rows, inner]`: A
+itself, or B^T. Given the other factor it minimises
+
+    sum_i  c_i x_i S x_i^T - 2 x_i f_i^T      (x_i: row i of X)
+
+over matrices with at most k non-zeros. S `[inner, inner]` is the Gram matrix of what X is
+multiplied with, F the correlation with the target, and c the curvature of each row: all ones for
+A, whose rows are independent; for B^T the eigenvalues of the inputs' Gram matrix R, in whose
+eigenbasis (the `rotation` P) its rows become independent too.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsf_jax.masks import top_k_mask
 
-def refit_rows(rhs, gram, mask, start, steps: int):
-    """Refits the unmasked entries of every row by conjugate gradients.
 
-    Minimises tr(X S X^T) - 2 tr(X C^T) over X zero outside `mask`. The rows are independent
-    problems, so each has its own step size; the diagonal of S preconditions.
+class Schedule(NamedTuple):
+    """How one factor is improved once; the integers are static, the rest may be traced.
+
+    Attributes:
+      rho_first: Penalty of the first solve. Near zero it forgets where the factor was.
+      rho: Penalty of the later solves.
+      ridge: Added to the unit diagonal of the normalised S.
+      steps: Solves and projections.
+      mask_steps: How many of them, from the first, choose the mask anew.
+      cg_steps: Conjugate-gradient steps of each solve; 0 solves by Cholesky decomposition.
+    """
+
+    rho_first: jax.Array | float
+    rho: jax.Array | float
+    ridge: float
+    steps: int
+    mask_steps: int
+    cg_steps: int
+
+
+def improve_factor(sparse, dual, target, gram, nonzeros, schedule, curvature=None, rotation=None):
+    """Improves one factor by ADMM steps, the other one fixed.
+
+    Each step solves x_i (c_i S + (rho + ridge) I) = f_i + rho (z_i - u_i), lets Z be X + U on the
+    mask of its largest entries, and adds X - Z to U. S is first scaled to a unit diagonal, so that
+    rho and the mask do not depend on how scale is shared between the factors.
 
     Args:
-      rhs: C, float32 `[rows, cols]`.
-      gram: S, positive semi-definite, float32 `[cols, cols]`.
-      mask: Boolean `[rows, cols]`.
-      start: Where to start, float32 `[rows, cols]`, zero outside the mask.
-      steps: Conjugate-gradient steps.
+      sparse: Z, float32 `[rows, inner]`.
+      dual: U, likewise.
+      target: F, float32 `[rows, inner]`.
+      gram: S, float32 `[inner, inner]`.
+      nonzeros: k, the most non-zeros of Z; an integer, may be traced.
+      schedule: A `Schedule`. With no mask step the mask is that of `sparse`.
+      curvature: c, float32 `[rows]`; None means ones, the only case for Cholesky.
+      rotation: P, float32 `[rows, rows]`, orthogonal; None where `curvature` is.
 
     Returns:
-      X, float32 `[rows, cols]`.
+      New Z and U.
     """
-    diagonal = jnp.diagonal(gram)
-    inverse = jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), 0) * mask
+    scale = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+    alive = scale > 1e-8
+    inverse = jnp.where(alive, 1 / jnp.where(alive, scale, 1), 0)
+    gram = gram * inverse * inverse[:, None]
+    target, sparse, dual = target * inverse, sparse * scale, dual * scale
+
+    def into_basis(x):
+        return x if rotation is None else rotation.T @ x
+
+    def out_of_basis(x):
+        return x if rotation is None else rotation @ x
+
+    target = into_basis(target)
+    rho_first, rho = schedule.rho_first, schedule.rho
+    if schedule.cg_steps:
+        rows = jnp.ones(sparse.shape[0]) if curvature is None else curvature
+
+        def solve(anchor, penalty, start):
+            return solve_rows(gram, rows, penalty + schedule.ridge, target + penalty * anchor,
+                              start, schedule.cg_steps)
+    else:
+        later = _shifted_inverse(gram, rho + schedule.ridge)
+
+        def solve(anchor, penalty, start):
+            del start
+            return (target + penalty * anchor) @ later
+
+    def project(i, x, dual, mask):
+        moved = out_of_basis(x) + dual
+        mask = lax.cond(i < schedule.mask_steps,
+                        lambda: top_k_mask(jnp.abs(moved), nonzeros), lambda: mask)
+        sparse = jnp.where(mask, moved, 0)
+        return sparse, moved - sparse, mask
+
+    def step(i, state):
+        x, sparse, dual, mask = state
+        x = solve(into_basis(sparse - dual), rho, x)
+        return x, *project(i, x, dual, mask)
+
+    anchor = into_basis(sparse - dual)
+    if schedule.cg_steps:
+        x = solve(anchor, rho_first, into_basis(sparse))
+    else:
+        x = (target + rho_first * anchor) @ _shifted_inverse(gram, rho_first + schedule.ridge)
+    state = (x, *project(0, x, dual, sparse != 0))
+    _, sparse, dual, _ = lax.fori_loop(1, schedule.steps, step, state)
+    return sparse * inverse, dual * inverse
+
+
+def _shifted_inverse(gram, shift):
+    """(S + shift I)^-1 of a positive semi-definite S."""
+    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    lower = jnp.linalg.cholesky(gram + shift * identity)
+    half = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    return half.T @ half
+
+
+def solve_rows(gram, curvature, shift, target, start, steps: int):
+    """Solves x_i (c_i S + shift I) = f_i for all rows i by conjugate gradients.
+
+    Every row has its own step size, so rows of small curvature converge at once and do not wait
+    for, nor hold up, the others.
+
+    Args:
+      gram: S, positive semi-definite, float32 `[inner, inner]`.
+      curvature: c, float32 `[rows]`, not negative.
+      shift: A positive scalar.
+      target: F, float32 `[rows, inner]`.
+      start: First guess, float32 `[rows, inner]`.
+      steps: Number of steps.
+
+    Returns:
+      X, float32 `[rows, inner]`.
+    """
+
+    def apply(x):
+        return curvature[:, None] * (x @ gram) + shift * x
+
+    return _conjugate_gradients(apply, target - apply(start), start, lambda r: r, steps)
+
+
+def refit_rows(target, gram, mask, start, steps: int):
+    """Refits the unmasked entries of X, all rows having curvature one, by conjugate gradients.
+
+    Args:
+      target: F, float32 `[rows, inner]`.
+      gram: S, positive semi-definite, float32 `[inner, inner]`.
+      mask: Boolean `[rows, inner]`.
+      start: Where to start, float32 `[rows, inner]`, zero outside the mask.
+      steps: Number of steps; the diagonal of S preconditions.
+
+    Returns:
+      X, float32 `[rows, inner]`, zero outside the mask.
+    """
+    inverse = _masked_inverse(jnp.broadcast_to(jnp.diagonal(gram), mask.shape), mask)
+
+    def apply(x):
+        return (x @ gram) * mask
+
+    residual = (target - start @ gram) * mask
+    return _conjugate_gradients(apply, residual, start, lambda r: inverse * r, steps)
+
+
+def refit_coupled(target, left_gram, gram, mask, start, steps: int):
+    """Refits the unmasked entries of X to R X S = F, whose rows are coupled through R.
+
+    Args:
+      target: F, float32 `[rows, inner]`.
+      left_gram: R, positive semi-definite, float32 `[rows, rows]`.
+      gram: S, positive semi-definite, float32 `[inner, inner]`.
+      mask: Boolean `[rows, inner]`.
+      start: Where to start, float32 `[rows, inner]`, zero outside the mask.
+      steps: Number of steps; the diagonals of R and S precondition.
+
+    Returns:
+      X, float32 `[rows, inner]`, zero outside the mask.
+    """
+    diagonal = jnp.diagonal(left_gram)[:, None] * jnp.diagonal(gram)
+    inverse = _masked_inverse(diagonal, mask)
+
+    def apply(x):
+        return (left_gram @ (x @ gram)) * mask
+
+    residual = (target - left_gram @ (start @ gram)) * mask
+    return _conjugate_gradients(apply, residual, start, lambda r: inverse * r, steps, axis=None)
+
+
+def _masked_inverse(diagonal, mask):
+    usable = mask & (diagonal > 0)
+    return jnp.where(usable, 1 / jnp.where(usable, diagonal, 1), 0)
+
+
+def _conjugate_gradients(apply, residual, start, precondition, steps, axis=1):
+    """Conjugate gradients with one step size per row (`axis=1`) or one for all (`axis=None`)."""
+
+    def dot(a, b):
+        return jnp.sum(a * b, axis=axis, keepdims=True)
 
     def ratio(a, b):
-        # A row that has converged, or has no entries, takes no further step.
-        return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)[:, None]
+        # What has converged, or is masked throughout, takes no further step.
+        return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
     def step(_, state):
         x, residual, direction, size = state
-        image = (direction @ gram) * mask
-        length = ratio(size, jnp.sum(direction * image, axis=1))
+        image = apply(direction)
+        length = ratio(size, dot(direction, image))
         x, residual = x + length * direction, residual - length * image
-        descent = inverse * residual
-        new_size = jnp.sum(residual * descent, axis=1)
+        descent = precondition(residual)
+        new_size = dot(residual, descent)
         return x, residual, descent + ratio(new_size, size) * direction, new_size
 
-    residual = (rhs - start @ gram) * mask
-    direction = inverse * residual
-    state = (start, residual, direction, jnp.sum(residual * direction, axis=1))
+    direction = precondition(residual)
+    state = (start, residual, direction, dot(residual, direction))
     return lax.fori_loop(0, steps, step, state)[0]

@@ -1,8 +1,67 @@
-"""How many non-zeros a matrix, or each factor of a pair, may have."""
+"""How many non-zeros a matrix, or each factor of a pair, may have, and how wide the pair is."""
 
 import math
+
+import numpy as np
 
 
 def count_nonzeros(density: float, shape: tuple[int, int]) -> int:
     """Non-zeros that `density` allows a matrix of `shape`: rounded down, never one over."""
     return min(math.floor(density * (shape[0] * shape[1])), shape[0] * shape[1])
+
+
+def split_nonzeros(nonzeros: int, shape: tuple[int, int], inner: int, split) -> tuple[int, int]:
+    """Splits a budget between the factors A `[out, inner]` and B `[inner, in]`.
+
+    Args:
+      nonzeros: Budget of both together.
+      shape: (out, in).
+      inner: Inner dimension.
+      split: "published": the factor on the smaller side gets 0.16 (square layers) or 0.25 times
+        min(out, in)^2, whatever the density, but at most 0.8 of the budget. A number s: it gets s
+        times the share that would make both factors equally dense.
+
+    Returns:
+      Non-zeros of A and of B.
+    """
+    rows, cols = shape
+    short, long = min(shape), max(shape)
+    if split == "published":
+        share = (0.16 if rows == cols else 0.25) * short * short
+        small = int(min(share, 0.8 * nonzeros))
+    else:
+        small = int(split * nonzeros * short / (short + long))
+    small = min(small, short * inner)
+    large = min(nonzeros - small, long * inner)
+    return (large, small) if rows >= cols else (small, large)
+
+
+def choose_width(density: float) -> float:
+    """Inner dimension over min(out, in) for a density, with the stored bytes in view."""
+    return 2.0
+
+
+def packed_nbytes(factor, value_bytes: int = 2) -> int:
+    """Bytes of a packed sparse matrix: values, index and row offsets.
+
+    The index of each non-zero is a 4-bit delta (zeros skipped since the previous one; 16 positions
+    without a non-zero cost a padding element), or the matrix has a bitmask of one bit a position:
+    whichever is smaller.
+
+    Args:
+      factor: `[rows, cols]`.
+      value_bytes: Bytes of a value.
+
+    Returns:
+      The number of bytes.
+    """
+    factor = np.asarray(factor)
+    rows, cols = factor.shape
+    row, col = np.nonzero(factor)
+    first = np.ones(row.size, bool)
+    first[1:] = row[1:] != row[:-1]
+    previous = np.where(first, -1, np.roll(col, 1))
+    stored = row.size + int(np.sum((col - previous - 1) // 16))
+    deltas = stored * value_bytes + -(-stored // 2)
+    bitmask = row.size * value_bytes + -(-rows * cols // 8)
+    return min(deltas, bitmask) + 4 * (rows + 1)
