@@ -97,10 +97,11 @@ class NumpyLanes:
         assert self._written[self._lane_block, at][self._active].all(), "shared slot never written"
         return [self._shared[self._lane_block, at + i] for i in range(count)]
 
-    def store_shared(self, index, value):
-        at = self._in_range("shared", index.astype(np.int64), self._active, self._shared.shape[1])
-        place = self._lane_block[self._active], at[self._active]
-        self._shared[place], self._written[place] = value[self._active], True
+    def store_shared(self, index, value, where):
+        where = where & self._active
+        at = self._in_range("shared", index.astype(np.int64), where, self._shared.shape[1])
+        place = self._lane_block[where], at[where]
+        self._shared[place], self._written[place] = value[where], True
 
     @staticmethod
     def _in_range(name, index, where, size):

@@ -138,11 +138,11 @@ class MosaicLanes:
         preset = "".join(f"mov.u32 {out}, {fill:#x};" for out in outs)
         asm = (f"{{.reg .pred p; setp.ne.u32 p, ${count + 1}, 0; {preset}"
                f" @p ld.global{'.cs' if stream else ''}{form}.b32 {listed}, [${count}];}}")
-        flag = arith.extui(_i32(), where.value)
         kinds = [_i32()] * count
         result = kinds[0] if count == 1 else llvm.StructType.get_literal(kinds)
-        out = llvm.inline_asm(result, [address, flag], asm,
-                              ",".join(["=r"] * count + ["l", "r"]), has_side_effects=True)
+        out = llvm.inline_asm(
+            result, [address, self._flag(where)], asm, ",".join(["=r"] * count + ["l", "r"]),
+            has_side_effects=True)
         if count == 1:
             return [Register(out)]
         return [Register(llvm.extractvalue(_i32(), out, [i])) for i in range(count)]
@@ -156,13 +156,15 @@ class MosaicLanes:
     def load_real(self, name, index, where):
         """One element of a float array as float32; 0 where not `where`."""
         kind = _float_type(self._dtypes[name])
-
-        def load():
-            value = llvm.load(kind, self._address(self._pointers[name], index, kind))
-            exact = value if kind == ir.F32Type.get() else arith.extf(ir.F32Type.get(), value)
-            return Register(exact)
-
-        return self.branch(where, load, self.real(0))
+        address, flag = self._address(self._pointers[name], index, kind), self._flag(where)
+        bits = self._dtypes[name].itemsize * 8
+        asm = (f"{{.reg .pred p; setp.ne.u32 p, $2, 0; mov.b{bits} $0, 0;"
+               f" @p ld.global.b{bits} $0, [$1];}}")
+        word = _i32() if bits == 32 else _i16()
+        loaded = llvm.inline_asm(
+            word, [address, flag], asm, f"={'r' if bits == 32 else 'h'},l,r", has_side_effects=True)
+        value = arith.bitcast(kind, loaded)
+        return Register(value if bits == 32 else arith.extf(ir.F32Type.get(), value))
 
     def store_real(self, name, index, value, where):
         """Writes float32 registers to a float array, rounded to its dtype, where `where` holds."""
@@ -180,8 +182,13 @@ class MosaicLanes:
         loaded = llvm.load(kind, self._address(self._shared, index, kind), alignment=4 * count)
         return [Register(llvm.extractelement(loaded, _constant(_i32(), i))) for i in range(count)]
 
-    def store_shared(self, index, value):
-        llvm.store(value.value, self._address(self._shared, index, ir.F32Type.get()))
+    def store_shared(self, index, value, where):
+        with mosaic.when(where.value):
+            llvm.store(value.value, self._address(self._shared, index, ir.F32Type.get()))
+
+    @staticmethod
+    def _flag(condition):
+        return arith.extui(_i32(), condition.value)
 
     @staticmethod
     def _address(pointer, index, kind):

@@ -24,6 +24,9 @@ from macko_jax.kernels.lanes import WARP
 from macko_jax.layout import GROUP, WORD, words_per_row
 
 
+X_AHEAD = 8  # elements of x per thread and vector that are in flight while x is staged
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything about one product that is known when it is compiled.
@@ -218,16 +221,28 @@ def program(ops, plan: Plan) -> None:
             sums = [ops.fma(weight, x, total) for x, total in zip(xs, sums)]
         return place, sums
 
-    def stage_x():
-        def copy(slot):
+    def read_x(first_slot):
+        """Issues a thread's loads of x for `X_AHEAD` rounds: [(slot, vector, value)]."""
+        out = []
+        for i in range(min(X_AHEAD, -(-(cols + plan.slack) // threads))):
+            slot = first_slot + i * threads
             for k in range(vectors):
                 vector = first_vector + k
                 inside = (slot < cols) & (vector < plan.batch)
-                ops.store_shared(slot * vectors + k,
-                                 ops.load_real("x", vector * cols + slot, inside))
-            return slot + threads
+                out.append((slot, k, ops.load_real("x", vector * cols + slot, inside)))
+        return out
 
-        ops.loop(lambda slot: slot < cols + plan.slack, copy, thread)
+    def write_x(loaded):
+        for slot, k, value in loaded:
+            index = slot * vectors + k
+            ops.store_shared(index, value, index < plan.shared_slots)
+
+    def stage_rest_of_x():
+        def copy(slot):
+            write_x(read_x(slot))
+            return slot + X_AHEAD * threads
+
+        ops.loop(lambda slot: slot < cols + plan.slack, copy, thread + X_AHEAD * threads)
 
     def x_at(column):
         if settings.stage_x:
@@ -271,11 +286,14 @@ def program(ops, plan: Plan) -> None:
             done, next_row, (strip._replace(group=after, place=place), upcoming, sums))
         return strip, upcoming, next_data, sums
 
+    # All loads that depend on nothing come first: the start of a kernel is a chain of latencies.
+    x_head = read_x(thread) if settings.stage_x else []
     strip = open_row(first_row + task)
-    data = read(strip)
     upcoming = open_row(first_row + task + stride)
+    data = read(strip)
+    write_x(x_head)
     if settings.stage_x:
-        stage_x()
+        stage_rest_of_x()
     ops.barrier()
     ops.loop(lambda state: ops.any(state[0].row < end_row), step,
              (strip, upcoming, data, [ops.real(0)] * vectors))
