@@ -39,14 +39,17 @@ HELD_OUT = (
     "webbrowser",
 )
 
+# Modules that stand for the training text where layers are calibrated.
+CALIBRATION = ("ast", "dataclasses", "datetime", "inspect", "optparse", "subprocess", "typing")
+
 START = b"\0"  # before every document
 
 
-def held_out_documents(modules=HELD_OUT, library=None):
-    """The sources of held-out modules, from the running interpreter's standard library.
+def read_modules(modules=HELD_OUT, library=None):
+    """The sources of some modules of the running interpreter's standard library.
 
     Args:
-      modules: module names.
+      modules: module names, by default the held-out ones.
       library: the directory to read; by default the running interpreter's.
 
     Returns:
@@ -62,7 +65,7 @@ def held_out_documents(modules=HELD_OUT, library=None):
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} is missing: this Python comes without the source of its standard "
-                "library. Name a text to evaluate on with --text=FILE."
+                "library. Name files with --text=FILE and --calibration=FILE instead."
             )
         documents[module] = path.read_bytes()
     return documents
@@ -116,7 +119,7 @@ def main(_):
         train.append(text)
         if len(train) % 500 == 0:
             print(f"{len(train)} files, {sum(map(len, train)) / 1e6:.1f} MB, at {path}")
-    held_out = held_out_documents(library=_LIBRARY.value[0])
+    held_out = read_modules(library=_LIBRARY.value[0])
     out.parent.mkdir(parents=True, exist_ok=True)
     # np.savez appends .npz to other names, so the temporary one has it too.
     temporary = out.with_name(f"{out.name}.{os.getpid()}.npz")

@@ -12,6 +12,8 @@ import pathlib
 
 from flax import nnx
 import jax.numpy as jnp
+import macko_jax
+import macko_jax.flax_nnx
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -91,12 +93,13 @@ def save(directory, model, dtype, extra=None):
         temporary.write_text(json.dumps(described | (extra or {}), indent=2) + "\n")
 
 
-def load(directory, *, dtype=jnp.float32):
+def load(directory, *, dtype=jnp.float32, param_dtype=None):
     """Reads a model directory.
 
     Args:
       directory: holds config.json and one or more safetensors files.
-      dtype: what the model computes in and holds its parameters in.
+      dtype: what the model computes in.
+      param_dtype: what it holds its parameters in; by default `dtype`.
 
     Returns:
       A dense `Llama` on the default device.
@@ -106,10 +109,9 @@ def load(directory, *, dtype=jnp.float32):
       ValueError: an unknown architecture, or missing, surplus or misshapen tensors, by name.
     """
     directory = pathlib.Path(directory)
-    config = load_config(directory)
-    model = nnx.eval_shape(
-        lambda: llama.Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
-    )
+    param_dtype = param_dtype or dtype
+    model = abstract_model(load_config(directory), dtype=dtype, param_dtype=param_dtype)
+    config = model.config
     parameters = _parameters(model)
     with _Tensors(directory) as tensors:
         wanted = [name for path, _ in parameters for name in stored_names(path)]
@@ -121,9 +123,51 @@ def load(directory, *, dtype=jnp.float32):
             parts = [
                 tensors.read(name, (size, *rest)) for name, size in zip(stored_names(path), sizes)
             ]
-            joined = jnp.asarray(np.concatenate(parts) if len(parts) > 1 else parts[0], dtype)
+            joined = jnp.asarray(np.concatenate(parts) if len(parts) > 1 else parts[0], param_dtype)
             param.set_value(joined.T if turn else joined)
     return model
+
+
+PACKED = "packed.safetensors"
+
+
+def save_packed(directory, model):
+    """Writes a model with packed layers: config.json and one file that `macko_jax.save` writes.
+
+    Args:
+      directory: made if missing.
+      model: a `Llama` after `macko_jax.flax_nnx.substitute`.
+
+    Returns:
+      Size in bytes of the weights' file.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    macko_jax.save(directory / PACKED, macko_jax.flax_nnx.to_pure_dict(model))
+    with _replacing(directory / "config.json") as temporary:
+        temporary.write_text(json.dumps(config_to_json(model.config), indent=2) + "\n")
+    return (directory / PACKED).stat().st_size
+
+
+def load_packed(directory, *, dtype=jnp.float32):
+    """Reads what `save_packed` wrote; parameters keep the dtype in which they are stored.
+
+    Args:
+      directory: holds config.json and packed.safetensors.
+      dtype: what the model computes in.
+    """
+    directory = pathlib.Path(directory)
+    tree = macko_jax.load(directory / PACKED)
+    param_dtype = tree["embed"]["embedding"].dtype
+    abstract = abstract_model(load_config(directory), dtype=dtype, param_dtype=param_dtype)
+    return macko_jax.flax_nnx.from_pure_dict(abstract, tree)
+
+
+def abstract_model(config, *, dtype, param_dtype):
+    """A `Llama` with shapes in the place of arrays."""
+    return nnx.eval_shape(
+        lambda: llama.Llama(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    )
 
 
 class _Tensors:
@@ -202,6 +246,12 @@ def config_from_json(described):
             raise ValueError(f"{field}={described[field]!r} is not supported; only {allowed!r} is")
     if described.get("attention_bias", False):
         raise ValueError("attention_bias=True is not supported: the output projection has no bias")
+    required = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "max_position_embeddings", "rms_norm_eps",
+    )  # fmt: skip
+    if absent := [field for field in required if field not in described]:
+        raise ValueError(f"config.json lacks {', '.join(absent)}")
     layers, heads = described["num_hidden_layers"], described["num_attention_heads"]
     # Newer files gather the rotary fields in rope_parameters.
     rope = described.get("rope_parameters") or described.get("rope_scaling") or {}

@@ -1,0 +1,296 @@
+"""Prunes a trained language model, packs it, and shows what is lost and what is gained.
+
+    python -m examples.demo
+    python -m examples.demo --method=all --density=0.7 --density=0.4
+
+For each method and density: the layers are pruned on calibration text, packed into MACKO
+matrices, checked against the pruned dense model, saved, loaded again, evaluated on held-out text
+and timed while they continue a prompt. The result is a table, and a directory with the packed
+checkpoints and results.json.
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+from absl import app
+from absl import flags
+import dsf_jax
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import macko_jax
+import macko_jax.flax_nnx
+import numpy as np
+
+from examples import stdlib_text
+from examples.llama import checkpoint
+from examples.llama import evaluation
+from examples.llama import model as llama
+
+METHODS = ("magnitude", "wanda", "sparsegpt", "admm")
+
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    str(pathlib.Path(__file__).parent / "llama" / "checkpoint"),
+    "Directory of a byte-level model, as examples.train_lm writes it.",
+)
+TEXT = flags.DEFINE_string(
+    "text", None, "File to evaluate on; by default held-out modules of Python's standard library."
+)
+CALIBRATION = flags.DEFINE_string(
+    "calibration", None, "File to calibrate on; by default other modules of the library."
+)
+METHOD = flags.DEFINE_multi_enum(
+    "method", ["magnitude", "wanda"], [*METHODS, "all"], "How to prune; repeat for several."
+)
+DENSITY = flags.DEFINE_multi_float(
+    "density", [0.5, 0.3], "Share of weights that stay; repeat for several.", lower_bound=0.0,
+    upper_bound=1.0,
+)  # fmt: skip
+PROMPT = flags.DEFINE_string(
+    "prompt", "def read_lines(path, encoding='utf-8'):\n    ", "Text to continue."
+)
+NEW_BYTES = flags.DEFINE_integer("new_bytes", 160, "Length of the continuation.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.3, "Of the continuation; 0 is greedy.")
+WINDOWS = flags.DEFINE_integer(
+    "windows", 16, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
+)
+CALIBRATION_WINDOWS = flags.DEFINE_integer(
+    "calibration_windows", 16, "Windows to calibrate on.", lower_bound=1
+)
+OUT = flags.DEFINE_string("out", "runs/demo", "Directory for packed checkpoints and results.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the continuation.")
+
+BATCH = 4  # windows per call
+
+
+def read_text(path, modules):
+    """Tokens of a file, or of modules of the standard library: START, then bytes."""
+    if path is None:
+        documents = stdlib_text.read_modules(modules).values()
+    else:
+        documents = [pathlib.Path(path).read_bytes()]
+    return stdlib_text.join(documents)
+
+
+def calibration_batches(tokens, length, count):
+    """`count` windows [length], spread over a text, in batches."""
+    if len(tokens) < length:
+        raise ValueError(
+            f"the calibration text has {len(tokens)} bytes; at least {length} are needed"
+        )
+    starts = np.linspace(0, len(tokens) - length, count).round().astype(int)
+    windows = jnp.asarray(tokens[starts[:, None] + np.arange(length)], jnp.int32)
+    return [windows[first : first + BATCH] for first in range(0, count, BATCH)]
+
+
+def show(line, done=True):
+    """Prints a line; one that is not done is overwritten by the next, on a terminal."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{line}", end="\n" if done else "", flush=True)
+    elif done:
+        print(line, flush=True)
+
+
+@nnx.jit
+def logits_of(model, tokens):
+    return model(tokens)
+
+
+class Bench:
+    """What every model, dense or packed, is asked to do."""
+
+    def __init__(self, tokens, length):
+        self.tokens, self.length = tokens, length
+
+    def bits_per_byte(self, model):
+        return evaluation.bits_per_token(
+            model,
+            self.tokens,
+            length=self.length,
+            stride=self.length // 2,
+            batch=BATCH,
+            limit=WINDOWS.value or None,
+            progress=lambda done, all_: show(f"    evaluated {done} of {all_} windows", done=False),
+        )
+
+    def continuation(self, model):
+        """Text that follows the prompt, and tokens per second of a second, compiled run."""
+        prompt = list(stdlib_text.START + PROMPT.value.encode())
+        for _ in range(2):
+            show("    generating", done=False)
+            began = time.perf_counter()
+            drawn = list(
+                llama.generate(
+                    model,
+                    [prompt],
+                    NEW_BYTES.value,
+                    sampling=llama.Sampling(TEMPERATURE.value),
+                    seed=SEED.value,
+                    chunk=NEW_BYTES.value,
+                )
+            )
+            seconds = time.perf_counter() - began
+        text = bytes(np.concatenate(drawn, axis=1)[0].tolist()).decode(errors="replace")
+        return text, NEW_BYTES.value / seconds
+
+
+def check_agreement(name, model, expected, tokens):
+    """Stops unless two models give the same logits up to rounding; returns the largest difference.
+
+    The difference is relative to the largest logit.
+    """
+    wanted = logits_of(expected, tokens)
+    difference = float(jnp.abs(logits_of(model, tokens) - wanted).max() / jnp.abs(wanted).max())
+    allowed = 1e-4 if model.dtype == jnp.float32 else 0.05
+    if not difference <= allowed:
+        raise SystemExit(
+            f"{name} differs from the pruned dense model by {difference:.2g} of the largest "
+            f"logit; rounding explains at most {allowed:g}"
+        )
+    return difference
+
+
+def run_method(model, method, density, batches, bench, out):
+    """Prunes, packs, checks, saves, reloads, evaluates and times one model; a row of the table."""
+
+    def report(progress):
+        show(f"    pruned {progress.index} of {progress.total} layers", done=False)
+
+    began = time.perf_counter()
+    pruned = dsf_jax.compress_model(
+        model, batches, method=method, density=density, calibration="one-pass", callback=report
+    )
+    pruned_at = time.perf_counter()
+    packed, packing = macko_jax.flax_nnx.substitute(pruned.model)
+    packed_at = time.perf_counter()
+    show(
+        f"    pruned in {pruned_at - began:.1f} s, packed {len(packing.packed)} of "
+        f"{len(packing.layers)} linear layers in {packed_at - pruned_at:.1f} s"
+    )
+    tokens = jnp.asarray(bench.tokens[None, :256], jnp.int32)
+    difference = check_agreement("the packed model", packed, pruned.model, tokens)
+
+    directory = out / f"{method}-{density:g}"
+    size = checkpoint.save_packed(directory, packed)
+    loaded = checkpoint.load_packed(directory, dtype=model.dtype)
+    if not bool((logits_of(loaded, tokens) == logits_of(packed, tokens)).all()):
+        raise SystemExit(f"{directory} gives other logits than the model that was saved there")
+    show(
+        f"    packed and pruned logits agree within {difference:.1e}; saved and reloaded "
+        f"{directory} ({size / 1e6:.2f} MB), same logits"
+    )
+    bits = bench.bits_per_byte(loaded)
+    text, speed = bench.continuation(loaded)
+    return {
+        "method": method,
+        "density": pruned.report.density,
+        "bits_per_byte": bits,
+        "megabytes": packing.bytes_after / 1e6,
+        "tokens_per_second": speed,
+        "continuation": text,
+        "agreement": difference,
+        "checkpoint": str(directory),
+        "file_megabytes": size / 1e6,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def format_table(rows):
+    dense = rows[0]
+    header = ("method", "density", "bits per byte", "lost", "MB", "of dense", "tokens/s")
+    cells = [
+        (
+            row["method"],
+            f"{row['density']:.2f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['bits_per_byte'] - dense['bits_per_byte']:+.4f}",
+            f"{row['megabytes']:.2f}",
+            f"{row['megabytes'] / dense['megabytes']:.0%}",
+            f"{row['tokens_per_second']:.0f}",
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *cells)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in (header, *cells)
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def main(_):
+    began = time.perf_counter()
+    device = jax.devices()[0]
+    dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
+    show(f"loading {CHECKPOINT.value} on {device.device_kind}, computing in {jnp.dtype(dtype)}")
+    model = checkpoint.load(CHECKPOINT.value, dtype=dtype, param_dtype=jnp.bfloat16)
+    if model.config.vocab_size != 256:
+        raise ValueError(
+            f"{CHECKPOINT.value} has {model.config.vocab_size} tokens; the demo needs a byte-level "
+            "model, of 256"
+        )
+    length = model.config.max_position_embeddings
+    tokens = read_text(TEXT.value, stdlib_text.HELD_OUT)
+    calibration = read_text(CALIBRATION.value, stdlib_text.CALIBRATION)
+    batches = calibration_batches(calibration, length, CALIBRATION_WINDOWS.value)
+    bench = Bench(tokens, length)
+    methods = METHODS if "all" in METHOD.value else tuple(dict.fromkeys(METHOD.value))
+    runs = [(method, density) for density in DENSITY.value for method in methods]
+    out = pathlib.Path(OUT.value)
+
+    show(f"[1/{len(runs) + 1}] dense")
+    leaves = jax.tree.leaves(nnx.state(model))
+    text, speed = bench.continuation(model)
+    rows = [
+        {
+            "method": "dense",
+            "density": 1.0,
+            "bits_per_byte": bench.bits_per_byte(model),
+            "megabytes": sum(leaf.nbytes for leaf in leaves) / 1e6,
+            "tokens_per_second": speed,
+            "continuation": text,
+        }
+    ]
+    for i, (method, density) in enumerate(runs):
+        left = (time.perf_counter() - began) / (i + 1) * (len(runs) - i)
+        show(f"[{i + 2}/{len(runs) + 1}] {method}, density {density:g}; about {left:.0f} s left")
+        rows.append(run_method(model, method, density, batches, bench, out))
+
+    seconds = time.perf_counter() - began
+    results = {
+        "rows": rows,
+        "checkpoint": CHECKPOINT.value,
+        "text": TEXT.value or stdlib_text.HELD_OUT,
+        "prompt": PROMPT.value,
+        "windowing": {"length": length, "stride": length // 2, "windows": WINDOWS.value or "all"},
+        "device": device.device_kind,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
+        "seconds": seconds,
+    }
+    path = out / "results.json"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    temporary.replace(path)
+
+    show("")
+    for row in rows:
+        show(f"--- {row['method']}, density {row['density']:.2f}, continues the prompt:")
+        show(PROMPT.value + row["continuation"] + "\n")
+    show(format_table(rows))
+    windows = f"{WINDOWS.value} windows of" if WINDOWS.value else "all of"
+    show(
+        f"\nbits per byte on {windows} {TEXT.value or 'held-out standard library modules'}; "
+        f"density of the decoder's linear layers; MB of all weights in bfloat16.\n"
+        f"Packed checkpoints and results.json are in {out} ({seconds:.0f} s in all)."
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,236 @@
+"""The language model: decoding against whole sequences, sampling, evaluation, packed layers."""
+
+import dataclasses
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import macko_jax
+import macko_jax.flax_nnx
+import numpy as np
+import pytest
+
+from examples.llama import evaluation
+from examples.llama import model as llama
+
+CONFIG = llama.Config(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=96,
+)
+VARIANTS = {
+    "llama": {},
+    "multi_head": {"num_key_value_heads": 4},
+    "qwen2": {"qkv_bias": True, "tie_word_embeddings": True},
+    "qwen3": {"qk_norm": True},
+    "windows": {"sliding_windows": (5, None)},
+    "linear_rope": {"rope_scaling": llama.RopeScaling("linear", 2.0)},
+    "llama3_rope": {"rope_scaling": llama.RopeScaling("llama3", 8.0, 1.0, 4.0, 32)},
+}
+
+
+def make_model(**changes):
+    model = llama.Llama(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(1))
+    # Larger than the initial weights, so that attention has something to say.
+    state = nnx.state(model)
+    nnx.update(model, jax.tree.map(lambda a: 6 * a if a.ndim > 1 else a, state))
+    return model
+
+
+@nnx.jit
+def forward(model, tokens):
+    return model(tokens)
+
+
+@nnx.jit
+def extend(model, tokens, cache):
+    hidden, cache = model.hidden(tokens, cache)
+    return model.logits(hidden), cache
+
+
+def make_tokens(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, CONFIG.vocab_size, shape))
+
+
+def continuations(model, prompts, new_tokens, **options):
+    return np.concatenate(list(llama.generate(model, prompts, new_tokens, **options)), axis=1)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_cache_gives_the_logits_of_whole_sequences(changes):
+    model, tokens = make_model(**changes), make_tokens(2, 20)
+    whole = forward(model, tokens)
+    cache = llama.empty_cache(model.config, 2, 24, jnp.float32)
+    parts = []
+    for first, last in ((0, 12), (12, 13), (13, 14), (14, 15), (15, 20)):
+        logits, cache = extend(model, tokens[:, first:last], cache)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-4)
+    assert cache.lengths.tolist() == [20, 20]
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_later_tokens_do_not_change_earlier_logits(changes):
+    model, tokens = make_model(**changes), make_tokens(1, 12)
+    changed = tokens.at[0, 9].set((tokens[0, 9] + 1) % CONFIG.vocab_size)
+    before, after = forward(model, tokens), forward(model, changed)
+    np.testing.assert_array_equal(before[:, :9], after[:, :9])
+    assert not np.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_sliding_window_forgets():
+    tokens = make_tokens(1, 16)
+    changed = tokens.at[0, 0].set((tokens[0, 0] + 1) % CONFIG.vocab_size)
+    # Two layers with windows of 3 reach back 4 positions from a position.
+    model = make_model(sliding_windows=(3, 3))
+    before, after = forward(model, tokens), forward(model, changed)
+    np.testing.assert_allclose(before[:, 5:], after[:, 5:], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(before[:, 4], after[:, 4], atol=1e-5)
+
+
+def test_rotation_depends_on_relative_position_only():
+    query = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 1, CONFIG.head_dim)))
+    key = query[..., ::-1]
+
+    def product(i, j):
+        angles = [llama._rotary(jnp.array([[p]]), CONFIG) for p in (i, j)]
+        return jnp.sum(llama._rotate(query, angles[0]) * llama._rotate(key, angles[1]))
+
+    np.testing.assert_allclose(product(9, 4), product(25, 20), rtol=1e-4)
+    assert not np.allclose(product(9, 4), product(9, 5), rtol=1e-3)
+
+
+def test_llama3_rope_scaling_keeps_short_and_stretches_long_wavelengths():
+    scaling = llama.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    config = dataclasses.replace(CONFIG, head_dim=128, rope_theta=5e5)
+    plain = np.asarray(llama.rotary_frequencies(config))
+    scaled = np.asarray(
+        llama.rotary_frequencies(dataclasses.replace(config, rope_scaling=scaling))
+    )
+    wavelengths = 2 * np.pi / plain
+    np.testing.assert_allclose(scaled[wavelengths < 2048], plain[wavelengths < 2048], rtol=1e-6)
+    long = wavelengths > 8192
+    np.testing.assert_allclose(scaled[long], plain[long] / 8, rtol=1e-6)
+    assert np.all(np.diff(scaled) < 0)
+
+
+def test_generation_follows_the_whole_sequence_model():
+    model = make_model()
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
+    drawn = continuations(model, prompts, 12, chunk=5)
+    assert drawn.shape == (2, 12)
+    for prompt, row in zip(prompts, drawn):
+        # Tokens after a position do not change its logits, so the whole continuation is checked
+        # in one pass: each token is the likeliest after those before it.
+        tokens = jnp.array([[*prompt, *row]])
+        likeliest = np.asarray(forward(model, tokens)[0].argmax(-1))
+        np.testing.assert_array_equal(row, likeliest[len(prompt) - 1 : -1])
+
+
+def test_generation_does_not_depend_on_chunks_or_batch():
+    model, prompts = make_model(), [[3, 1, 4], [1, 5, 9, 2]]
+    alone = continuations(model, prompts[:1], 9, chunk=32)
+    np.testing.assert_array_equal(alone, continuations(model, prompts, 9, chunk=2)[:1])
+
+
+def test_sampling_is_seeded_and_cut():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    logits = jnp.broadcast_to(logits, (4000, 4))
+    key = jax.random.key(0)
+
+    def shares(**options):
+        drawn = llama.Sampling(**options)(key, logits)
+        return np.bincount(drawn, minlength=4) / len(drawn)
+
+    np.testing.assert_allclose(shares(temperature=1.0), [0.5, 0.3, 0.15, 0.05], atol=0.04)
+    np.testing.assert_allclose(shares(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.04)
+    # 0.5 + 0.3 is less than 0.9, so the third token is needed as well.
+    top_p = shares(temperature=1.0, top_p=0.9)
+    np.testing.assert_allclose(top_p, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.04)
+    np.testing.assert_array_equal(shares(), [1, 0, 0, 0])
+    np.testing.assert_array_equal(shares(temperature=1.0, top_p=1e-6), [1, 0, 0, 0])
+
+    model = make_model()
+    warm = llama.Sampling(temperature=1.0)
+    first = continuations(model, [[1]], 20, sampling=warm, seed=3)
+    np.testing.assert_array_equal(first, continuations(model, [[1]], 20, sampling=warm, seed=3))
+    assert (first != continuations(model, [[1]], 20, sampling=warm, seed=4)).any()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: llama.Sampling(temperature=-1.0), "temperature"),
+        (lambda: llama.Sampling(top_k=0), "top_k"),
+        (lambda: llama.Sampling(top_p=0.0), "top_p"),
+        (lambda: make_model(num_key_value_heads=3), "multiple"),
+        (lambda: make_model(head_dim=15), "even"),
+        (lambda: make_model(sliding_windows=(4,)), "2 layers"),
+        (lambda: make_model(rope_scaling=llama.RopeScaling("yarn", 2.0))(make_tokens(1, 2)), "yarn"),
+        (lambda: continuations(make_model(), [[]], 4), "at least one token"),
+        (lambda: continuations(make_model(), [[1] * 90], 10), "96 positions"),
+    ],
+)
+def test_impossible_requests_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("count", [2, 9, 16, 17, 30])
+@pytest.mark.parametrize("length, stride", [(8, 8), (8, 3), (8, 1)])
+def test_windows_predict_every_token_once(count, length, stride):
+    tokens = np.arange(100, 100 + count)
+    inputs, targets, counts = evaluation.windows(tokens, length, stride)
+    assert sorted(targets[counts].tolist()) == tokens[1:].tolist()
+    np.testing.assert_array_equal(inputs[counts] + 1, targets[counts])
+    # A prediction that counts has seen all there is, or at least length - stride + 1 tokens.
+    seen = np.broadcast_to(np.arange(length) + 1, counts.shape)[counts]
+    assert np.all(seen >= np.minimum(targets[counts] - 100, length - stride + 1))
+
+
+def test_bits_per_token_is_the_mean_of_the_next_token_losses():
+    model, tokens = make_model(), np.asarray(make_tokens(21))
+    logits = jax.nn.log_softmax(forward(model, jnp.asarray(tokens[None, :-1])))[0]
+    expected = -np.mean(np.asarray(logits)[np.arange(20), tokens[1:]])
+    options = {"length": 32, "stride": 16, "batch": 2}
+    bits = evaluation.bits_per_token(model, tokens, **options)
+    np.testing.assert_allclose(bits, expected / math.log(2), rtol=1e-5)
+    perplexity = evaluation.perplexity(model, tokens, **options)
+    np.testing.assert_allclose(perplexity, math.exp(expected), rtol=1e-5)
+    # Windows of 20 that start anew see less, but the sum runs over the same tokens.
+    options = {"length": 10, "stride": 10, "batch": 2}
+    nats, count = evaluation.total_nats(model, tokens, **options)
+    halves = [evaluation.total_nats(model, part, **options) for part in (tokens[:11], tokens[10:])]
+    assert count == 20
+    np.testing.assert_allclose(nats, sum(half[0] for half in halves), rtol=1e-5)
+    last = evaluation.total_nats(model, tokens, limit=1, **options)
+    np.testing.assert_allclose(last, halves[0], rtol=1e-5)
+
+
+def test_packed_model_computes_what_the_pruned_model_does(tmp_path):
+    model = make_model(qkv_bias=True)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Linear):
+            kernel = np.array(module.kernel[...])
+            kernel[np.random.default_rng(0).random(kernel.shape) < 0.6] = 0
+            module.kernel.set_value(jnp.asarray(kernel))
+    packed, report = macko_jax.flax_nnx.substitute(model)
+    assert len(report.packed) == 4 * CONFIG.num_hidden_layers + 1
+    tokens = make_tokens(2, 10)
+    np.testing.assert_allclose(forward(packed, tokens), forward(model, tokens), rtol=1e-4, atol=1e-4)
+    prompts = [[5, 3], [2, 7, 1]]
+    expected = continuations(model, prompts, 10)
+    np.testing.assert_array_equal(continuations(packed, prompts, 10), expected)
+
+    macko_jax.save(tmp_path / "packed.safetensors", macko_jax.flax_nnx.to_pure_dict(packed))
+    abstract = nnx.eval_shape(lambda: llama.Llama(model.config, rngs=nnx.Rngs(0)))
+    loaded = macko_jax.flax_nnx.from_pure_dict(
+        abstract, macko_jax.load(tmp_path / "packed.safetensors")
+    )
+    np.testing.assert_array_equal(forward(loaded, tokens), forward(packed, tokens))
