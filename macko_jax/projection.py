@@ -81,7 +81,7 @@ def matrix_shape(kernel: jax.Array, contracted: int, stacked: int) -> tuple[int,
 
 
 def _pack_stack(weights: jax.Array, rule: Rule) -> MackoMatrix:
-    """Pack [*stack, out, in] with one encoding and equal capacity, so that vmap and scan can run."""
+    """Pack [*stack, out, in] with one encoding and equal capacity, as vmap and scan need it."""
     stack = weights.shape[:-2]
     weights = weights.reshape(-1, *weights.shape[-2:])
     # The longest matrix decides for all of them how positions are stored.

@@ -75,39 +75,59 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def variables(inputs):
-    return sparsify(Network().init(jax.random.key(0), inputs))
+    return sparsify(jax.jit(Network().init)(jax.random.key(0), inputs))
+
+
+@pytest.fixture(scope="module")
+def expected(variables, inputs):
+    return jax.jit(Network().apply)(variables, inputs)
 
 
 @pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
-def test_every_dense_layer_is_packed(variables, inputs, encoding):
+def test_every_dense_layer_is_packed(variables, inputs, expected, encoding):
     packed, report = flax_linen.substitute(
         Network(), variables, inputs, rules=Rule(encoding=encoding))
     assert sorted(layer.path for layer in report.packed) == PATHS
     assert not report.skipped
     run = jax.jit(functools.partial(flax_linen.apply, Network()))
-    np.testing.assert_allclose(
-        run(packed, inputs), Network().apply(variables, inputs), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(packed, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_unpacked_variables_and_other_modules_are_untouched(variables, inputs):
-    packed, _ = flax_linen.substitute(Network(), variables, inputs)
-    expected = Network().apply(variables, inputs)
+class Tower(nn.Module):
+    def setup(self):
+        self.encoder, self.decoder = nn.Dense(8), nn.Dense(4)
+
+    def __call__(self, x):
+        return self.decoder(self.encoder(x))
+
+    def encode(self, x):
+        return self.encoder(x)
+
+
+@pytest.fixture
+def tower(inputs):
+    return sparsify(Tower().init(jax.random.key(0), inputs))
+
+
+def test_unpacked_variables_run_as_ever(tower, inputs):
+    expected = Tower().apply(tower, inputs)
+    packed, _ = flax_linen.substitute(Tower(), tower, inputs)
     with flax_linen.packed_kernels():
-        np.testing.assert_array_equal(Network().apply(variables, inputs), expected)
-        np.testing.assert_allclose(
-            Network().apply(packed, inputs), expected, rtol=1e-4, atol=1e-4)
-    # Outside of the context nothing of linen has changed.
-    np.testing.assert_array_equal(Network().apply(variables, inputs), expected)
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
+        np.testing.assert_array_equal(Tower().apply(tower, inputs), expected)
+        np.testing.assert_allclose(Tower().apply(packed, inputs), expected, rtol=1e-5, atol=1e-5)
+    # Outside of the context linen is as it was.
+    np.testing.assert_array_equal(Tower().apply(tower, inputs), expected)
+    with pytest.raises(flax.errors.ScopeParamShapeError):
+        Tower().apply(packed, inputs)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tower))
 
 
-def test_nothing_is_shared_with_the_old_variables(inputs):
-    variables = sparsify(Network().init(jax.random.key(0), inputs))
-    packed, _ = flax_linen.substitute(Network(), variables, inputs, rules=["stem", "block/.*"])
-    expected = flax_linen.apply(Network(), packed, inputs)
-    for leaf in jax.tree.leaves(variables):
+def test_nothing_is_shared_with_the_old_variables(tower, inputs):
+    packed, _ = flax_linen.substitute(Tower(), tower, inputs, rules="encoder")
+    expected = flax_linen.apply(Tower(), packed, inputs)
+    for leaf in jax.tree.leaves(tower):
         leaf.delete()
-    np.testing.assert_array_equal(flax_linen.apply(Network(), packed, inputs), expected)
+    np.testing.assert_array_equal(flax_linen.apply(Tower(), packed, inputs), expected)
 
 
 def test_training_flags_rngs_and_mutable_collections(variables, inputs):
@@ -115,32 +135,23 @@ def test_training_flags_rngs_and_mutable_collections(variables, inputs):
         Network(), variables, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), train=True,
         rngs={"dropout": jax.random.key(0)})
     options = dict(train=True, rngs={"dropout": jax.random.key(2)}, mutable=["batch_stats"])
-    expected, expected_state = Network().apply(variables, inputs, **options)
-    found, state = flax_linen.apply(Network(), packed, inputs, **options)
+    expected, expected_state = jax.jit(functools.partial(Network().apply, **options))(
+        variables, inputs)
+    found, state = jax.jit(functools.partial(flax_linen.apply, Network(), **options))(
+        packed, inputs)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected_state)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_method_argument():
-    class Tower(nn.Module):
-        def setup(self):
-            self.encoder, self.decoder = nn.Dense(8), nn.Dense(4)
-
-        def __call__(self, x):
-            return self.decoder(self.encoder(x))
-
-        def encode(self, x):
-            return self.encoder(x)
-
-    x = jnp.ones((3, 4))
-    variables = sparsify(Tower().init(jax.random.key(0), x))
-    packed, report = flax_linen.substitute(Tower(), variables, x, method="encode")
+def test_method_argument(tower, inputs):
+    packed, report = flax_linen.substitute(Tower(), tower, inputs, method="encode")
     assert [layer.path for layer in report.packed] == ["encoder"]
     assert report.skipped[0].path == "decoder"
     assert "does not reach it" in report.skipped[0].skipped
     np.testing.assert_allclose(
-        flax_linen.apply(Tower(), packed, x), Tower().apply(variables, x), rtol=1e-5, atol=1e-5)
+        flax_linen.apply(Tower(), packed, inputs), Tower().apply(tower, inputs),
+        rtol=1e-5, atol=1e-5)
 
 
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
@@ -291,5 +302,5 @@ def test_packed_checkpoint(variables, inputs, tmp_path):
     packed, _ = flax_linen.substitute(Network(), variables, inputs)
     macko_jax.save(tmp_path / "packed.safetensors", packed)
     loaded = macko_jax.load(tmp_path / "packed.safetensors")
-    np.testing.assert_array_equal(
-        flax_linen.apply(Network(), loaded, inputs), flax_linen.apply(Network(), packed, inputs))
+    run = jax.jit(functools.partial(flax_linen.apply, Network()))
+    np.testing.assert_array_equal(run(loaded, inputs), run(packed, inputs))

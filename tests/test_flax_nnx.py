@@ -59,6 +59,16 @@ def inputs():
     return jax.random.normal(jax.random.key(1), (3, 5, 20))
 
 
+@nnx.jit
+def run(model, x):
+    return model(x)
+
+
+@pytest.fixture(scope="module")
+def expected(dense, inputs):
+    return run(dense, inputs)
+
+
 PATHS = [
     "attention/key", "attention/out", "attention/query", "attention/value", "blocks/0",
     "blocks/1/up", "first", "last", "pair/0", "pair/1/inner/0", "sequence/layers/0",
@@ -66,15 +76,14 @@ PATHS = [
 ]  # fmt: skip
 
 
-def test_every_linear_is_replaced(dense, inputs):
+def test_every_linear_is_replaced(dense, inputs, expected):
     packed, report = substitute(dense)
     assert sorted(layer.path for layer in report.packed) == PATHS
     assert not report.skipped
     kinds = {type(module) for _, module in nnx.iter_modules(packed)}
     assert MackoLinear in kinds and not kinds & {nnx.Linear, nnx.LinearGeneral}
-    np.testing.assert_allclose(packed(inputs), dense(inputs), rtol=2e-5, atol=2e-5)
-    compiled = nnx.jit(lambda model, x: model(x))
-    np.testing.assert_allclose(compiled(packed, inputs), dense(inputs), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(run(packed, inputs), expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(packed(inputs), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_a_shared_layer_stays_shared(dense):
@@ -121,9 +130,12 @@ def test_a_cycle_between_modules(inputs):
 
 
 def test_nothing_is_shared_with_the_old_model(inputs):
-    dense = nnx.view(sparsify(MLP(nnx.Rngs(0))), deterministic=True)
+    rngs = nnx.Rngs(0)
+    dense = sparsify(nnx.Sequential(
+        nnx.Linear(20, 12, rngs=rngs), nnx.LayerNorm(12, rngs=rngs), nnx.Linear(12, 5, rngs=rngs)))
+    rules = [Rule("layers/0", skip=True), ".*"]
     before = jax.tree.map(np.asarray, nnx.state(dense, nnx.Param))
-    packed, _ = substitute(dense, [Rule("first", skip=True), ".*"])
+    packed, _ = substitute(dense, rules)
     expected = dense(inputs)
     modules = [{id(module) for _, module in nnx.iter_modules(model)} for model in (dense, packed)]
     assert not modules[0] & modules[1]
@@ -132,7 +144,7 @@ def test_nothing_is_shared_with_the_old_model(inputs):
     result = packed(inputs)
     nnx.update(packed, jax.tree.map(lambda a: a + 1, nnx.state(packed, nnx.Param)))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(dense, nnx.Param), before)
-    packed, _ = substitute(dense, [Rule("first", skip=True), ".*"])
+    packed, _ = substitute(dense, rules)
     for leaf in jax.tree.leaves(nnx.state(dense)):
         leaf.delete()
     np.testing.assert_array_equal(packed(inputs), result)
@@ -215,15 +227,16 @@ def test_index_arrays_are_no_parameters(dense):
                for leaf in jax.tree.leaves(nnx.state(packed, nnx.Param)))
 
 
-def test_split_and_merge(dense, inputs):
+def test_split_and_merge(dense, inputs, expected):
     packed, _ = substitute(dense)
     graph, params, rest = nnx.split(packed, nnx.Param, ...)
 
     @jax.jit
-    def run(params, rest, x):
+    def merge_and_run(params, rest, x):
         return nnx.merge(graph, params, rest)(x)
 
-    np.testing.assert_allclose(run(params, rest, inputs), packed(inputs), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        merge_and_run(params, rest, inputs), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_orbax_round_trip(dense, inputs, tmp_path):
@@ -237,7 +250,7 @@ def test_orbax_round_trip(dense, inputs, tmp_path):
     other, _ = substitute(dense, Rule(dtype="bfloat16"))
     nnx.update(other, jax.tree.map(jnp.zeros_like, nnx.state(other, (nnx.Param, MackoIndex))))
     nnx.update(other, restored)
-    np.testing.assert_array_equal(other(inputs), packed(inputs))
+    np.testing.assert_array_equal(run(other, inputs), run(packed, inputs))
 
 
 @pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
@@ -254,8 +267,9 @@ def test_vmapped_and_scanned_stack(encoding):
     def create(rngs):
         return Block(rngs)
 
+    @nnx.jit
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-    def run(block, x):
+    def chain(block, x):
         return block(x)
 
     dense = sparsify(create(nnx.Rngs(0)))
@@ -264,7 +278,7 @@ def test_vmapped_and_scanned_stack(encoding):
     packed, report = substitute(dense, Rule(encoding=encoding))
     assert report.packed[0].shape == (4, 24, 24)
     x = jax.random.normal(jax.random.key(0), (3, 24))
-    np.testing.assert_allclose(run(packed, x), run(dense, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(chain(packed, x), chain(dense, x), rtol=1e-5, atol=1e-5)
 
     @nnx.vmap(in_axes=(0, None))
     def each(block, x):
@@ -273,7 +287,7 @@ def test_vmapped_and_scanned_stack(encoding):
     np.testing.assert_allclose(each(packed, x), each(dense, x), rtol=1e-5, atol=1e-5)
 
     def loss(model):
-        return jnp.sum(run(model, x) ** 2)
+        return jnp.sum(chain(model, x) ** 2)
 
     expected = nnx.grad(loss)(dense)["linear"]["kernel"][...]
     found = nnx.grad(loss)(packed)["linear"]["values"][...]
@@ -419,7 +433,7 @@ def test_fine_tuning_keeps_the_zeros(encoding):
 
 def test_packed_checkpoint_without_dense_weights(dense, inputs, tmp_path):
     packed, _ = substitute(dense, [Rule("last", skip=True), Rule(dtype="bfloat16")])
-    expected = packed(inputs)
+    expected = run(packed, inputs)
     macko_jax.save(tmp_path / "packed.safetensors", to_pure_dict(packed))
     held = {leaf.shape for leaf in jax.live_arrays()}
 
@@ -428,7 +442,7 @@ def test_packed_checkpoint_without_dense_weights(dense, inputs, tmp_path):
     model = from_pure_dict(abstract, macko_jax.load(tmp_path / "packed.safetensors"))
     assert (20, 48) in held  # the old model's first kernel: the new model has no such array
     assert len([leaf for leaf in jax.live_arrays() if leaf.shape == (20, 48)]) == count
-    np.testing.assert_array_equal(model(inputs), expected)
+    np.testing.assert_array_equal(run(model, inputs), expected)
     assert isinstance(model.first, MackoLinear) and isinstance(model.last, nnx.Linear)
     assert model.shared is model.blocks[0]
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model, (nnx.Param, nnx.BatchStat)),
@@ -445,8 +459,8 @@ def test_restored_stack():
     packed, _ = substitute(sparsify(create(nnx.Rngs(0))))
     restored = from_pure_dict(nnx.eval_shape(lambda: create(nnx.Rngs(0))), to_pure_dict(packed))
     x = jnp.ones((3, 8))
-    run = nnx.vmap(lambda layer, x: layer(x))
-    np.testing.assert_array_equal(run(restored, x), run(packed, x))
+    each = nnx.vmap(lambda layer, x: layer(x))
+    np.testing.assert_array_equal(each(restored, x), each(packed, x))
 
 
 def test_tree_that_does_not_fit_the_model(dense):
@@ -461,6 +475,7 @@ def test_tree_that_does_not_fit_the_model(dense):
     message = str(error.value)
     assert "norm/mean: missing in the tree" in message
     assert "extra/kernel: not in the model" in message
-    assert "last/kernel: the matrix [out, in] has shape (48, 20), the model needs (7, 48)" in message
+    assert "last/kernel: the matrix [out, in] has shape (48, 20)" in message
+    assert "the model needs (7, 48)" in message
     assert "first/bias: the tree has float32[5], the model needs float32[48]" in message
     assert "build the model with the configuration" in message
