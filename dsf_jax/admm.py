@@ -11,6 +11,7 @@ A, whose rows are independent; for B^T the eigenvalues of the inputs' Gram matri
 eigenbasis (the `rotation` P) its rows become independent too.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -24,20 +25,21 @@ class Schedule(NamedTuple):
     """How one factor is improved once; the integers are static, the rest may be traced.
 
     Attributes:
-      rho_first: Penalty of the first solve. Near zero it forgets where the factor was.
-      rho: Penalty of the later solves.
+      rho: Penalty.
       ridge: Added to the unit diagonal of the normalised S.
       steps: Solves and projections.
       mask_steps: How many of them, from the first, choose the mask anew.
       cg_steps: Conjugate-gradient steps of each solve; 0 solves by Cholesky decomposition.
+      rho_first: Penalty of the first solve, for Cholesky only; None means `rho`. Near zero it
+        forgets where the factor was.
     """
 
-    rho_first: jax.Array | float
     rho: jax.Array | float
     ridge: float
     steps: int
     mask_steps: int
-    cg_steps: int
+    cg_steps: int = 0
+    rho_first: jax.Array | float | None = None
 
 
 def improve_factor(sparse, dual, target, gram, nonzeros, schedule, curvature=None, rotation=None):
@@ -73,19 +75,19 @@ def improve_factor(sparse, dual, target, gram, nonzeros, schedule, curvature=Non
         return x if rotation is None else rotation @ x
 
     target = into_basis(target)
-    rho_first, rho = schedule.rho_first, schedule.rho
+    rho = schedule.rho
     if schedule.cg_steps:
         rows = jnp.ones(sparse.shape[0]) if curvature is None else curvature
 
-        def solve(anchor, penalty, start):
-            return solve_rows(gram, rows, penalty + schedule.ridge, target + penalty * anchor,
-                              start, schedule.cg_steps)
+        def solve(anchor, start):
+            return solve_rows(gram, rows, rho + schedule.ridge, target + rho * anchor, start,
+                              schedule.cg_steps)
     else:
-        later = _shifted_inverse(gram, rho + schedule.ridge)
+        inverse_gram = _shifted_inverse(gram, rho + schedule.ridge)
 
-        def solve(anchor, penalty, start):
+        def solve(anchor, start):
             del start
-            return (target + penalty * anchor) @ later
+            return (target + rho * anchor) @ inverse_gram
 
     def project(i, x, dual, mask):
         moved = out_of_basis(x) + dual
@@ -96,14 +98,15 @@ def improve_factor(sparse, dual, target, gram, nonzeros, schedule, curvature=Non
 
     def step(i, state):
         x, sparse, dual, mask = state
-        x = solve(into_basis(sparse - dual), rho, x)
+        x = solve(into_basis(sparse - dual), x)
         return x, *project(i, x, dual, mask)
 
     anchor = into_basis(sparse - dual)
-    if schedule.cg_steps:
-        x = solve(anchor, rho_first, into_basis(sparse))
+    if schedule.rho_first is None:
+        x = solve(anchor, into_basis(sparse))
     else:
-        x = (target + rho_first * anchor) @ _shifted_inverse(gram, rho_first + schedule.ridge)
+        first = _shifted_inverse(gram, schedule.rho_first + schedule.ridge)
+        x = (target + schedule.rho_first * anchor) @ first
     state = (x, *project(0, x, dual, sparse != 0))
     _, sparse, dual, _ = lax.fori_loop(1, schedule.steps, step, state)
     return sparse * inverse, dual * inverse
@@ -112,9 +115,39 @@ def improve_factor(sparse, dual, target, gram, nonzeros, schedule, curvature=Non
 def _shifted_inverse(gram, shift):
     """(S + shift I)^-1 of a positive semi-definite S."""
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    lower = jnp.linalg.cholesky(gram + shift * identity)
-    half = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    half = _triangular_inverse(jnp.linalg.cholesky(gram + shift * identity))
     return half.T @ half
+
+
+def _triangular_inverse(lower, block: int = 128):
+    """Inverse of a lower triangular matrix, nearly all of it matrix products.
+
+    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]], from diagonal blocks of at most `block`
+    rows upwards, all blocks of one size at once. On a GPU a triangular solve with the identity
+    takes several times as long.
+    """
+    size = lower.shape[0]
+    levels = max(0, math.ceil(math.log2(size / block)))
+    width = -(-size // 2**levels)
+    padding = width * 2**levels - size
+    lower = jnp.pad(lower, (0, padding)) + jnp.diag(jnp.arange(size + padding) >= size)
+
+    def blocks_below(width, offset):
+        """Blocks (2 i + offset, 2 i) of `width` rows, or the diagonal ones for no offset."""
+        count = lower.shape[0] // width
+        grid = lower.reshape(count, width, count, width)
+        rows = jnp.arange(count) if offset == 0 else jnp.arange(1, count, 2)
+        return grid[rows, :, rows - offset, :]
+
+    diagonal = blocks_below(width, 0)
+    identity = jnp.broadcast_to(jnp.eye(width, dtype=lower.dtype), diagonal.shape)
+    inverse = lax.linalg.triangular_solve(diagonal, identity, left_side=True, lower=True)
+    for _ in range(levels):
+        first, second = inverse[0::2], inverse[1::2]
+        corner = -second @ (blocks_below(inverse.shape[1], 1) @ first)
+        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=2)
+        inverse = jnp.concatenate([top, jnp.concatenate([corner, second], axis=2)], axis=1)
+    return inverse[0, :size, :size]
 
 
 def solve_rows(gram, curvature, shift, target, start, steps: int):

@@ -42,13 +42,13 @@ class Options:
         choose the mask anew.
       search_mask_steps: See `search_steps`.
       search_ridge: Ridge on the normalised least-squares problems of the search.
-      search_cg_steps: Conjugate-gradient steps of each solve; 0 uses Cholesky decompositions.
       refine_rounds: Rounds with the full G.
       refine_rho: Penalty of the first and of the last of them; it rises geometrically.
       refine_steps: As `search_steps`.
       refine_mask_steps: As `search_mask_steps`.
       refine_ridge: As `search_ridge`.
-      refine_cg_steps: As `search_cg_steps`, but at least 1.
+      refine_cg_steps: Conjugate-gradient steps of each solve for the right factor, whose entries
+        are all coupled; every other solve is by Cholesky decomposition.
       finalize_steps: ADMM steps for the values of the left factor with the full G at the end.
       refit_steps: Conjugate-gradient steps for the values of either factor at the very end.
       damping: Added to the unit diagonal of the normalised G. 0.01 to 0.1 helps on other inputs
@@ -66,7 +66,6 @@ class Options:
     search_steps: int = 5
     search_mask_steps: int = 2
     search_ridge: float = 0.01
-    search_cg_steps: int = 0
     refine_rounds: int = 80
     refine_rho: tuple[float, float] = (0.1, 1.0)
     refine_steps: int = 3
@@ -327,8 +326,8 @@ def _search(problem, pair, left_nonzeros, right_nonzeros, options):
 
     def schedule(t):
         rho_first = jnp.minimum(t / options.search_ramp, 1.0) ** 3
-        return Schedule(rho_first, 1.0, options.search_ridge, options.search_steps,
-                        options.search_mask_steps, options.search_cg_steps)
+        return Schedule(1.0, options.search_ridge, options.search_steps,
+                        options.search_mask_steps, rho_first=rho_first)
 
     def improve_left(t, pair):
         left, dual = improve_factor(pair.left, pair.left_dual, weight @ pair.right,
@@ -352,10 +351,10 @@ def _refine(problem, pair, left_nonzeros, right_nonzeros, options):
     correlation = jnp.matmul(problem.weight, gram, precision="highest")
     first, last = options.refine_rho
 
-    def schedule(t):
+    def schedule(t, cg_steps=0):
         rho = first * (last / first) ** (t / max(options.refine_rounds - 1, 1))
-        return Schedule(rho, rho, options.refine_ridge, options.refine_steps,
-                        options.refine_mask_steps, options.refine_cg_steps)
+        return Schedule(rho, options.refine_ridge, options.refine_steps,
+                        options.refine_mask_steps, cg_steps)
 
     def improve_left(t, pair):
         seen = pair.right.T @ (gram @ pair.right)
@@ -365,8 +364,8 @@ def _refine(problem, pair, left_nonzeros, right_nonzeros, options):
 
     def improve_right(t, pair):
         right, dual = improve_factor(pair.right, pair.right_dual, correlation.T @ pair.left,
-                                     pair.left.T @ pair.left, right_nonzeros, schedule(t),
-                                     values, vectors)
+                                     pair.left.T @ pair.left, right_nonzeros,
+                                     schedule(t, options.refine_cg_steps), values, vectors)
         return pair._replace(right=right, right_dual=dual)
 
     tall = problem.weight.shape[0] >= problem.weight.shape[1]
@@ -379,7 +378,7 @@ def _finalize(problem, pair, left_nonzeros, options):
     gram, correlation = problem.gram, problem.weight @ problem.gram
     left, right = pair.left, pair.right
     if options.finalize_steps:
-        schedule = Schedule(1.0, 1.0, 0.0, options.finalize_steps, 0, 0)
+        schedule = Schedule(1.0, 0.0, options.finalize_steps, mask_steps=0)
         left, _ = improve_factor(left, jnp.zeros_like(left), correlation @ right,
                                  right.T @ (gram @ right), left_nonzeros, schedule)
     if options.refit_steps:

@@ -3,8 +3,7 @@
 A mask is a boolean array; ties between equal scores go to the earlier position in row-major order,
 so the same scores give the same mask on every device. Nothing is sorted: the k-th largest score is
 found bit by bit on the bit patterns of the floats, counting at every step how many scores reach a
-candidate, which reads the scores some 60 times and needs no memory beyond them. A sort of the 33
-million entries of a large factor takes many times longer on a GPU.
+candidate: 31 passes over the scores, without memory beyond them.
 """
 
 import jax
@@ -35,14 +34,19 @@ def top_k_mask(scores: jax.Array, k) -> jax.Array:
     k = jnp.asarray(k, jnp.int32)
     # The bit patterns of non-negative floats are ordered as the floats are; adding 0 turns -0.0.
     patterns = lax.bitcast_convert_type(scores.astype(jnp.float32) + 0.0, jnp.uint32)
-    position = lax.iota(jnp.uint32, scores.size).reshape(scores.shape)
-
     threshold = _largest(lambda t: jnp.sum(patterns >= t, dtype=jnp.int32) >= k, bits=31)
     above, tied = patterns > threshold, patterns == threshold
     wanted = k - jnp.sum(above, dtype=jnp.int32)
-    end = _largest(lambda p: jnp.sum(tied & (position < p), dtype=jnp.int32) <= wanted,
-                   bits=max(1, scores.size.bit_length()))
-    return above | (tied & (position < end))
+
+    def keep_earliest():
+        position = lax.iota(jnp.uint32, scores.size).reshape(scores.shape)
+        end = _largest(lambda p: jnp.sum(tied & (position < p), dtype=jnp.int32) <= wanted,
+                       bits=scores.size.bit_length())
+        return above | (tied & (position < end))
+
+    # Mostly the k-th score is the only one of its value, and nothing is left to decide.
+    enough = jnp.sum(tied, dtype=jnp.int32) == wanted
+    return lax.cond(enough, lambda: above | tied, keep_earliest)
 
 
 def row_top_k_mask(scores: jax.Array, k) -> jax.Array:
