@@ -63,12 +63,12 @@ def become_pair(layer: nnx.Module, left: jax.Array, right: jax.Array):
     kernel = layer.kernel.get_value()
     # Built abstractly: no kernel is drawn only to be replaced.
     pair = nnx.eval_shape(functools.partial(_new_pair, layer, groups, inner))
-    inputs = kernel.shape[len(stack) : kernel.ndim - len(_as_tuple(layer.out_features))]
+    inputs = kernel.shape[len(stack) : kernel.ndim - len(as_tuple(layer.out_features))]
     window = (1,) * (len(inputs) - 1) if groups > 1 else ()
     right = right.reshape(*stack, groups * inner, -1).swapaxes(-1, -2)
     left = left.reshape(*stack, -1, inner).swapaxes(-1, -2)
     right = right.reshape(*stack, *inputs, groups * inner)
-    left = left.reshape(*stack, *window, inner, *_as_tuple(layer.out_features))
+    left = left.reshape(*stack, *window, inner, *as_tuple(layer.out_features))
     pair.right.kernel = nnx.Param(right.astype(kernel.dtype))
     pair.left.kernel = nnx.Param(left.astype(kernel.dtype))
     pair.left.bias = layer.bias
@@ -108,7 +108,7 @@ def _new_pair(layer, groups, inner):
     ))
 
 
-def _as_tuple(features):
+def as_tuple(features):
     return (features,) if isinstance(features, int) else tuple(features)
 
 
@@ -151,12 +151,12 @@ def _run_factorized(next_function, args, kwargs, context):
     right = kernel.right.reshape(groups * inner, -1).T
     bias = layer.get_variable("params", "bias") if layer.use_bias else None
     if isinstance(layer, nn.Conv):
-        window = _as_tuple(layer.kernel_size)
+        window = as_tuple(layer.kernel_size)
         right = right.reshape(*window, -1, groups * inner)
         conv = layer.clone(features=groups * inner, use_bias=False, parent=None, name=None)
         hidden = conv.apply({"params": {"kernel": right}}, inputs)
     else:
-        axes = sorted(a % inputs.ndim for a in _as_tuple(getattr(layer, "axis", -1)))
+        axes = sorted(a % inputs.ndim for a in as_tuple(getattr(layer, "axis", -1)))
         flat = jnp.moveaxis(inputs, axes, range(-len(axes), 0))
         flat = flat.reshape(*flat.shape[: inputs.ndim - len(axes)], right.shape[0])
         flat, right = layer.promote_dtype(flat, right, dtype=layer.dtype)
@@ -164,5 +164,5 @@ def _run_factorized(next_function, args, kwargs, context):
     hidden, left, bias = layer.promote_dtype(hidden, kernel.left, bias, dtype=layer.dtype)
     hidden = hidden.reshape(*hidden.shape[:-1], groups, inner)
     output = jnp.einsum("...gk,gok->...go", hidden, left, precision=layer.precision)
-    output = output.reshape(*output.shape[:-2], *_as_tuple(layer.features))
+    output = output.reshape(*output.shape[:-2], *as_tuple(layer.features))
     return output if bias is None else output + bias

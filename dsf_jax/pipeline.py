@@ -206,7 +206,7 @@ class _Run:
         shape = (layer.rows, layer.cols)
         self.reports.append(LayerReport(
             path, layer.kind, shape if layer.groups == 1 else (layer.groups, *shape),
-            assignment.method, assignment.density,
+            solution.method, assignment.density,
             None if solution.left is None else solution.left.shape[-1],
             solution.nonzeros, solution.error, solution.seconds, resumed,
         ))
@@ -248,6 +248,11 @@ def _assign(flow: Calibration, rules, default: Assignment):
             dict(default.options if rule.options is None else rule.options),
         )
         check_method(assignment.method, layer.path)
+        if assignment.method in PAIRS and (layer.groups > 1 or layer.stack):
+            # Groups and slices share one parameter, so all are pairs or none is.
+            assignment = dataclasses.replace(
+                assignment, options={**assignment.options, "compare_single": False}
+            )
         chosen[layer.path] = assignment
     for leaf, reason in flow.notes.items():
         if all(layer.leaf != leaf for layer in flow.layers):
@@ -324,22 +329,26 @@ def _share(solution: Solution | None, owner: int) -> Solution:
     is_owner = jax.process_index() == owner
     shapes = np.zeros((3, 3), np.int64)
     numbers = np.zeros(3, np.float64)
+    method = np.zeros(64, np.uint8)
     if is_owner:
         for i, array in enumerate((solution.product, solution.left, solution.right)):
             shapes[i] = 0 if array is None else array.shape
         numbers[:] = solution.nonzeros, solution.error, solution.seconds
+        name = solution.method.encode()
+        method[: len(name)] = list(name)
     # As bytes, since 64-bit numbers would be rounded on their way through JAX.
-    header = np.frombuffer(shapes.tobytes() + numbers.tobytes(), np.uint8)
-    header = np.asarray(multihost_utils.broadcast_one_to_all(header, is_owner)).tobytes()
-    shapes = np.frombuffer(header[: shapes.nbytes], np.int64).reshape(3, 3)
-    nonzeros, error, seconds = np.frombuffer(header[shapes.nbytes :], np.float64)
+    header = (shapes.view(np.uint8).ravel(), numbers.view(np.uint8), method)
+    header = [np.array(a) for a in multihost_utils.broadcast_one_to_all(header, is_owner)]
+    shapes = header[0].view(np.int64).reshape(3, 3)
+    nonzeros, error, seconds = header[1].view(np.float64)
+    method = header[2].tobytes().rstrip(b"\0").decode()
     arrays = [np.zeros(shape, np.float32) for shape in shapes]
     if is_owner:
         held = (solution.product, solution.left, solution.right)
         arrays = [zero if array is None else array for array, zero in zip(held, arrays)]
     arrays = [np.asarray(a) for a in multihost_utils.broadcast_one_to_all(arrays, is_owner)]
     product, left, right = (array if array.size else None for array in arrays)
-    return Solution(product, left, right, int(nonzeros), float(error), float(seconds))
+    return Solution(product, left, right, method, int(nonzeros), float(error), float(seconds))
 
 
 def _why_no_pair(network: Network, layer: Layer) -> str | None:

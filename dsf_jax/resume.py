@@ -70,7 +70,7 @@ class WorkDirectory:
             values = {name: arrays.get_tensor(name) for name in arrays.keys()}
         return Solution(
             product=values["product"], left=values.get("left"), right=values.get("right"),
-            nonzeros=int(metadata["nonzeros"]), error=float(metadata["error"]),
+            method=metadata["method"], nonzeros=int(metadata["nonzeros"]), error=float(metadata["error"]),
             seconds=float(metadata["seconds"]),
         )
 
@@ -79,8 +79,9 @@ class WorkDirectory:
         names = ("product", "left", "right")
         arrays = {n: getattr(solution, n) for n in names if getattr(solution, n) is not None}
         metadata = {
-            "fingerprint": self.mark, "layer": layer, "nonzeros": str(solution.nonzeros),
-            "error": repr(solution.error), "seconds": repr(solution.seconds),
+            "fingerprint": self.mark, "layer": layer, "method": solution.method,
+            "nonzeros": str(solution.nonzeros), "error": repr(solution.error),
+            "seconds": repr(solution.seconds),
         }
         handle, temporary = tempfile.mkstemp(dir=self.path, suffix=".unfinished")
         os.close(handle)

@@ -1,6 +1,7 @@
 """One layer of a model solved by any method: a matrix with zeros, or a pair of factors."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsf_jax import pruners
+from dsf_jax.factorize import factorize
 from dsf_jax.problem import relative_output_error
 
 
@@ -29,6 +31,8 @@ class Solution:
     Attributes:
       product: The new matrices, float32 `[groups, out, in]`; for a pair, A B.
       left, right: A `[groups, out, k]` and B `[groups, k, in]`; None for a single matrix.
+      method: What produced it: the method asked for, or "dsf (admm)" and the like where a single
+        matrix was better than a pair.
       nonzeros: Non-zeros kept, of both factors together.
       error: Relative output error.
       seconds: Time taken, compilation included.
@@ -37,21 +41,30 @@ class Solution:
     product: np.ndarray
     left: np.ndarray | None
     right: np.ndarray | None
+    method: str
     nonzeros: int
     error: float
     seconds: float
 
 
-def _prune(method):
-    def run(weight, gram, **options):
-        return pruners.prune(weight, gram, method=method, **options), None, None
-
-    return run
+def _prune(method, weight, gram, **options):
+    return pruners.prune(weight, gram, method=method, **options), None, None, method
 
 
-# `factorize` in two presets joins the pruners; the names in PAIRS give two factors.
-METHODS = {name: _prune(name) for name in pruners.METHODS}
-PAIRS = frozenset()
+def _factorize(method, preset, weight, gram, **options):
+    result = factorize(weight, gram, preset=preset, **options)
+    if result.kind == "single":
+        return result.left, None, None, f"{method} ({result.method})"
+    return result.product(), result.left, result.right, method
+
+
+# Each takes a weight, its Gram matrix, density, name and options, and returns the new matrix, its
+# two factors or None, and what it was found by.
+METHODS = {name: functools.partial(_prune, name) for name in pruners.METHODS} | {
+    "dsf": functools.partial(_factorize, "dsf", "quality"),
+    "dsf-published": functools.partial(_factorize, "dsf-published", "published"),
+}
+PAIRS = frozenset(["dsf", "dsf-published"])  # those that give two factors
 
 
 def solve(weights, gram, assignment: Assignment, path: str, device: jax.Device) -> Solution:
@@ -72,7 +85,7 @@ def solve(weights, gram, assignment: Assignment, path: str, device: jax.Device) 
     grams = [None] * len(weights) if gram is None else jax.device_put(gram, device)
     products, lefts, rights, errors, sizes, nonzeros = [], [], [], [], [], 0
     for weight, g in zip(weights, grams):
-        product, left, right = METHODS[assignment.method](
+        product, left, right, method = METHODS[assignment.method](
             weight, g, density=assignment.density, name=path, **assignment.options
         )
         products.append(product)
@@ -88,7 +101,7 @@ def solve(weights, gram, assignment: Assignment, path: str, device: jax.Device) 
     pair = lefts[0] is not None
     return Solution(
         np.stack(products), np.stack(lefts) if pair else None, np.stack(rights) if pair else None,
-        nonzeros, float(error), time.perf_counter() - start,
+        method, nonzeros, float(error), time.perf_counter() - start,
     )
 
 

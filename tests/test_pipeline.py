@@ -1,0 +1,381 @@
+"""Whole models: order, budgets, resume, devices and processes, errors."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+from flax import linen as nn
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsf_jax import Rule, compress_model, gram_matrices, prune, relative_output_error
+from dsf_jax.allocation import allocate_densities
+from dsf_jax.report import format_seconds
+
+# Options of factorize: quality is tested elsewhere.
+FAST = dict(search_rounds=4, refine_rounds=4, compare_single=False)
+# Mostly a method that compiles fast, and one layer factorized.
+MIXED = dict(
+    method="wanda", density=0.5, rules=[Rule("down", method="dsf", options=FAST)]
+)
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+class Net(nnx.Module):
+    """An attention block and a gated MLP with a head: four groups of layers."""
+
+    def __init__(self, size=16, rngs=None):
+        rngs = rngs or nnx.Rngs(0)
+        self.embed = nnx.Embed(20, size, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, size, decode=False, rngs=rngs)
+        self.gate = nnx.Linear(size, 2 * size, rngs=rngs)
+        self.up = nnx.Linear(size, 2 * size, rngs=rngs)
+        self.down = nnx.Linear(2 * size, size, rngs=rngs)
+        self.head = nnx.Linear(size, 20, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        x = x + self.attention(x)
+        return self.head(x + self.down(nnx.silu(self.gate(x)) * self.up(x)))
+
+
+LAYERS = ["attention/query", "attention/key", "attention/value", "attention/out",
+          "gate", "up", "down"]
+
+
+def token_batches(count=3, shape=(4, 9)):
+    return [np.random.default_rng(i).integers(0, 20, shape) for i in range(count)]
+
+
+def kernels(model):
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(map(str, path)): np.asarray(value) for path, value in state}
+
+
+def assert_same(a, b):
+    a, b = kernels(a), kernels(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def test_every_layer_is_calibrated_on_the_outputs_of_the_compressed_ones():
+    model = nnx.Sequential(
+        nnx.Linear(16, 32, rngs=nnx.Rngs(0)), nnx.relu,
+        nnx.Linear(32, 16, rngs=nnx.Rngs(1)), nnx.relu, nnx.Linear(16, 16, rngs=nnx.Rngs(2)),
+    )
+    batches = [draw(i, 16, 16) for i in range(3)]
+    new, report = compress_model(model, batches, method="sparsegpt", density=0.5)
+    assert [layer.path for layer in report.layers] == ["layers/0", "layers/2", "layers/4"]
+    partly = nnx.clone(model)
+    for i in (0, 2, 4):
+        gram = gram_matrices(partly, batches)[f"layers/{i}"]
+        weight = partly.layers[i].kernel[...].T
+        expected = prune(weight, gram, density=0.5, method="sparsegpt")
+        np.testing.assert_allclose(new.layers[i].kernel[...].T, expected, rtol=1e-4, atol=1e-5)
+        error = next(layer.error for layer in report.layers if layer.path == f"layers/{i}")
+        assert error == pytest.approx(
+            float(relative_output_error(weight, expected, gram)), rel=1e-3
+        )
+        partly.layers[i].kernel[...] = expected.T
+
+
+def test_one_pass_uses_the_dense_inputs():
+    model, batches = Net(), token_batches()
+    new, report = compress_model(
+        model, batches, method="sparsegpt", density=0.4, calibration="one-pass"
+    )
+    assert report.groups == 1
+    grams = gram_matrices(model, batches)
+    for name in ("gate", "down"):
+        expected = prune(
+            getattr(model, name).kernel[...].T, grams[name], density=0.4, method="sparsegpt"
+        )
+        np.testing.assert_allclose(
+            getattr(new, name).kernel[...].T, expected, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_groups_budgets_report_and_the_model_left_alone():
+    model, batches = Net(), token_batches()
+    before = kernels(model)
+    seen = []
+    new, report = compress_model(
+        model, batches, method="wanda", density=0.3, callback=seen.append
+    )
+    assert sorted(layer.path for layer in report.layers) == sorted(LAYERS)
+    assert report.groups == 4
+    assert report.skipped == {"embed": "an embedding", "head": "the output head"}
+    for layer in report.layers:
+        assert layer.nonzeros == int(0.3 * np.prod(layer.shape))
+        assert 0 < layer.error < 1
+    assert report.density <= 0.3
+    for path, value in kernels(model).items():
+        np.testing.assert_array_equal(value, before[path])
+    np.testing.assert_array_equal(new.head.kernel[...], model.head.kernel[...])
+    assert [progress.index for progress in seen] == list(range(1, 8))
+    assert seen[-1].seconds_left == 0 and all(p.total == 7 for p in seen)
+    assert "7/7" in str(seen[-1])
+    loaded = json.loads(report.to_json())
+    assert loaded["nonzeros"] == sum(layer["nonzeros"] for layer in loaded["layers"])
+    table = str(report)
+    assert all(path in table for path in (*LAYERS, "embed (an embedding)"))
+
+
+@pytest.mark.parametrize("keep", ["host", "nowhere"])
+def test_where_activations_wait_does_not_matter(keep):
+    model, batches = Net(), [*token_batches(2), *token_batches(1, (2, 5))]
+    expected = compress_model(model, batches, method="sparsegpt", density=0.5).model
+    found = compress_model(
+        model, batches, method="sparsegpt", density=0.5, keep_activations=keep
+    ).model
+    for path, value in kernels(expected).items():
+        np.testing.assert_allclose(kernels(found)[path], value, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_are_calibrated_together():
+    model, batches = Net(), token_batches()
+    rules = dict(method="sparsegpt", density=0.5)
+    new, report = compress_model(model, batches, blocks="attention", **rules)
+    assert report.groups == 3
+    # The output projection saw the dense attention.
+    gram = gram_matrices(model, batches)["attention/out"]
+    weight = model.attention.out.kernel[...].reshape(16, 16).T
+    np.testing.assert_allclose(
+        new.attention.out.kernel[...].reshape(16, 16).T,
+        prune(weight, gram, density=0.5, method="sparsegpt"), rtol=1e-4, atol=1e-5,
+    )
+    with pytest.raises(ValueError, match="blocks='nothing'"):
+        compress_model(model, batches, blocks="nothing", **rules)
+
+
+def test_rules():
+    model, batches = Net(), token_batches()
+    _, report = compress_model(
+        model, batches, method="wanda", density=0.5,
+        rules=[
+            Rule("attention/out", skip=True),
+            Rule("attention/.*", density=0.25, method="magnitude"),
+            Rule("head", density=0.75), Rule("embed"),
+            Rule("gate|up", options={"pattern": "2:4"}),
+        ],
+    )
+    by_path = {layer.path: layer for layer in report.layers}
+    assert report.skipped == {"attention/out": "rule 'attention/out'"}
+    assert by_path["attention/query"].nonzeros == 16 * 16 // 4
+    assert by_path["attention/query"].method == "magnitude"
+    assert by_path["head"].nonzeros == 240 and by_path["embed"].nonzeros == 160
+    assert by_path["down"].method == "wanda"
+
+
+def test_sensitivity_lowers_the_sum_of_errors_within_the_budget():
+    model, batches = Net(), token_batches()
+    # Two layers have fewer non-zeros than density 0.5 would leave them: the others can use them.
+    for layer in (model.gate, model.up):
+        layer.kernel[...] = prune(layer.kernel[...], density=0.25)
+    uniform = compress_model(model, batches, method="wanda", density=0.5).report
+    shared = compress_model(
+        model, batches, method="wanda", density=0.5, budget="sensitivity"
+    ).report
+    assert shared.nonzeros <= uniform.nonzeros
+    assert shared.density > 0.48
+    assert sum(l.error for l in shared.layers) < 0.8 * sum(l.error for l in uniform.layers)
+    # A density that a rule names is not touched.
+    fixed = compress_model(
+        model, batches, method="wanda", density=0.5, budget="sensitivity",
+        rules=[Rule("up", density=0.2)],
+    ).report
+    assert next(l for l in fixed.layers if l.path == "up").nonzeros == int(0.2 * 16 * 32)
+
+
+def test_allocation_meets_the_budget_and_is_best_among_the_probed():
+    d = np.array([0.2, 0.5, 0.8])
+    curves = {"steep": (d, np.array([0.9, 0.3, 0.0])), "flat": (d, np.array([0.2, 0.1, 0.05]))}
+    sizes = {"steep": 100, "flat": 100}
+    found = allocate_densities(curves, sizes, 0.5)
+    assert found == pytest.approx({"steep": 0.8, "flat": 0.2})
+    # A bump in a curve is not stopped at.
+    curves["steep"] = (d, np.array([0.9, 0.9, 0.0]))
+    assert allocate_densities(curves, sizes, 0.5) == pytest.approx({"steep": 0.8, "flat": 0.2})
+
+
+def test_linen_model_and_forward():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.relu(nn.Dense(8)(x))
+            x = nn.BatchNorm(use_running_average=not train)(x)
+            return nn.Dense(4, name="head")(nn.relu(nn.Dense(8, name="middle")(x)))
+
+    module, x = Model(), draw(0, 32, 6)
+    variables = module.init(jax.random.key(0), x, train=False)
+    new, report = compress_model(
+        module, [x], variables=variables, method="wanda", density=0.5,
+        forward=lambda bound, x: bound(x, train=False),
+    )
+    assert [layer.path for layer in report.layers] == ["Dense_0", "middle"]
+    assert jax.tree.structure(new) == jax.tree.structure(variables)
+    assert int(jnp.count_nonzero(new["params"]["middle"]["kernel"])) == 32
+    assert module.apply(new, x, train=False).shape == (32, 4)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(count):
+    def callback(progress):
+        if progress.index == count:
+            raise Killed
+
+    return callback
+
+
+def test_resume_after_being_killed(tmp_path):
+    model, batches = Net(), token_batches()
+    call = dict(method="sparsegpt", density=0.5)
+    expected = compress_model(model, batches, **call).model
+    with pytest.raises(Killed):
+        compress_model(model, batches, work_dir=tmp_path, callback=kill_after(5), **call)
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    # The fifth layer's group was solved as a whole.
+    assert 5 <= len(files) < 7
+    new, report = compress_model(model, batches, work_dir=tmp_path, **call)
+    assert sum(layer.resumed for layer in report.layers) == len(files)
+    assert all(file.stat().st_mtime_ns == stamp for file, stamp in files.items())
+    assert_same(new, expected)
+    # A third run solves nothing.
+    again, report = compress_model(model, batches, work_dir=tmp_path, **call)
+    assert all(layer.resumed for layer in report.layers)
+    assert_same(again, expected)
+
+
+def test_damaged_file_is_solved_again_and_foreign_results_are_refused(tmp_path):
+    model, batches = Net(), token_batches()
+    call = dict(method="wanda", density=0.5, work_dir=tmp_path)
+    expected = compress_model(model, batches, **call).model
+    victim = sorted(tmp_path.iterdir())[2]
+    victim.write_bytes(victim.read_bytes()[:-7])
+    with pytest.warns(UserWarning, match="damaged"):
+        new, report = compress_model(model, batches, **call)
+    assert [layer.resumed for layer in report.layers].count(False) == 1
+    assert_same(new, expected)
+    for change in (dict(density=0.6), dict(method="magnitude"), dict(calibration="one-pass")):
+        with pytest.raises(ValueError, match="another run"):
+            compress_model(model, batches, **{**call, **change})
+    with pytest.raises(ValueError, match="another run"):
+        compress_model(model, token_batches(2), **call)
+    with pytest.raises(ValueError, match="another run"):
+        compress_model(Net(rngs=nnx.Rngs(5)), batches, **call)
+
+
+def test_pairs_survive_a_resume(tmp_path):
+    model, batches = Net(), token_batches()
+    expected, report = compress_model(model, batches, work_dir=tmp_path, **MIXED)
+    assert [layer.path for layer in report.layers if layer.inner] == ["down"]
+    again, report = compress_model(model, batches, work_dir=tmp_path, **MIXED)
+    assert all(layer.resumed for layer in report.layers)
+    assert_same(again, expected)
+
+
+@pytest.mark.parametrize("calibration", ["sequential", "one-pass"])
+def test_spread_over_devices_equals_single(calibration):
+    if len(jax.devices()) < 2:
+        pytest.skip("one device only; tests/conftest.py makes several of the CPU")
+    model, batches = Net(), token_batches(5)
+    call = dict(calibration=calibration, **MIXED)
+    expected = compress_model(model, batches, **call)
+    found = compress_model(model, batches, devices=jax.devices(), **call)
+    assert_same(found.model, expected.model)
+    for a, b in zip(found.report.layers, expected.report.layers):
+        assert (a.path, a.error, a.nonzeros) == (b.path, b.error, b.nonzeros)
+
+
+WORKER = """
+import sys
+import jax
+jax.distributed.initialize("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+from dsf_jax import compress_model
+from tests.test_pipeline import MIXED, Net, kernels, token_batches
+assert jax.process_count() == 2 and len(jax.devices()) == 4
+call = dict(devices=jax.devices(), work_dir=sys.argv[3], **MIXED)
+new, report = compress_model(Net(), token_batches(), **call)
+np.savez(f"{sys.argv[3]}/result{sys.argv[2]}.npz", **kernels(new))
+again, report = compress_model(Net(), token_batches(), **call)
+assert all(layer.resumed for layer in report.layers)
+"""
+
+
+@pytest.mark.slow
+def test_spread_over_processes_equals_single(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    root = pathlib.Path(__file__).parents[1]
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(root),
+                       XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, port, str(i), str(tmp_path)], cwd=root,
+                         env=environment, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=300)
+        assert worker.returncode == 0, errors[-3000:]
+    expected = kernels(compress_model(Net(), token_batches(), **MIXED).model)
+    for i in range(2):
+        with np.load(tmp_path / f"result{i}.npz") as found:
+            assert set(found.files) == set(expected)
+            for path, value in expected.items():
+                np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+def test_nothing_is_silently_nan():
+    model, batches = Net(), token_batches()
+    model.up.kernel[...] = model.up.kernel[...].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="layer 'up': its weights"):
+        compress_model(model, batches, method="wanda")
+    model = Net()
+    model.attention.out.bias[...] = jnp.full(16, jnp.inf)
+    with pytest.raises(ValueError, match="layer '(gate|up)': its inputs"):
+        compress_model(model, batches, method="wanda")
+
+
+def test_clear_errors():
+    model, batches = Net(), token_batches()
+    for kwargs, message in [
+        (dict(method="wand"), "method must be one of magnitude, wanda"),
+        (dict(density=0.0), r"\(0, 1\]"),
+        (dict(density=1.5), r"\(0, 1\]"),
+        (dict(calibration="twice"), "calibration must be one of sequential, one-pass"),
+        (dict(budget="all"), "budget must be one of"),
+        (dict(keep_activations="disk"), "keep_activations must be one of"),
+        (dict(rules=[Rule("gat")]), "'gat' matches no layer"),
+        (dict(rules=[Rule("gate", method="wand")]), "layer 'gate': method must be"),
+        (dict(rules=[Rule(".*", skip=True)]), "no layer is left to compress"),
+        (dict(method="dsf", rules=[Rule("embed")]), "embed.*no kernel of a Flax layer"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compress_model(model, batches, **{"method": "wanda", **kwargs})
+    with pytest.raises(ValueError, match="batches is empty"):
+        compress_model(model, [], method="wanda")
+    with pytest.raises(TypeError, match="dsf_jax.Rule"):
+        compress_model(model, batches, method="wanda", rules=["gate"])
+    with pytest.raises(ValueError, match="regular expression"):
+        Rule("(")
+
+
+def test_durations_read_well():
+    assert [format_seconds(s) for s in (0.4219, 12.3, 200, 1260, 7500)] == [
+        "0.42 s", "12 s", "3 min 20 s", "21 min", "2 h 5 min",
+    ]
