@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from macko_jax import dispatch, primitive
+from macko_jax import dispatch, layout, primitive
 from macko_jax.format import MackoMatrix
 
 
@@ -34,7 +34,7 @@ def _spmv(matrix, x, implementation):
     if matrix.encoding == "delta4":
         # Padding in delta4 is known by its value zero; it must stay zero, so it gets no gradient.
         # The select has equal branches and is compiled away.
-        values = jnp.where(values == 0, jax.lax.stop_gradient(values), values)
+        values = jnp.where(layout.is_zero(values), jax.lax.stop_gradient(values), values)
     y = primitive.contract(
         "y", {"values": values, "x": x.reshape(-1, x.shape[-1])},
         (matrix.codes, matrix.row_offsets, matrix.starts),

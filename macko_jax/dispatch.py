@@ -2,7 +2,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from macko_jax import reference
+from macko_jax import cpu, reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,7 +11,7 @@ class Problem:
 
     Attributes:
       product: "spmv", "spmv_transposed" or "spmv_values".
-      platform: what it is lowered for, "cpu", "cuda", "rocm" or "tpu".
+      platform: what it is lowered for, "cpu" or "cuda", or "any" for every other.
       shape, encoding, lanes, stored: of the matrix.
       batch: number of vectors.
       dtypes: of the two operands, in the product's order.
@@ -30,20 +30,26 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """Functions by product name, and `why_not(problem)`: None, or the reason it cannot serve."""
-    products: dict[str, Callable]
+    """A family of functions.
+
+    Attributes:
+      why_not: None, or the reason why it cannot serve a problem.
+      function: what computes the problem's product; see reference.py for the signatures.
+    """
     why_not: Callable[[Problem], str | None]
+    function: Callable[[Problem], Callable]
+
+
+def _xla(problem: Problem) -> Callable:
+    fast = {"spmv": cpu.spmv, "spmv_transposed": cpu.spmv_transposed}
+    if problem.platform == "cpu" and problem.product in fast:
+        return fast[problem.product]
+    return getattr(reference, problem.product)
 
 
 # In order of preference.
 IMPLEMENTATIONS = {
-    "xla": Implementation(
-        products={
-            "spmv": reference.spmv,
-            "spmv_transposed": reference.spmv_transposed,
-            "spmv_values": reference.spmv_values,
-        },
-        why_not=lambda problem: None),
+    "xla": Implementation(why_not=lambda problem: None, function=_xla),
 }
 
 
@@ -66,7 +72,7 @@ def choose(problem: Problem, implementation: str | None) -> Callable:
         raise NotImplementedError(
             f"implementation {implementation!r} cannot compute {problem.product} here: "
             f"{reasons[implementation]}. Use implementation=None or one of {able}.")
-    return IMPLEMENTATIONS[implementation].products[problem.product]
+    return IMPLEMENTATIONS[implementation].function(problem)
 
 
 def check_name(implementation: str | None) -> None:

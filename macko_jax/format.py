@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from macko_jax import layout, packing
+from macko_jax.layout import GROUP, WORD
+from macko_jax.packing import ENCODINGS, LANES
 
-ENCODINGS = ("bitmask", "delta4")
-LANES = (1, 2, 4, 8, 16, 32)
 DTYPES = tuple(jnp.dtype(t) for t in (jnp.float16, jnp.bfloat16, jnp.float32))
 
 
@@ -19,6 +19,40 @@ DTYPES = tuple(jnp.dtype(t) for t in (jnp.float16, jnp.bfloat16, jnp.float32))
     meta_fields=("shape", "encoding", "lanes"))
 @dataclasses.dataclass(frozen=True)
 class MackoMatrix:
+    """A sparse matrix [rows, cols] in a MACKO layout for GPUs; a pytree. Made by `compress`.
+
+    The stored elements lie in groups of eight, and every row begins a group. `values` alone is
+    differentiated. Two encodings say where the elements sit: "bitmask" has a bit for every column;
+    "delta4" has four bits for every element, the number of zeros skipped before it, and stores an
+    explicit zero in every gap of 16 and more, as the paper does. The row's groups are cut in column
+    order into `lanes` contiguous chunks, the first ones a group longer where they do not divide
+    evenly, and the chunks are interleaved: slot t * lanes + l of the row's groups is the t-th group
+    of lane l. So the lanes of a GPU read neighbouring addresses.
+
+    Invariants (checked by `validate`):
+      - elements are in column order within a chunk, and the slots that fill up a row's last group
+        hold zero (delta 0);
+      - starts[r, l] is the column after the last element before lane l's chunk, 0 for the first
+        chunk, `cols` for an empty one;
+      - groups beyond row_offsets[-1] are spare room and never read.
+    In "delta4" a slot that holds zero counts as padding: it stays zero in training. A "bitmask"
+    keeps the structure whatever the values.
+
+    Any leaf may carry the same leading axes (a stack of matrices, for `vmap` and `scan`).
+
+    Attributes:
+      values: [8 * groups] float16, bfloat16 or float32.
+      codes: uint32; bitmask: [rows * ceil(cols / 32)], bit b of a row's word w is column 32 w + b;
+        delta4: [groups], eight deltas in order from the low bits.
+      row_offsets: [rows + 1] int32, each row's first group.
+      starts: [rows, lanes] uint16, uint32 for more than 65535 columns.
+      shape: (rows, cols).
+      encoding: "bitmask" or "delta4".
+      lanes: 1, 2, 4, 8, 16 or 32.
+
+    References:
+      MACKO: Sparse Matrix-Vector Multiplication for Low Sparsity, arXiv 2511.13061.
+    """
     values: jax.Array
     codes: jax.Array
     row_offsets: jax.Array
@@ -29,58 +63,233 @@ class MackoMatrix:
 
     @property
     def dtype(self):
+        """Type of the values."""
         return self.values.dtype
 
     @property
     def stored(self) -> int:
-        return self.values.size
+        """Number of slots of one matrix, elements and padding: the length of `values`."""
+        return self.values.shape[-1]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all arrays held."""
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
 
     @property
     def nnz(self) -> int:
+        """Number of elements kept, of all matrices of a stack; needs concrete arrays.
+
+        In "bitmask" by structure; in "delta4" the slots that do not hold zero.
+        """
+        array = self.codes if self.encoding == "bitmask" else self.values
+        if isinstance(array, jax.core.Tracer):
+            raise TypeError(
+                "nnz and density of a MackoMatrix depend on the contents of its arrays, which are "
+                "not known while tracing (jit, vmap, grad). Read them outside and close over them")
         if self.encoding == "bitmask":
-            return int(np.bitwise_count(np.asarray(self.codes)).sum(dtype=np.int64))
-        return int(jnp.count_nonzero(self.values))
+            return int(np.bitwise_count(np.asarray(array)).sum(dtype=np.int64))
+        return int(np.count_nonzero(np.asarray(array)))
 
     @property
     def density(self) -> float:
-        return self.nnz / (self.shape[0] * self.shape[1])
+        """nnz over the number of positions."""
+        stack = int(np.prod(self.values.shape[:-1], dtype=np.int64))
+        return self.nnz / max(1, stack * self.shape[0] * self.shape[1])
+
+    def __repr__(self) -> str:
+        kind = getattr(self.values, "dtype", type(self.values).__name__)
+        return (f"MackoMatrix(shape={self.shape}, dtype={kind}, encoding={self.encoding!r}, "
+                f"lanes={self.lanes}, stored={getattr(self.values, 'shape', ('?',))[-1]})")
 
 
-def choose_packing(shape, dtype, bitmask_groups: int, delta4_groups: int) -> tuple[str, int]:
-    rows, cols = shape
-    group_bytes = layout.GROUP * jnp.dtype(dtype).itemsize
-    size = {
-        "bitmask": bitmask_groups * group_bytes + 4 * rows * layout.words_per_row(cols),
-        "delta4": delta4_groups * (group_bytes + 4),
-    }
-    encoding = min(size, key=size.get)
-    return encoding, choose_lanes(bitmask_groups if encoding == "bitmask" else delta4_groups, rows)
+def compress(weight, *, encoding: str | None = None, lanes: int | None = None,
+             capacity: int | None = None) -> MackoMatrix:
+    """Packs a dense matrix; zeros are dropped.
 
+    NumPy arrays are packed on the host, arrays on an accelerator by jitted code there. +0.0 and
+    -0.0 are zeros; NaN, infinities and subnormals are elements.
 
-def choose_lanes(groups: int, rows: int) -> int:
-    mean = groups // max(rows, 1)
-    return max(lanes for lanes in LANES if lanes == 1 or 8 * lanes <= mean)
+    Args:
+      weight: [rows, cols], float16, bfloat16 or float32; anything that `numpy.asarray` takes.
+      encoding: "bitmask" or "delta4"; None takes the one of fewer bytes.
+      lanes: how many GPU lanes share a row, 1, 2, 4, 8, 16 or 32; None chooses by row length.
+      capacity: room for this many groups of eight, so that matrices with different numbers of
+        elements stack; None takes just what is needed.
 
+    Returns:
+      The packed matrix; `decompress` gives the same matrix back.
 
-def compress(weight, *, encoding=None, lanes=None) -> MackoMatrix:
-    weight = np.asarray(weight)
+    Raises:
+      TypeError: the weight's type is not one of the three, or it is being traced.
+      ValueError: the weight is not two-dimensional, or an option is out of range.
 
-    def choose(bitmask_groups, delta4_groups):
-        best, _ = choose_packing(weight.shape, weight.dtype, bitmask_groups, delta4_groups)
-        chosen = encoding or best
-        groups = bitmask_groups if chosen == "bitmask" else delta4_groups
-        return chosen, lanes or choose_lanes(groups, weight.shape[0])
-
-    *arrays, encoding, lanes = packing.pack(np.ascontiguousarray(weight), choose)
-    return MackoMatrix(*map(jnp.asarray, arrays), weight.shape, encoding, lanes)
+    References:
+      arXiv 2511.13061, section 3 (the storage format).
+    """
+    if isinstance(weight, jax.core.Tracer):
+        raise TypeError(
+            "compress needs a concrete array: the sizes of the result depend on where the zeros "
+            "are. Call it outside jit, vmap and grad, and pass the MackoMatrix in")
+    if not isinstance(weight, jax.Array):
+        weight = np.asarray(weight)
+    if weight.dtype not in DTYPES:
+        raise TypeError(
+            f"compress takes {_names(DTYPES)} values, got {weight.dtype}; convert first, for "
+            "example with weight.astype('float32')")
+    if weight.ndim != 2:
+        raise ValueError(
+            f"compress takes a matrix [rows, cols], got shape {list(weight.shape)}; reshape it, or "
+            "compress a stack one by one with the same capacity")
+    if weight.shape[1] > packing.MAX_COLS:
+        raise ValueError(
+            f"compress takes at most {packing.MAX_COLS} columns, got {weight.shape[1]}; split the "
+            "matrix by columns")
+    if encoding is not None and encoding not in ENCODINGS:
+        raise ValueError(f"encoding must be None or one of {list(ENCODINGS)}, got {encoding!r}")
+    if lanes is not None and lanes not in LANES:
+        raise ValueError(f"lanes must be None or one of {list(LANES)}, got {lanes!r}")
+    arrays, encoding, lanes = packing.pack(weight, encoding, lanes, capacity)
+    rows, cols = map(int, weight.shape)
+    return MackoMatrix(*map(jnp.asarray, arrays), (rows, cols), encoding, lanes)
 
 
 @jax.jit
 def decompress(matrix: MackoMatrix) -> jax.Array:
+    """The dense matrix, exactly.
+
+    Args:
+      matrix: a packed matrix, or a stack of them.
+
+    Returns:
+      [..., rows, cols] of the values' type.
+    """
+    if matrix.row_offsets.ndim > 1:
+        return jax.vmap(decompress)(matrix)
     return layout.decode_dense(
         matrix.values, matrix.codes, matrix.row_offsets,
         shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes)
+
+
+def validate(matrix: MackoMatrix) -> None:
+    """Checks that the arrays of a matrix make one, as read from a file that may be broken.
+
+    After it no product reads out of range. Works on the host, on NumPy or JAX arrays without
+    leading axes.
+
+    Raises:
+      ValueError: says what is wrong.
+    """
+    rows, cols = _check_metadata(matrix)
+    values, codes, offsets, starts = map(
+        np.asarray, (matrix.values, matrix.codes, matrix.row_offsets, matrix.starts))
+    if values.dtype not in DTYPES:
+        raise ValueError(f"values must be {_names(DTYPES)}, got {values.dtype}")
+    if values.ndim != 1 or values.size % GROUP:
+        raise ValueError(f"values must be [8 * groups], got shape {list(values.shape)}")
+    groups = values.size // GROUP
+    bitmask = matrix.encoding == "bitmask"
+    length = rows * layout.words_per_row(cols) if bitmask else groups
+    for name, array, shape, dtype in (
+            ("codes", codes, (length,), np.uint32),
+            ("row_offsets", offsets, (rows + 1,), np.int32),
+            ("starts", starts, (rows, matrix.lanes), layout.start_dtype(cols))):
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(
+                f"{name} must be {np.dtype(dtype)} {list(shape)} for a {matrix.encoding} matrix "
+                f"[{rows}, {cols}] of {groups} groups and {matrix.lanes} lanes, got {array.dtype} "
+                f"{list(array.shape)}")
+    count = np.diff(offsets.astype(np.int64))
+    if offsets[0] != 0 or (count < 0).any() or offsets[-1] > groups:
+        raise ValueError(
+            f"row_offsets must rise from 0 to at most {groups} groups; they go from {offsets[0]} "
+            f"to {offsets[-1]}, with {int((count < 0).sum())} decreasing steps")
+
+    chunk = layout.lane_chunks(count, matrix.lanes)
+    check = _check_bitmask if bitmask else _check_delta4
+    order = np.arange(offsets[-1])
+    begin = np.repeat(offsets[:-1], count)
+    order = begin + layout.logical_group(order - begin, np.repeat(count, count), matrix.lanes)
+    logical = np.empty((offsets[-1], GROUP), values.dtype)
+    logical[order] = values.reshape(-1, GROUP)[:offsets[-1]]
+    expected = check(codes, logical, offsets, count, chunk, order, cols)
+    expected = np.where(chunk < count[:, None], expected, cols)
+    if (wrong := (starts != expected).any(axis=1)).any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"starts do not agree with the {'bits' if bitmask else 'deltas'}: row {row} has "
+            f"{starts[row].tolist()}, its elements say {expected[row].tolist()}")
+
+
+def _check_metadata(matrix: MackoMatrix) -> tuple[int, int]:
+    shape = matrix.shape
+    if (not isinstance(shape, tuple) or len(shape) != 2
+            or not all(isinstance(n, int) and n >= 0 for n in shape)
+            or shape[1] > packing.MAX_COLS):
+        raise ValueError(
+            f"shape must be two sizes, with at most {packing.MAX_COLS} columns; got {shape!r}")
+    if matrix.encoding not in ENCODINGS:
+        raise ValueError(f"encoding must be one of {list(ENCODINGS)}, got {matrix.encoding!r}")
+    if matrix.lanes not in LANES:
+        raise ValueError(f"lanes must be one of {list(LANES)}, got {matrix.lanes!r}")
+    return shape
+
+
+def _check_bitmask(codes, logical, offsets, count, chunk, order, cols) -> np.ndarray:
+    """Checks bits against row lengths; returns the starts [rows, lanes] that they imply."""
+    del order
+    rows = count.size
+    bits = np.unpackbits(codes.astype("<u4").view(np.uint8), bitorder="little")
+    bits = bits.reshape(rows, WORD * layout.words_per_row(cols))
+    if bits[:, cols:].any():
+        raise ValueError(f"codes have bits beyond the last of {cols} columns")
+    nnz = bits.sum(axis=1, dtype=np.int64)
+    if (wrong := -(-nnz // GROUP) != count).any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"row {row} has {nnz[row]} bits set, but row_offsets give it {count[row]} groups of 8")
+    _check_tail(logical, offsets, count, nnz)
+    position = np.flatnonzero(bits)
+    before = (np.cumsum(nnz) - nnz)[:, None] + GROUP * chunk - 1
+    inside = (chunk > 0) & (chunk < count[:, None])
+    start = np.zeros_like(chunk)
+    start[inside] = position[before[inside]] % bits.shape[1] + 1
+    return start
+
+
+def _check_delta4(codes, logical, offsets, count, chunk, order, cols) -> np.ndarray:
+    """Checks that deltas stay within the columns; returns the starts that they imply."""
+    words = np.empty(offsets[-1], np.uint32)
+    words[order] = codes[:offsets[-1]]
+    delta = (words[:, None] >> (4 * np.arange(GROUP, dtype=np.uint32))) & layout.MAX_DELTA
+    passed = np.concatenate([[0], np.cumsum(delta + np.int64(1))])
+    row = np.repeat(np.arange(count.size), GROUP * count)
+    column = passed[1:] - passed[GROUP * offsets[row]] - 1
+    beyond = column >= cols
+    if (wrong := beyond & (logical.reshape(-1) != 0)).any():
+        slot = int(wrong.argmax())
+        raise ValueError(
+            f"the deltas of row {row[slot]} run to column {column[slot]}; it has {cols}")
+    last = np.add.reduceat(~beyond, GROUP * offsets[:-1][count > 0]) if beyond.size else beyond
+    elements = np.zeros_like(count)
+    elements[count > 0] = last
+    if (wrong := -(-elements // GROUP) != count).any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"row {row} has {elements[row]} elements within its {cols} columns, but row_offsets "
+            f"give it {count[row]} groups of 8")
+    begin = offsets[:-1, None]
+    return passed[GROUP * (begin + chunk)] - passed[GROUP * begin]
+
+
+def _check_tail(logical, offsets, count, nnz) -> None:
+    """The slots that fill up a row's last group must hold zero."""
+    tail = (GROUP * offsets[:-1] + nnz)[:, None] + np.arange(GROUP - 1)
+    inside = tail < GROUP * offsets[1:, None]
+    if (wrong := (logical.reshape(-1)[tail[inside]] != 0)).any():
+        row = int(np.nonzero(inside)[0][wrong.argmax()])
+        raise ValueError(f"row {row} has values other than zero after its {nnz[row]} elements")
+
+
+def _names(dtypes) -> str:
+    return ", ".join(d.name for d in dtypes[:-1]) + f" or {dtypes[-1].name}"

@@ -7,6 +7,7 @@ contiguous chunks and interleaves them, so that neighbouring GPU lanes read neig
 """
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 GROUP = 8  # slots per group: 16 bytes of 16-bit values, 32 bits of 4-bit deltas
@@ -17,6 +18,27 @@ MAX_DELTA = 15  # the largest 4-bit delta; a longer gap takes an explicit zero
 def words_per_row(cols: int) -> int:
     """Number of 32-bit words of one row's bitmask."""
     return -(-cols // WORD)
+
+
+def start_dtype(cols: int) -> np.dtype:
+    """Integer type of the lanes' first columns."""
+    return np.dtype(np.uint16 if cols <= np.iinfo(np.uint16).max else np.uint32)
+
+
+def is_zero(values: jax.Array) -> jax.Array:
+    """True for +0.0 and -0.0 alone; by bits, since a device may compare subnormals as zeros."""
+    bits = lax.bitcast_convert_type(values, f"uint{8 * values.dtype.itemsize}")
+    return bits << 1 == 0
+
+
+def lane_chunks(count, lanes: int):
+    """First group of each lane's chunk in column order, [rows, lanes], for rows of `count` groups.
+
+    Works on NumPy and JAX integer arrays. A chunk is empty where its first group is `count`.
+    """
+    lane = np.arange(lanes, dtype=np.int32)
+    minimum = count.__array_namespace__().minimum
+    return lane * (count // lanes)[:, None] + minimum(lane, (count % lanes)[:, None])
 
 
 def logical_group(local, count, lanes: int):
@@ -33,6 +55,23 @@ def logical_group(local, count, lanes: int):
     return lane * q + minimum(lane, rem) + step
 
 
+def memory_group(logical, count, lanes: int):
+    """The inverse of `logical_group`: index in memory of the row's group at `logical`.
+
+    Divides in float32, which has vector instructions and is exact below 2**24 groups a row.
+    """
+    if lanes == 1:
+        return logical
+    q, rem = count // lanes, count % lanes
+    longer = rem * (q + 1)  # groups in the chunks that hold one more
+    in_longer = logical < longer
+    within = jnp.where(in_longer, logical, logical - longer)
+    size = jnp.maximum(jnp.where(in_longer, q + 1, q), 1)
+    chunk = jnp.floor(within.astype(jnp.float32) / size.astype(jnp.float32)).astype(jnp.int32)
+    step = within - chunk * size
+    return step * lanes + jnp.where(in_longer, chunk, chunk + rem)
+
+
 def group_rows(row_offsets: jax.Array, groups: int) -> jax.Array:
     """Row of every group, [groups] int32; groups beyond row_offsets[-1] get `rows`."""
     rows = row_offsets.shape[0] - 1
@@ -40,28 +79,28 @@ def group_rows(row_offsets: jax.Array, groups: int) -> jax.Array:
     return jnp.repeat(jnp.arange(rows + 1, dtype=jnp.int32), counts, total_repeat_length=groups)
 
 
-def column_order(row_offsets: jax.Array, row: jax.Array, lanes: int) -> jax.Array:
-    """For every group in memory order, its index in logical order, [groups] int32."""
-    memory = jnp.arange(row.shape[0], dtype=jnp.int32)
+def _order(rule, row_offsets: jax.Array, row: jax.Array, lanes: int) -> jax.Array:
+    index = jnp.arange(row.shape[0], dtype=jnp.int32)
     if lanes == 1:
-        return memory
+        return index
     begin = row_offsets.at[row].get(mode="clip")
     end = row_offsets.at[row + 1].get(mode="clip")
-    logical = begin + logical_group(memory - begin, end - begin, lanes)
-    return jnp.where(memory < row_offsets[-1], logical, memory)  # spare capacity stays in place
+    ordered = begin + rule(index - begin, end - begin, lanes)
+    return jnp.where(index < row_offsets[-1], ordered, index)  # spare capacity stays in place
 
 
-def to_logical(groups: jax.Array, order: jax.Array, lanes: int) -> jax.Array:
-    """Reorders an array with a leading group axis from memory order to logical order."""
-    if lanes == 1:
-        return groups
-    memory = jnp.arange(order.shape[0], dtype=jnp.int32)
-    inverse = jnp.zeros_like(order).at[order].set(memory, unique_indices=True)
-    return groups.at[inverse].get(mode="promise_in_bounds", unique_indices=True)
+def column_order(row_offsets: jax.Array, row: jax.Array, lanes: int) -> jax.Array:
+    """For every group in memory order, its index in logical order, [groups] int32."""
+    return _order(logical_group, row_offsets, row, lanes)
 
 
-def to_memory(groups: jax.Array, order: jax.Array, lanes: int) -> jax.Array:
-    """Reorders an array with a leading group axis from logical order to memory order."""
+def memory_order(row_offsets: jax.Array, row: jax.Array, lanes: int) -> jax.Array:
+    """For every group in logical order, its index in memory order, [groups] int32."""
+    return _order(memory_group, row_offsets, row, lanes)
+
+
+def reorder(groups: jax.Array, order: jax.Array, lanes: int) -> jax.Array:
+    """`groups[order]` along the leading axis; with one lane every order is the identity."""
     if lanes == 1:
         return groups
     return groups.at[order].get(mode="promise_in_bounds", unique_indices=True)
@@ -85,16 +124,25 @@ def bit_ranks(codes: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.
     return rank.reshape(rows, -1)[:, :cols], stored.reshape(rows, -1)[:, :cols]
 
 
-def delta_columns(codes: jax.Array, row_offsets: jax.Array, row: jax.Array) -> jax.Array:
-    """Column of every slot of delta4 codes in logical order, [groups, 8] int32."""
-    nibble = jnp.arange(GROUP, dtype=jnp.uint32) * 4
-    advance = ((codes[:, None] >> nibble) & MAX_DELTA).astype(jnp.int32) + 1
-    within = jnp.cumsum(advance, axis=1)
+def delta_prefixes(codes: jax.Array) -> list[jax.Array]:
+    """Columns from a group's start to each of its eight slots, eight arrays like `codes`, int32.
+
+    Eight prefix sums at once: adjacent nibbles are paired into bytes, and one multiplication by
+    0x01010101 sums the bytes below each byte; the deltas add up to 120, so no byte overflows.
+    """
+    low, high = codes & 0x0F0F0F0F, (codes >> 4) & 0x0F0F0F0F
+    odd = (low + high) * jnp.uint32(0x01010101)
+    even = odd - high
+    sums = [((odd if j % 2 else even) >> (8 * (j // 2))) & 0xFF for j in range(GROUP)]
+    return [s.astype(jnp.int32) + j for j, s in enumerate(sums)]
+
+
+def delta_bases(codes: jax.Array, row_offsets: jax.Array, row: jax.Array) -> jax.Array:
+    """Column from which each group of delta4 codes in logical order counts, [groups] int32."""
+    advance = delta_prefixes(codes)[-1] + 1
     # Wraps for matrices of more than 2**31 positions; differences inside a row are still right.
-    after = jnp.cumsum(within[:, -1])
-    before = after - within[:, -1]
-    row_begin = row_offsets.at[row].get(mode="clip")
-    return (before - before.at[row_begin].get(mode="clip"))[:, None] + within - 1
+    before = jnp.cumsum(advance) - advance
+    return before - before.at[row_offsets.at[row].get(mode="clip")].get(mode="clip")
 
 
 def slot_positions(codes, row_offsets, *, stored: int, shape, encoding: str, lanes: int):
@@ -110,7 +158,6 @@ def slot_positions(codes, row_offsets, *, stored: int, shape, encoding: str, lan
     rows, cols = shape
     groups = stored // GROUP
     row = group_rows(row_offsets, groups)
-    order = column_order(row_offsets, row, lanes)
     if encoding == "bitmask":
         rank, is_stored = bit_ranks(codes, shape)
         slot = jnp.where(is_stored, GROUP * row_offsets[:-1, None] + rank, stored)
@@ -118,8 +165,10 @@ def slot_positions(codes, row_offsets, *, stored: int, shape, encoding: str, lan
             jnp.arange(cols, dtype=jnp.int32), mode="drop", unique_indices=True)
         column = column.reshape(groups, GROUP)
     else:
-        column = delta_columns(to_logical(codes, order, lanes), row_offsets, row)
-    column = to_memory(column, order, lanes)
+        logical = reorder(codes, memory_order(row_offsets, row, lanes), lanes)
+        column = jnp.stack(delta_prefixes(logical), axis=1)
+        column += delta_bases(logical, row_offsets, row)[:, None]
+    column = reorder(column, column_order(row_offsets, row, lanes), lanes)
     valid = (column < cols) & (row < rows)[:, None]
     column = jnp.where(valid, column, 0)
     row = jnp.broadcast_to(jnp.minimum(row, rows - 1)[:, None], column.shape)
@@ -133,11 +182,11 @@ def decode_dense(values, codes, row_offsets, *, shape, encoding: str, lanes: int
         return jnp.zeros(shape, values.dtype)
     if encoding == "bitmask":
         groups = stored // GROUP
-        order = column_order(row_offsets, group_rows(row_offsets, groups), lanes)
-        logical = to_logical(values.reshape(groups, GROUP), order, lanes).reshape(-1)
+        order = memory_order(row_offsets, group_rows(row_offsets, groups), lanes)
+        logical = reorder(values.reshape(groups, GROUP), order, lanes)
         rank, is_stored = bit_ranks(codes, shape)
         slot = GROUP * row_offsets[:-1, None] + rank
-        return jnp.where(is_stored, logical.at[slot].get(mode="clip"), jnp.zeros((), values.dtype))
+        return jnp.where(is_stored, logical.reshape(-1).at[slot].get(mode="clip"), 0)
     row, column, valid = slot_positions(
         codes, row_offsets, stored=stored, shape=shape, encoding=encoding, lanes=lanes)
     row = jnp.where(valid, row, shape[0])

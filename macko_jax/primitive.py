@@ -119,8 +119,10 @@ def _define(result) -> Primitive:
               None, None, None)
     ad.primitive_transposes[primitive] = functools.partial(_transpose, result)
     batching.primitive_batchers[primitive] = functools.partial(_batch, result)
-    mlir.register_lowering(primitive, functools.partial(_lower, result, "cpu"))
-    mlir.register_lowering(primitive, functools.partial(_lower, result, "cuda"), platform="cuda")
+    mlir.register_lowering(primitive, functools.partial(_lower, result, "any"))
+    for platform in ("cpu", "cuda"):
+        mlir.register_lowering(
+            primitive, functools.partial(_lower, result, platform), platform=platform)
     return primitive
 
 
