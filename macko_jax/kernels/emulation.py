@@ -40,6 +40,9 @@ class NumpyLanes:
         with np.errstate(all="ignore"):
             return (a.astype(np.float64) * b + c).astype(np.float32)
 
+    def add_byte(self, word, number, scale, total):
+        return total + scale * ((word >> (8 * number)) & 0xFF)
+
     def trailing_zeros(self, word):
         return np.bitwise_count(~word & (word - np.uint32(1))).astype(np.uint32)
 
@@ -91,8 +94,9 @@ class NumpyLanes:
         assert np.unique(at).size == at.size, f"two lanes store the same element of {name}"
         array[at] = value[where].astype(array.dtype)
 
-    def load_shared(self, index, count):
-        at = index.astype(np.int64) * count
+    def load_shared(self, offset, count):
+        assert (offset % (4 * count) == 0)[self._active].all(), "misaligned shared load"
+        at = offset.astype(np.int64) // 4
         at = self._in_range("shared", at, self._active, self._shared.shape[1] - count + 1)
         assert self._written[self._lane_block, at][self._active].all(), "shared slot never written"
         return [self._shared[self._lane_block, at + i] for i in range(count)]

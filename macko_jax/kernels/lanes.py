@@ -89,6 +89,13 @@ class MosaicLanes:
     def fma(self, a, b, c):
         return Register(llvm.intr_fma(a.value, b.value, c.value))
 
+    def add_byte(self, word, number, scale, total):
+        """total + scale * (byte `number` of word), one instruction; `scale` is at most 255."""
+        weights = _constant(_i32(), scale << (8 * number))
+        return Register(llvm.inline_asm(
+            _i32(), [word.value, weights, total.value], "dp4a.u32.u32 $0, $1, $2, $3;",
+            "=r,r,r,r", has_side_effects=False))
+
     def trailing_zeros(self, word):
         """Index of the lowest set bit; 32 for zero."""
         return Register(llvm.intr_cttz(word.value, False))
@@ -173,13 +180,15 @@ class MosaicLanes:
             rounded = value.value if kind == ir.F32Type.get() else arith.truncf(kind, value.value)
             llvm.store(rounded, self._address(self._pointers[name], index, kind))
 
-    def load_shared(self, index, count):
-        """`count` (1, 2 or 4) consecutive float32 of the shared array, from `index * count`."""
+    def load_shared(self, offset, count):
+        """`count` (1, 2 or 4) consecutive float32 at a byte offset, a multiple of 4 * count."""
+        kind = ir.F32Type.get()
+        if count > 1:
+            kind = ir.VectorType.get((count,), kind)
+        address = self._address(self._shared, offset, ir.IntegerType.get_signless(8))
+        loaded = llvm.load(kind, address, alignment=4 * count)
         if count == 1:
-            kind = ir.F32Type.get()
-            return [Register(llvm.load(kind, self._address(self._shared, index, kind)))]
-        kind = ir.VectorType.get((count,), ir.F32Type.get())
-        loaded = llvm.load(kind, self._address(self._shared, index, kind), alignment=4 * count)
+            return [Register(loaded)]
         return [Register(llvm.extractelement(loaded, _constant(_i32(), i))) for i in range(count)]
 
     def store_shared(self, index, value, where):

@@ -3,9 +3,9 @@
 One block runs on every multiprocessor and keeps x in shared memory as float32. The block owns a
 contiguous share of the rows and deals them to its warps; `lanes` lanes work on a row, so a warp
 works on 32 / lanes rows at a time. Every lane owns a contiguous strip of its row whose first
-column is stored, which spares a prefix sum over the lanes. It reads its strip in steps of `unroll`
-groups of eight elements; the loads of a step are issued before the arithmetic of the step before,
-also across rows.
+column is stored, which spares a prefix sum over the lanes. `unroll` groups of eight elements are in
+flight for every lane: once a group is multiplied, its registers take the load of the group `unroll`
+further on, also across rows.
 
 The budget: at 4.3 TB/s an H200's multiprocessor gets about 17 bytes a clock, 6.6 elements of 2.5
 bytes, and can issue 128 lane instructions and 32 shared words in that clock. The gather of x from
@@ -88,8 +88,8 @@ class Delta4:
         del row
         return start
 
-    def columns(self, code, place):
-        """Columns of a group's elements, and the place after them.
+    def columns(self, code, place, scale):
+        """Columns of a group's elements times `scale`, and the place after them.
 
         Bytes of `even` and `odd` hold the sums of the deltas up to elements 0, 2, 4, 6 and
         1, 3, 5, 7: the pairwise sums are at most 30, their prefix sums at most 120, so one
@@ -101,7 +101,8 @@ class Delta4:
         columns = []
         for j in range(GROUP // 2):
             for half, prefix in enumerate((even, odd)):
-                columns.append(place + ((prefix >> (8 * j)) & 0xFF) + (2 * j + half))
+                columns.append(
+                    self.ops.add_byte(prefix, j, scale, place * scale) + (2 * j + half) * scale)
         # A lane whose row is done must not run away while its warp goes on with longer rows.
         after = place + (odd >> 24) + GROUP
         return columns, self.ops.select(after < self.cols, after, self.ops.integer(self.cols))
@@ -148,12 +149,12 @@ class Bitmask:
         return Bits(place.word + step, place.column + step * WORD, place.ahead,
                     self._load(place.word + 2, place.end), place.end)
 
-    def columns(self, code, place):
+    def columns(self, code, place, scale):
         del code
         ops, columns = self.ops, []
         for _ in range(GROUP):
             place = ops.loop(lambda p: p.current == 0, self._advance, place)
-            columns.append(place.column + ops.trailing_zeros(place.current))
+            columns.append((place.column + ops.trailing_zeros(place.current)) * scale)
             place = place._replace(current=place.current & (place.current - 1))
         return columns, place
 
@@ -170,6 +171,7 @@ def program(ops, plan: Plan) -> None:
     settings, vectors = plan.settings, plan.settings.vectors
     decoder = DECODERS[plan.encoding](ops, plan)
     words_per_group = GROUP * jnp.dtype(plan.dtype).itemsize // 4
+    x_scale = 4 * vectors if settings.stage_x else 1  # columns as byte offsets in shared memory
     threads = settings.warps * WARP
 
     thread = ops.thread()
@@ -194,31 +196,27 @@ def program(ops, plan: Plan) -> None:
         start = ops.load_integer("starts", safe * plan.lanes + part)
         return Strip(row, begin + part, end, decoder.open(safe, start))
 
-    def read(strip):
-        """Issues the loads of the strip's next `unroll` groups: (codes, values) of each."""
-        out = []
-        for u in range(settings.unroll):
-            group = strip.group + u * plan.lanes
-            live = group < strip.end
-            code = ops.integer(0)
-            if decoder.reads_codes_by_group:
-                [code] = ops.load_words("codes", group, 1, live, stream=True)
-            values = []
-            for i in range(words_per_group // 4):
-                values += ops.load_words(
-                    "values", group * (words_per_group // 4) + i, 4, live, stream=True)
-            out.append((code, values))
-        return out
+    def read(strip, step):
+        """Issues the loads of the lane's group `step` groups ahead: its code and its values."""
+        group = strip.group + step * plan.lanes
+        live = group < strip.end
+        code = ops.integer(0)
+        if decoder.reads_codes_by_group:
+            [code] = ops.load_words("codes", group, 1, live, stream=True)
+        values = []
+        for i in range(words_per_group // 4):
+            values += ops.load_words(
+                "values", group * (words_per_group // 4) + i, 4, live, stream=True)
+        return code, values
 
     def multiply(code, values, place, sums):
-        columns, place = decoder.columns(code, place)
+        columns, place = decoder.columns(code, place, x_scale)
         if words_per_group == GROUP:
             weights = [ops.as_real(word) for word in values]
         else:
             weights = [half for word in values for half in ops.pair(word, plan.dtype)]
         for column, weight in zip(columns, weights):
-            xs = x_at(column)
-            sums = [ops.fma(weight, x, total) for x, total in zip(xs, sums)]
+            sums = [ops.fma(weight, x, total) for x, total in zip(x_at(column), sums)]
         return place, sums
 
     def read_x(first_slot):
@@ -266,7 +264,7 @@ def program(ops, plan: Plan) -> None:
         after = strip.group + settings.unroll * plan.lanes
         done = ops.all(after >= strip.end)
         target = ops.select(done, upcoming, strip._replace(group=after))
-        next_data = read(target)
+        next_data = [read(target, u) for u in range(settings.unroll)]
         place = strip.place
         for u, (code, values) in enumerate(data):
             def run(code=code, values=values, place=place, sums=sums):
@@ -289,8 +287,8 @@ def program(ops, plan: Plan) -> None:
     # All loads that depend on nothing come first: the start of a kernel is a chain of latencies.
     x_head = read_x(thread) if settings.stage_x else []
     strip = open_row(first_row + task)
+    data = [read(strip, u) for u in range(settings.unroll)]
     upcoming = open_row(first_row + task + stride)
-    data = read(strip)
     write_x(x_head)
     if settings.stage_x:
         stage_rest_of_x()
