@@ -20,11 +20,10 @@ import time
 from absl import app
 from absl import flags
 import dsf_jax
+from dsf_jax import export
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import macko_jax
-import macko_jax.flax_nnx
 import numpy as np
 
 from examples import stdlib_text
@@ -32,7 +31,7 @@ from examples.llama import checkpoint
 from examples.llama import evaluation
 from examples.llama import model as llama
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "admm")
+METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "dsf-published", "dsf")
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -167,7 +166,7 @@ def run_method(model, method, density, batches, bench, out):
         model, batches, method=method, density=density, calibration="one-pass", callback=report
     )
     pruned_at = time.perf_counter()
-    packed, packing = macko_jax.flax_nnx.substitute(pruned.model)
+    packed, packing = export.pack(pruned.model)
     packed_at = time.perf_counter()
     show(
         f"    pruned in {pruned_at - began:.1f} s, packed {len(packing.packed)} of "

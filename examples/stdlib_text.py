@@ -123,7 +123,12 @@ def main(_):
     out.parent.mkdir(parents=True, exist_ok=True)
     # np.savez appends .npz to other names, so the temporary one has it too.
     temporary = out.with_name(f"{out.name}.{os.getpid()}.npz")
-    np.savez_compressed(temporary, train=join(train), held_out=join(held_out.values()))
+    np.savez_compressed(
+        temporary,
+        train=join(train),
+        held_out=join(held_out.values()),
+        libraries=[pathlib.Path(library).name for library in _LIBRARY.value],
+    )
     temporary.replace(out)
     print(
         f"{out}: {len(train)} files, {sum(map(len, train)) / 1e6:.1f} MB to train on; "

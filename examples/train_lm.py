@@ -218,6 +218,7 @@ def main(_):
     began = time.monotonic()
     with np.load(CORPUS.value) as corpus:
         text, held_out = jnp.asarray(corpus["train"]), corpus["held_out"]
+        libraries = corpus["libraries"].tolist()
     config = model_config()
     graph, params = nnx.split(initial_model(config, SEED.value))
     size = sum(p.size for p in jax.tree.leaves(params))
@@ -240,6 +241,7 @@ def main(_):
         "held_out_modules": HELD_OUT,
         "held_out_bytes": held_out.size,
         "windowing": windowing(),
+        "train_libraries": libraries,
         "train_bytes": text.size,
         "bytes_read": record["steps"] * BATCH.value * LENGTH.value,
         "parameters": size,
@@ -247,7 +249,11 @@ def main(_):
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
-        "flags": {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(__name__)},
+        "flags": {
+            flag.name: flag.value
+            for flag in flags.FLAGS.get_key_flags_for_module(__name__)
+            if flag.name not in ("corpus", "out")
+        },
     }
     out = pathlib.Path(OUT.value) / "record.json"
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")

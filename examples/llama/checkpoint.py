@@ -6,10 +6,12 @@ checkpoints, so there is one loader. Stored weights are [out, in]; Flax kernels 
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
 
+import dsf_jax
 from flax import nnx
 import jax.numpy as jnp
 import macko_jax
@@ -131,12 +133,19 @@ def load(directory, *, dtype=jnp.float32, param_dtype=None):
 PACKED = "packed.safetensors"
 
 
+def load_any(directory, *, dtype=jnp.float32, param_dtype=None):
+    """`load_packed` where the directory holds a packed model, else `load`."""
+    if (pathlib.Path(directory) / PACKED).is_file():
+        return load_packed(directory, dtype=dtype)
+    return load(directory, dtype=dtype, param_dtype=param_dtype)
+
+
 def save_packed(directory, model):
     """Writes a model with packed layers: config.json and one file that `macko_jax.save` writes.
 
     Args:
       directory: made if missing.
-      model: a `Llama` after `macko_jax.flax_nnx.substitute`.
+      model: a `Llama` after `dsf_jax.export.pack` or `macko_jax.flax_nnx.substitute`.
 
     Returns:
       Size in bytes of the weights' file.
@@ -160,7 +169,26 @@ def load_packed(directory, *, dtype=jnp.float32):
     tree = macko_jax.load(directory / PACKED)
     param_dtype = tree["embed"]["embedding"].dtype
     abstract = abstract_model(load_config(directory), dtype=dtype, param_dtype=param_dtype)
+    for block, stored in zip(abstract.layers, tree["layers"].values()):
+        for module, name in ((block.attention, "attention"), (block.mlp, "mlp")):
+            for layer, arrays in stored[name].items():
+                if "left" in arrays:
+                    setattr(module, layer, _abstract_pair(getattr(module, layer), arrays))
     return macko_jax.flax_nnx.from_pure_dict(abstract, tree)
+
+
+def _abstract_pair(linear, arrays):
+    """The factor pair that stands in the place of a linear layer."""
+    inner = arrays["right"]["kernel"].shape[0]
+    make = functools.partial(
+        nnx.Linear, dtype=linear.dtype, param_dtype=linear.param_dtype, rngs=nnx.Rngs(0)
+    )
+    return nnx.eval_shape(
+        lambda: dsf_jax.FactorPair(
+            make(linear.in_features, inner, use_bias=False),
+            make(inner, linear.out_features, use_bias=linear.bias is not None),
+        )
+    )
 
 
 def abstract_model(config, *, dtype, param_dtype):
