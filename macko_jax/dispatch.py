@@ -34,9 +34,11 @@ class Implementation:
 
     Attributes:
       why_not: None, or the reason why it cannot serve a problem.
+      rather_not: None, or the reason why another is faster, where it can serve.
       function: what computes the problem's product; see reference.py for the signatures.
     """
     why_not: Callable[[Problem], str | None]
+    rather_not: Callable[[Problem], str | None]
     function: Callable[[Problem], Callable]
 
 
@@ -47,31 +49,47 @@ def _xla(problem: Problem) -> Callable:
     return getattr(reference, problem.product)
 
 
+def _kernel():
+    from macko_jax.kernels import spmv  # half a second of imports that only GPUs need
+    return spmv
+
+
+def _no_kernel(problem: Problem) -> str | None:
+    if problem.platform != "cuda":
+        return f"the kernel needs platform cuda, and this is lowered for {problem.platform}"
+    return _kernel().why_not(problem)
+
+
 # In order of preference.
 IMPLEMENTATIONS = {
-    "xla": Implementation(why_not=lambda problem: None, function=_xla),
+    "mosaic_gpu": Implementation(
+        why_not=_no_kernel,
+        rather_not=lambda problem: _kernel().rather_not(problem),
+        function=lambda problem: _kernel().spmv),
+    "xla": Implementation(
+        why_not=lambda problem: None, rather_not=lambda problem: None, function=_xla),
 }
 
 
 def explain(problem: Problem) -> dict[str, str | None]:
-    """For every implementation in order of preference: None if it can serve, or why it cannot."""
-    return {name: i.why_not(problem) for name, i in IMPLEMENTATIONS.items()}
+    """For every implementation in order of preference: None if it fits, or why it does not."""
+    return {name: i.why_not(problem) or i.rather_not(problem)
+            for name, i in IMPLEMENTATIONS.items()}
 
 
 def choose(problem: Problem, implementation: str | None) -> Callable:
-    """The function that serves `problem`: of the named implementation, or of the first that can.
+    """The function that serves `problem`: of the named implementation, or of the first that fits.
 
     Raises:
       NotImplementedError: the named implementation cannot serve; it never falls back silently.
     """
-    reasons = explain(problem)
     if implementation is None:
-        implementation = next(name for name, reason in reasons.items() if reason is None)
-    elif reasons[implementation] is not None:
-        able = [name for name, reason in reasons.items() if reason is None]
+        implementation = next(name for name, reason in explain(problem).items() if reason is None)
+    elif (reason := IMPLEMENTATIONS[implementation].why_not(problem)) is not None:
+        able = [name for name, i in IMPLEMENTATIONS.items() if i.why_not(problem) is None]
         raise NotImplementedError(
-            f"implementation {implementation!r} cannot compute {problem.product} here: "
-            f"{reasons[implementation]}. Use implementation=None or one of {able}.")
+            f"implementation {implementation!r} cannot compute {problem.product} here: {reason}. "
+            f"Use implementation=None or one of {able}.")
     return IMPLEMENTATIONS[implementation].function(problem)
 
 

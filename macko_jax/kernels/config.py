@@ -4,7 +4,10 @@ import functools
 
 import jax
 
+from macko_jax.layout import GROUP
+
 WARPGROUP = 4  # warps
+BREAK_EVEN_BATCH = 32  # vectors; with more, a dense decode and product are faster
 SHARED_BYTES = 220 * 1024  # of a Hopper multiprocessor's 227 KiB; the rest is the kernel's own
 
 
@@ -41,14 +44,16 @@ def multiprocessors() -> int:
     return getattr(gpus[0], "core_count", 132) if gpus else 132
 
 
-def choose(shape: tuple[int, int], lanes: int, batch: int) -> Settings:
-    """The settings for a matrix of `shape` whose rows are shared by `lanes` lanes."""
+def choose(shape: tuple[int, int], lanes: int, stored: int, batch: int) -> Settings:
+    """The settings for a matrix of `stored` slots whose rows are shared by `lanes` lanes."""
     rows, cols = shape
     vectors = next(v for v in (4, 2, 1) if v == 1 or (v <= batch and _fits(cols, v)))
     blocks = min(multiprocessors(), rows)
     tasks = -(-rows // blocks) * lanes // 32  # of a block's warps
-    return Settings(blocks=blocks, warps=_warps(tasks), unroll=2, vectors=vectors,
-                    stage_x=_fits(cols, vectors))
+    groups_per_lane = stored / GROUP / rows / lanes
+    return Settings(
+        blocks=blocks, warps=_warps(tasks), unroll=2 if groups_per_lane > 2.5 else 1,
+        vectors=vectors, stage_x=_fits(cols, vectors))
 
 
 def _fits(cols: int, vectors: int) -> bool:

@@ -301,9 +301,7 @@ def why_not(problem) -> str | None:
     """None if the kernel serves the `dispatch.Problem`, or the reason why it does not."""
     floats = ("float16", "bfloat16", "float32")
     if problem.product != "spmv":
-        return f"there is no GPU kernel for {problem.product} yet"
-    if problem.platform != "cuda":
-        return f"it is lowered for {problem.platform}, and the kernel needs cuda"
+        return f"there is no kernel for {problem.product}"
     for dtype in (*problem.dtypes, problem.out_dtype):
         if jnp.dtype(dtype).name not in floats:
             return f"the kernel takes {', '.join(floats)}, not {jnp.dtype(dtype).name}"
@@ -315,11 +313,19 @@ def why_not(problem) -> str | None:
     return None
 
 
+def rather_not(problem) -> str | None:
+    """None if the kernel is the fastest way, or the reason why a dense decode is faster."""
+    if problem.batch > config.BREAK_EVEN_BATCH:
+        return (f"{problem.batch} vectors are more than {config.BREAK_EVEN_BATCH}: "
+                "decoding the matrix once and a dense product are faster")
+    return None
+
+
 def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes: int, stored, out_dtype):
     """y = x A^T, [batch, cols] -> [batch, rows], on the GPU; the signature of `reference.spmv`."""
     batch = x.shape[0]
     plan = Plan(shape=shape, encoding=encoding, lanes=lanes, stored=stored, dtype=values.dtype,
-                batch=batch, settings=config.choose(shape, lanes, batch))
+                batch=batch, settings=config.choose(shape, lanes, stored, batch))
     return _call(plan, out_dtype, values, codes, row_offsets, starts, x)
 
 
