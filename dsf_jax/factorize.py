@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from dsf_jax import pruners
-from dsf_jax.admm import Schedule, improve_factor, refit_coupled, refit_rows
+from dsf_jax.admm import COMPILER_OPTIONS, Schedule, improve_factor, refit_coupled, refit_rows
 from dsf_jax.budget import choose_width, count_nonzeros, packed_nbytes, split_nonzeros
 from dsf_jax.masks import top_k_mask
 from dsf_jax.problem import (
@@ -66,7 +66,7 @@ class Options:
     search_steps: int = 5
     search_mask_steps: int = 2
     search_ridge: float = 0.01
-    refine_rounds: int = 80
+    refine_rounds: int = 160
     refine_rho: tuple[float, float] = (0.1, 1.0)
     refine_steps: int = 3
     refine_mask_steps: int = 1
@@ -276,11 +276,13 @@ def _solve(weight, gram, left_nonzeros, right_nonzeros, inner, options):
         return _restore(problem, pair)
 
 
-_STATIC = ("inner", "options")
-_factorize = partial(jax.jit, static_argnames=_STATIC)(_solve)
+_compile = partial(
+    jax.jit, static_argnames=("inner", "options"), compiler_options=COMPILER_OPTIONS
+)
+_factorize = _compile(_solve)
 
 
-@partial(jax.jit, static_argnames=_STATIC)
+@_compile
 def _factorize_stack(weights, grams, left_nonzeros, right_nonzeros, inner, options):
     def solve(weight, gram):
         return _solve(weight, gram, left_nonzeros, right_nonzeros, inner, options)
@@ -390,7 +392,14 @@ def _finalize(problem, pair, left_nonzeros, options):
 
 
 def _restore(problem: LayerProblem, pair: _Pair):
-    """A and B in the layer's units, each inner dimension's scale shared evenly between them."""
+    """A and B in the layer's units.
+
+    The scale of each inner dimension is shared evenly between the factors, and the dimensions come
+    in order of non-zeros: unused ones at the end, where the packed rows of A end before them.
+    """
+    used = jnp.count_nonzero(pair.left, axis=0) + jnp.count_nonzero(pair.right, axis=0)
+    order = jnp.argsort(-used, stable=True)
+    pair = pair._replace(left=pair.left[:, order], right=pair.right[:, order])
     left, right = pair.left * problem.unit, problem._replace(unit=1.0).restore(pair.right.T)
     left_size = jnp.max(jnp.abs(left), axis=0)
     right_size = jnp.max(jnp.abs(right), axis=1)

@@ -32,8 +32,9 @@ def top_k_mask(scores: jax.Array, k) -> jax.Array:
       Boolean mask of the shape of `scores` with exactly `k` true entries.
     """
     k = jnp.asarray(k, jnp.int32)
-    # The bit patterns of non-negative floats are ordered as the floats are; adding 0 turns -0.0.
-    patterns = lax.bitcast_convert_type(scores.astype(jnp.float32) + 0.0, jnp.uint32)
+    # The bit patterns of non-negative floats are ordered as the floats are; -0.0 loses its sign.
+    patterns = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
+    patterns &= jnp.uint32(0x7FFFFFFF)
     threshold = _largest(lambda t: jnp.sum(patterns >= t, dtype=jnp.int32) >= k, bits=31)
     above, tied = patterns > threshold, patterns == threshold
     wanted = k - jnp.sum(above, dtype=jnp.int32)

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from dsf_jax import masks
-from dsf_jax.admm import refit_rows
+from dsf_jax.admm import COMPILER_OPTIONS, refit_rows
 from dsf_jax.budget import count_nonzeros
 from dsf_jax.problem import check_density, check_layer, normalize
 
@@ -76,6 +76,11 @@ def prune(
     return pruned.astype(dtype)
 
 
+_compile = partial(
+    jax.jit, static_argnames=("group", "precision"), compiler_options=COMPILER_OPTIONS
+)
+
+
 def _parse_pattern(pattern, density, shape, name):
     layer = f"layer {name!r}: " if name else ""
     try:
@@ -98,14 +103,14 @@ def _best_mask(scores, nonzeros, group):
     return masks.n_m_mask(scores, *group) if group else masks.top_k_mask(scores, nonzeros)
 
 
-@partial(jax.jit, static_argnames=("group", "precision"))
+@_compile
 def magnitude(weight, gram, nonzeros, *, group=None, precision="highest"):
     """Keeps the entries of largest magnitude; see `prune`."""
     del gram, precision
     return jnp.where(_best_mask(jnp.abs(weight), nonzeros, group), weight, 0)
 
 
-@partial(jax.jit, static_argnames=("group", "precision"))
+@_compile
 def wanda(weight, gram, nonzeros, *, group=None, precision="highest"):
     """Keeps the entries of largest |w_ij| G_jj^(1/2), row by row; see `prune`."""
     del precision
@@ -117,7 +122,7 @@ def wanda(weight, gram, nonzeros, *, group=None, precision="highest"):
     return jnp.where(mask, weight, 0)
 
 
-@partial(jax.jit, static_argnames=("group", "precision"))
+@_compile
 def sparsegpt(weight, gram, nonzeros, *, group=None, precision="highest"):
     """Removes entries by saliency, block by block, updating the columns after them; see `prune`."""
     with jax.default_matmul_precision(precision):
@@ -171,7 +176,7 @@ def sparsegpt(weight, gram, nonzeros, *, group=None, precision="highest"):
         return lax.scan(prune_block, start, (first, shares))[0][:, :cols]
 
 
-@partial(jax.jit, static_argnames=("group", "precision"))
+@_compile
 def admm(weight, gram, nonzeros, *, group=None, precision="highest"):
     """Finds mask and values together by ADMM with a rising penalty; see `prune`.
 
