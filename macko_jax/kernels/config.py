@@ -6,7 +6,7 @@ import jax
 
 from macko_jax.layout import GROUP
 
-WARPGROUP = 4  # warps
+WARPGROUP = 4  # warps; `lanes.WARPGROUP`, without its imports
 BREAK_EVEN_BATCH = 32  # vectors; with more, a dense decode and product are faster
 SHARED_BYTES = 220 * 1024  # of a Hopper multiprocessor's 227 KiB; the rest is the kernel's own
 

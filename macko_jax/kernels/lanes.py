@@ -7,11 +7,14 @@ between lanes. Carried state is any pytree of registers.
 """
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mosaic_gpu
 from jax.experimental.mosaic.gpu import utils as mosaic
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
 WARP = 32
+WARPGROUP = 4  # warps; the granularity of Mosaic GPU's blocks
 FULL_WARP = 0xFFFFFFFF
 
 
@@ -237,3 +240,37 @@ class MosaicLanes:
 def _float_type(dtype) -> ir.Type:
     return {"float16": ir.F16Type, "bfloat16": ir.BF16Type, "float32": ir.F32Type}[
         jnp.dtype(dtype).name].get()
+
+
+def run(program, names, operands, result, *, blocks: int, warps: int, shared_slots: int):
+    """Runs a lane program on a grid of `blocks` blocks of `warps` warps.
+
+    Args:
+      program: called with the vocabulary; finds the operands and the result under `names`.
+      names: of the operands in order, then of the result.
+      operands: arrays in GPU memory.
+      result: shape and dtype of the result.
+      shared_slots: float32 elements of shared memory of a block.
+    """
+    dtypes = [a.dtype for a in operands] + [result.dtype]
+
+    def body(*refs):
+        block = jax.lax.axis_index("block")
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(),) * len(refs) + (plgpu.Layout.WG_SPLAT(()),))
+        def emit(_, *arguments):
+            *arrays, shared, index = arguments
+            program(MosaicLanes(
+                {name: typed for name, *typed in zip(names, arrays, dtypes)}, shared,
+                index.registers.item()))
+
+        emit(*refs, block)
+
+    return plgpu.kernel(
+        body, out_type=result, scratch_types=[plgpu.SMEM((shared_slots,), jnp.float32)],
+        grid=(blocks,), grid_names=("block",), num_threads=warps // WARPGROUP,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=mosaic_gpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True),
+    )(*operands)

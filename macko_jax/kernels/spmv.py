@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic import gpu as mosaic_gpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from macko_jax.kernels import config, lanes
 from macko_jax.kernels.lanes import WARP
@@ -330,29 +328,8 @@ def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes: int, 
 
 
 def _call(plan: Plan, out_dtype, *operands):
-    names = ("values", "codes", "row_offsets", "starts", "x", "y")
-    dtypes = [a.dtype for a in operands] + [jnp.dtype(out_dtype)]
-
-    def body(*refs):
-        block = jax.lax.axis_index("block")
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(),) * len(refs) + (plgpu.Layout.WG_SPLAT(()),))
-        def emit(_, *arguments):
-            *arrays, shared, index = arguments
-            ops = lanes.MosaicLanes(
-                {n: (a, d) for n, a, d in zip(names, arrays, dtypes)}, shared,
-                index.registers.item())
-            program(ops, plan)
-
-        emit(*refs, block)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((plan.batch, plan.shape[0]), out_dtype),
-        scratch_types=[plgpu.SMEM((plan.shared_slots,), jnp.float32)],
-        grid=(plan.settings.blocks * plan.passes,), grid_names=("block",),
-        num_threads=plan.settings.warps // 4, thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=mosaic_gpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True),
-    )(*operands)
+    return lanes.run(
+        lambda ops: program(ops, plan), ("values", "codes", "row_offsets", "starts", "x", "y"),
+        operands, jax.ShapeDtypeStruct((plan.batch, plan.shape[0]), out_dtype),
+        blocks=plan.settings.blocks * plan.passes, warps=plan.settings.warps,
+        shared_slots=plan.shared_slots)

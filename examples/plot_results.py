@@ -1,0 +1,46 @@
+"""Draws speed-up over dense against density, a line per shape, from a record of benchmark_spmv.
+
+    python -m examples.plot_results --record=docs/results/spmv_h200.json --out=docs/spmv_h200.png
+"""
+import collections
+import json
+import os
+import pathlib
+
+from absl import app, flags
+
+RECORD = flags.DEFINE_string("record", "runs/spmv.json", "Written by examples.benchmark_spmv.")
+OUT = flags.DEFINE_string("out", "runs/spmv.png", "The figure.")
+IMPLEMENTATION = flags.DEFINE_string("implementation", "macko", "Whose speed-up to draw.")
+
+
+def main(_):
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise SystemExit("matplotlib is missing: pip install 'macko-dsf-jax[plots]'") from error
+    record = json.loads(pathlib.Path(RECORD.value).read_text())
+    lines = collections.defaultdict(list)
+    for r in record["records"]:
+        if r["implementation"] == IMPLEMENTATION.value and r["batch"] == 1 and "speedup" in r:
+            lines[r["rows"], r["cols"], r["dtype"]].append((r["density"], r["speedup"]))
+    if not lines:
+        raise SystemExit(f"{RECORD.value} has no speed-up of {IMPLEMENTATION.value!r} at batch 1; "
+                         "run benchmark_spmv with --implementations=macko,dense")
+    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    for (rows, cols, dtype), points in sorted(lines.items()):
+        axes.plot(*zip(*sorted(points)), marker="o", label=f"{rows} x {cols}, {dtype}")
+    axes.axhline(1, color="grey", linewidth=1)
+    axes.set(xlabel="density", ylabel="speed-up over the faster dense product", ylim=(0, None),
+             title=f"MACKO SpMV, {record['device']}, jax {record['versions']['jax']}")
+    axes.legend(fontsize="small")
+    out = pathlib.Path(OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f"{out.stem}.{os.getpid()}.tmp{out.suffix}")
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(out)
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    app.run(main)

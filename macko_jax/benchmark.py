@@ -1,0 +1,97 @@
+"""Timing of products: distinct matrices from memory, not from a cache, and results checked first."""
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Bytes of distinct matrices that are read in turn: ten times the L2 cache of an H200 (60 MB), and
+# several times the last-level cache of a CPU.
+ROTATION = {"gpu": 600e6, "cpu": 150e6}
+MAX_COPIES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one product: percentiles over repeats of a pass over all matrices."""
+    p10: float
+    median: float
+    p90: float
+
+
+def copies(nbytes: int) -> int:
+    """How many matrices of `nbytes` make up the rotation of the default backend."""
+    total = ROTATION.get(jax.default_backend(), ROTATION["cpu"])
+    return min(MAX_COPIES, max(2, int(total // max(nbytes, 1)) + 1))
+
+
+def time_products(product, matrices: list, *operands, repeats: int = 10) -> Timing:
+    """Times product(matrix, *operands), back to back over a list of distinct matrices.
+
+    On a GPU it counts the time of the kernels (CUPTI), elsewhere the time on the clock.
+    """
+    several = jax.jit(lambda ms, *ops: [product(m, *ops) for m in ms])
+    run = lambda: jax.block_until_ready(several(matrices, *operands))
+    run()
+    measure = _on_gpu if jax.default_backend() == "gpu" else _on_clock
+    seconds = [measure(run) / len(matrices) for _ in range(repeats)]
+    return Timing(*np.percentile(seconds, [10, 50, 90]).tolist())
+
+
+def _on_gpu(run) -> float:
+    from jax.experimental.mosaic.gpu import profiler
+    return profiler.measure(run)[1] / 1e3
+
+
+def _on_clock(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def random_sparse(rows: int, cols: int, density: float, dtype, seed: int = 0) -> jax.Array:
+    """A dense array [rows, cols] of normal values at random positions, zero elsewhere."""
+    @jax.jit
+    def draw():
+        values, mask = jax.random.split(jax.random.key(seed))
+        kept = jax.random.bernoulli(mask, density, (rows, cols))
+        return jnp.where(kept, jax.random.normal(values, (rows, cols)), 0).astype(dtype)
+
+    return draw()
+
+
+def relative_error(y, dense, x) -> float:
+    """||y - x A^T|| / ||x A^T||, the exact product in float64 on the host."""
+    exact = np.asarray(x, np.float64) @ np.asarray(dense, np.float64).T
+    return float(np.linalg.norm(np.asarray(y, np.float64) - exact)
+                 / max(np.linalg.norm(exact), np.finfo(np.float64).tiny))
+
+
+def environment() -> dict:
+    """What a figure depends on: device, clocks, versions, date."""
+    device = jax.devices()[0]
+    record = {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
+        "date": datetime.date.today().isoformat(),
+    }
+    if device.platform == "gpu":
+        record["clocks"] = _clocks()
+    return record
+
+
+def _clocks() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,driver_version",
+             "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
