@@ -83,7 +83,7 @@ def test_every_linear_is_replaced(dense, inputs, expected):
     kinds = {type(module) for _, module in nnx.iter_modules(packed)}
     assert MackoLinear in kinds and not kinds & {nnx.Linear, nnx.LinearGeneral}
     np.testing.assert_allclose(run(packed, inputs), expected, rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(packed(inputs), expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(packed.first(inputs), dense.first(inputs), rtol=2e-5, atol=2e-5)
 
 
 def test_a_shared_layer_stays_shared(dense):
@@ -151,17 +151,19 @@ def test_nothing_is_shared_with_the_old_model(inputs):
     np.testing.assert_allclose(result, expected, rtol=2e-5, atol=2e-5)
 
 
+BITMASK = Rule(encoding="bitmask")  # where both encodings do: the one that compiles faster
+BF16_BITMASK = Rule(encoding="bitmask", dtype="bfloat16")
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
 
 
-@pytest.mark.parametrize("x_dtype", [F16, BF16, F32])
-@pytest.mark.parametrize("dtype", [None, F16, BF16, F32])
+@pytest.mark.parametrize("x_dtype", [F16, F32])
+@pytest.mark.parametrize("dtype", [None, BF16, F32])
 @pytest.mark.parametrize("param_dtype", [F16, BF16, F32])
 def test_dtypes_are_promoted_as_in_linear(param_dtype, dtype, x_dtype):
     dense = sparsify(nnx.Linear(
         40, 24, dtype=dtype, param_dtype=param_dtype, bias_init=nnx.initializers.normal(1.0),
         rngs=nnx.Rngs(0)))
-    packed, _ = substitute(dense)
+    packed, _ = substitute(dense, BITMASK)
     assert packed.values.dtype == param_dtype
     x = jax.random.normal(jax.random.key(0), (4, 40), x_dtype)
     expected, found = dense(x), packed(x)
@@ -240,14 +242,14 @@ def test_split_and_merge(dense, inputs, expected):
 
 
 def test_orbax_round_trip(dense, inputs, tmp_path):
-    packed, _ = substitute(dense, Rule(dtype="bfloat16"))
+    packed, _ = substitute(dense, BF16_BITMASK)
     state = nnx.state(packed)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "packed", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(
             tmp_path / "packed", jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
-    other, _ = substitute(dense, Rule(dtype="bfloat16"))
+    other, _ = substitute(dense, BF16_BITMASK)
     nnx.update(other, jax.tree.map(jnp.zeros_like, nnx.state(other, (nnx.Param, MackoIndex))))
     nnx.update(other, restored)
     np.testing.assert_array_equal(run(other, inputs), run(packed, inputs))
@@ -280,6 +282,7 @@ def test_vmapped_and_scanned_stack(encoding):
     x = jax.random.normal(jax.random.key(0), (3, 24))
     np.testing.assert_allclose(chain(packed, x), chain(dense, x), rtol=1e-5, atol=1e-5)
 
+    @nnx.jit
     @nnx.vmap(in_axes=(0, None))
     def each(block, x):
         return block(x)
@@ -289,14 +292,14 @@ def test_vmapped_and_scanned_stack(encoding):
     def loss(model):
         return jnp.sum(chain(model, x) ** 2)
 
-    expected = nnx.grad(loss)(dense)["linear"]["kernel"][...]
-    found = nnx.grad(loss)(packed)["linear"]["values"][...]
+    gradient = nnx.jit(nnx.grad(loss))
+    expected = gradient(dense)["linear"]["kernel"][...]
+    found = gradient(packed)["linear"]["values"][...]
     packed.linear.values[...] = found
-    for index in range(4):
-        matrix = jax.tree.map(lambda leaf: leaf[index], packed.linear.matrix)
-        kernel = dense.linear.kernel[index]
-        np.testing.assert_allclose(
-            macko_jax.decompress(matrix).T, expected[index] * (kernel != 0), rtol=1e-4, atol=1e-5)
+    mask = dense.linear.kernel[...] != 0
+    np.testing.assert_allclose(
+        macko_jax.decompress(packed.linear.matrix).swapaxes(1, 2), expected * mask,
+        rtol=1e-4, atol=1e-5)
 
 
 class LoudLinear(nnx.Linear):
@@ -432,7 +435,7 @@ def test_fine_tuning_keeps_the_zeros(encoding):
 
 
 def test_packed_checkpoint_without_dense_weights(dense, inputs, tmp_path):
-    packed, _ = substitute(dense, [Rule("last", skip=True), Rule(dtype="bfloat16")])
+    packed, _ = substitute(dense, [Rule("last", skip=True), BF16_BITMASK])
     expected = run(packed, inputs)
     macko_jax.save(tmp_path / "packed.safetensors", to_pure_dict(packed))
     held = {leaf.shape for leaf in jax.live_arrays()}
@@ -459,7 +462,7 @@ def test_restored_stack():
     packed, _ = substitute(sparsify(create(nnx.Rngs(0))))
     restored = from_pure_dict(nnx.eval_shape(lambda: create(nnx.Rngs(0))), to_pure_dict(packed))
     x = jnp.ones((3, 8))
-    each = nnx.vmap(lambda layer, x: layer(x))
+    each = nnx.jit(nnx.vmap(lambda layer, x: layer(x)))
     np.testing.assert_array_equal(each(restored, x), each(packed, x))
 
 
