@@ -60,7 +60,7 @@ WINDOWS = flags.DEFINE_integer(
     "windows", 16, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
 )
 CALIBRATION_WINDOWS = flags.DEFINE_integer(
-    "calibration_windows", 16, "Windows to calibrate on.", lower_bound=1
+    "calibration_windows", 8, "Windows to calibrate on.", lower_bound=1
 )
 OUT = flags.DEFINE_string("out", "runs/demo", "Directory for packed checkpoints and results.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the continuation.")
@@ -96,16 +96,17 @@ def show(line, done=True):
         print(line, flush=True)
 
 
-@nnx.jit
-def logits_of(model, tokens):
-    return model(tokens)
-
-
 class Bench:
     """What every model, dense or packed, is asked to do."""
 
     def __init__(self, tokens, length):
         self.tokens, self.length = tokens, length
+        # The shape that the evaluation compiles for.
+        self.sample = evaluation.windows(tokens[: BATCH * length], length, length)[0]
+
+    def logits(self, model):
+        """Logits on the beginning of the text."""
+        return evaluation.logits(*nnx.split(model), self.sample)
 
     def bits_per_byte(self, model):
         return evaluation.bits_per_token(
@@ -139,18 +140,23 @@ class Bench:
         return text, NEW_BYTES.value / seconds
 
 
-def check_agreement(name, model, expected, tokens):
-    """Stops unless two models give the same logits up to rounding; returns the largest difference.
+def check_agreement(found, wanted, dtype):
+    """Stops unless logits agree up to rounding.
 
-    The difference is relative to the largest logit.
+    Args:
+      found: logits of the packed model.
+      wanted: logits of the pruned dense model.
+      dtype: what both were computed in.
+
+    Returns:
+      The largest difference, relative to the largest logit.
     """
-    wanted = logits_of(expected, tokens)
-    difference = float(jnp.abs(logits_of(model, tokens) - wanted).max() / jnp.abs(wanted).max())
-    allowed = 1e-4 if model.dtype == jnp.float32 else 0.05
+    difference = float(jnp.abs(found - wanted).max() / jnp.abs(wanted).max())
+    allowed = 1e-4 if dtype == jnp.float32 else 0.05
     if not difference <= allowed:
         raise SystemExit(
-            f"{name} differs from the pruned dense model by {difference:.2g} of the largest "
-            f"logit; rounding explains at most {allowed:g}"
+            f"the packed model differs from the pruned dense one by {difference:.2g} of the "
+            f"largest logit; rounding explains at most {allowed:g}"
         )
     return difference
 
@@ -172,13 +178,13 @@ def run_method(model, method, density, batches, bench, out):
         f"    pruned in {pruned_at - began:.1f} s, packed {len(packing.packed)} of "
         f"{len(packing.layers)} linear layers in {packed_at - pruned_at:.1f} s"
     )
-    tokens = jnp.asarray(bench.tokens[None, :256], jnp.int32)
-    difference = check_agreement("the packed model", packed, pruned.model, tokens)
+    logits = bench.logits(packed)
+    difference = check_agreement(logits, bench.logits(pruned.model), model.dtype)
 
     directory = out / f"{method}-{density:g}"
     size = checkpoint.save_packed(directory, packed)
     loaded = checkpoint.load_packed(directory, dtype=model.dtype)
-    if not bool((logits_of(loaded, tokens) == logits_of(packed, tokens)).all()):
+    if not bool((bench.logits(loaded) == logits).all()):
         raise SystemExit(f"{directory} gives other logits than the model that was saved there")
     show(
         f"    packed and pruned logits agree within {difference:.1e}; saved and reloaded "

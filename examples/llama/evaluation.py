@@ -37,8 +37,13 @@ def windows(tokens, length, stride):
 
 
 @functools.partial(jax.jit, static_argnames="graph")
-def _batch_nats(graph, state, inputs, targets, counts):
-    logits = nnx.merge(graph, state)(inputs)
+def logits(graph, state, tokens):
+    """Logits [B, T, vocab] of a model that `nnx.split` took apart."""
+    return nnx.merge(graph, state)(tokens)
+
+
+@jax.jit
+def _sum_nats(logits, targets, counts):
     likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
     return -jnp.sum(likelihood[..., 0], where=counts)
 
@@ -69,7 +74,7 @@ def total_nats(model, tokens, *, length, stride, batch, limit=None, progress=Non
         missing = batch - len(part[0])
         if missing and first:  # one compiled shape serves the last batch as well
             part = [np.pad(array, ((0, missing), (0, 0))) for array in part]
-        total += float(_batch_nats(graph, state, *part))
+        total += float(_sum_nats(logits(graph, state, part[0]), *part[1:]))
         if progress:
             progress(min(first + batch, len(inputs)), len(inputs))
     return total, int(counts.sum())

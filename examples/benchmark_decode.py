@@ -1,0 +1,307 @@
+"""Speed and memory of decoding, dense and packed, for models of published shapes.
+
+    python -m examples.benchmark_decode --config=llama2_7b
+    python -m examples.benchmark_decode --config=tiny --new_tokens=32
+
+Weights are random and made on the device, layer by layer: the speed of a product depends on where
+the non-zeros are, not on what they are. Each row of a matrix keeps the same number of weights, as
+Wanda leaves them. Embedding and output head stay dense. Models are built in the order of their
+size, so that the device's peak memory after each one is its own.
+"""
+
+import dataclasses
+import functools
+import gzip
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import tempfile
+import time
+
+from absl import app
+from absl import flags
+from dsf_jax import masks
+from flax import nnx
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import macko_jax
+import macko_jax.flax_nnx
+import numpy as np
+
+from examples.llama import checkpoint
+from examples.llama import model as llama
+from examples.llama.configs import CONFIGS
+
+CONFIG = flags.DEFINE_enum("config", "tiny", list(CONFIGS), "Shape of the model.")
+DENSITY = flags.DEFINE_multi_float(
+    "density", [1.0, 0.5, 0.3, 0.1], "Share of weights kept, 1 for the dense model; repeatable.",
+    lower_bound=0.0, upper_bound=1.0,
+)  # fmt: skip
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float16", ["float32", "bfloat16", "float16"], "Of weights and computation."
+)
+PROMPT = flags.DEFINE_integer("prompt", 512, "Tokens of the prompt.", lower_bound=1)
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Tokens per generation.", lower_bound=1)
+CHUNK = flags.DEFINE_integer("chunk", 32, "Tokens per call of the device.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 10, "Timed generations.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 1, "Sequences at a time.", lower_bound=1)
+BANDWIDTH = flags.DEFINE_float(
+    "bandwidth", None, "The device's memory bandwidth in TB/s, to compare with; H200: 4.8."
+)
+PROFILE = flags.DEFINE_bool("profile", False, "Show the kernels of a decode step and their times.")
+SEED = flags.DEFINE_integer("seed", 0, "Of weights, masks and prompt.")
+OUT = flags.DEFINE_string(
+    "out", None, "File of the record; by default docs/results/decode_CONFIG_DEVICE.json."
+)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "cols", "dtype"))
+def random_weight(key, density, rows, cols, dtype):
+    """[rows, cols] normal weights, of which each row keeps the same number."""
+    weight = 0.02 * jax.random.normal(key, (rows, cols), dtype)
+    kept = jnp.maximum(jnp.floor(density * cols), 1).astype(jnp.int32) * rows
+    mask = masks.row_top_k_mask(jnp.abs(weight).astype(jnp.float32), kept)
+    return jnp.where((density < 1) & ~mask, 0, weight)
+
+
+def random_model(config, density, dtype, seed):
+    """A model of random weights whose decoder layers are packed if the density is below 1."""
+    abstract = checkpoint.abstract_model(config, dtype=dtype, param_dtype=dtype)
+    flat = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(abstract)))
+    key = jax.random.key(seed)
+    tree = {}
+    for i, (path, leaf) in enumerate(flat.items()):
+        if leaf.ndim == 1:
+            tree[path] = jnp.ones(leaf.shape, dtype)
+            continue
+        sparse = path[0] == "layers" and density < 1
+        rows, cols = leaf.shape[::-1]
+        weight = random_weight(
+            jax.random.fold_in(key, i), density if sparse else 1.0, rows, cols, dtype
+        )
+        tree[path] = macko_jax.compress(weight) if sparse else weight.T
+        jax.block_until_ready(tree[path])
+        if sys.stdout.isatty():
+            print(f"\r  built {i + 1} of {len(flat)} arrays", end="", flush=True)
+    print(f"\r  built {len(flat)} arrays on the device")
+    return macko_jax.flax_nnx.from_pure_dict(abstract, traverse_util.unflatten_dict(tree))
+
+
+def weight_bytes(model):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def program_bytes(compiled):
+    """Device memory that a compiled program needs in all; None where XLA does not say."""
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return None
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+        + sizes.temp_size_in_bytes
+    )
+
+
+def peak_bytes():
+    """The device's peak memory since the process began; None where it keeps no count."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+class Decoder:
+    """A model with its compiled prefill and decode."""
+
+    def __init__(self, model):
+        self.config, self.dtype = model.config, model.dtype
+        self.graph, self.state = nnx.split(model)
+        rng = np.random.default_rng(SEED.value)
+        shape = (BATCH.value, PROMPT.value)
+        self.prompt = jnp.asarray(rng.integers(0, model.config.vocab_size, shape), jnp.int32)
+        self.lengths = jnp.full(BATCH.value, PROMPT.value, jnp.int32)
+        self.key = jax.random.key(SEED.value)
+        self.sampling = llama.Sampling()
+
+    def new_cache(self):
+        slots = -(-(PROMPT.value + NEW_TOKENS.value + CHUNK.value) // 64) * 64
+        return llama.empty_cache(self.config, BATCH.value, slots, self.dtype)
+
+    def prefill(self):
+        return llama.prefill(
+            self.graph, self.state, self.prompt, self.lengths, self.new_cache(), self.key,
+            self.sampling,
+        )  # fmt: skip
+
+    def decode(self, token, cache):
+        return llama.decode(
+            self.graph, self.state, token, cache, self.key, CHUNK.value, self.sampling
+        )
+
+    def program_bytes(self, token, cache):
+        lowered = llama.decode.lower(
+            self.graph, self.state, token, cache, self.key, CHUNK.value, self.sampling
+        )
+        return program_bytes(lowered.compile())
+
+
+def time_prefill(decoder):
+    """Median seconds of a prefill."""
+    seconds = []
+    for _ in range(REPEATS.value + 1):
+        cache = jax.block_until_ready(decoder.new_cache())
+        began = time.perf_counter()
+        jax.block_until_ready(
+            llama.prefill(
+                decoder.graph, decoder.state, decoder.prompt, decoder.lengths, cache, decoder.key,
+                decoder.sampling,
+            )
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[1:]))
+
+
+def time_decode(decoder):
+    """Seconds per token of each call, [REPEATS, calls per generation]; the host waits after each."""
+    calls = -(-NEW_TOKENS.value // CHUNK.value)
+    seconds = np.zeros((REPEATS.value + 1, calls))
+    for row in seconds:  # the first generation warms up
+        token, cache = jax.block_until_ready(decoder.prefill())
+        for i in range(calls):
+            began = time.perf_counter()
+            tokens, cache = decoder.decode(token, cache)
+            token = jax.block_until_ready(tokens)[:, -1]
+            row[i] = (time.perf_counter() - began) / CHUNK.value
+    return seconds[1:]
+
+
+def kernel_times(decoder):
+    """Microseconds per decode step of each kernel on the device, largest first, by name.
+
+    Read from the trace that JAX's profiler writes; empty where it has no rows of a GPU.
+    """
+    token, cache = jax.block_until_ready(decoder.prefill())
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(decoder.decode(token, cache))
+        (path,) = pathlib.Path(directory).rglob("*.trace.json.gz")
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = {
+        (event["name"], event["pid"], event.get("tid")): event["args"]["name"]
+        for event in events
+        if event.get("name") in ("process_name", "thread_name")
+    }
+    totals = {}
+    for event in events:
+        if event.get("ph") != "X":
+            continue
+        process = names.get(("process_name", event["pid"], None), "")
+        thread = names.get(("thread_name", event["pid"], event["tid"]), "")
+        if "/device:GPU" in process and thread.startswith("Stream"):
+            totals[event["name"]] = totals.get(event["name"], 0.0) + event["dur"] / CHUNK.value
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def measure(density):
+    config, dtype = CONFIGS[CONFIG.value], jnp.dtype(DTYPE.value)
+    print(f"density {density:g}", flush=True)
+    model = random_model(config, density, dtype, SEED.value)
+    weights = weight_bytes(model)
+    # A decode step reads everything but the embedding table, of which it takes a row.
+    streamed = weights - model.embed.embedding.nbytes
+    decoder = Decoder(model)
+    per_token = time_decode(decoder)
+    after_decode = peak_bytes()
+    speed = BATCH.value / float(np.median(per_token.mean(axis=1)))
+    record = {
+        "density": density,
+        "tokens_per_second": speed,
+        "milliseconds_per_token": {
+            f"p{q}": 1e3 * float(np.percentile(per_token, q)) for q in (5, 50, 95, 99)
+        },
+        "prefill_seconds": time_prefill(decoder),
+        "weight_bytes": weights,
+        "decode_program_bytes": decoder.program_bytes(*decoder.prefill()),
+        "device_peak_bytes": after_decode,
+        "streamed_bytes_per_second": streamed * speed / BATCH.value,
+    }
+    if BANDWIDTH.value:
+        record["share_of_bandwidth"] = record["streamed_bytes_per_second"] / BANDWIDTH.value / 1e12
+    if PROFILE.value:
+        record["kernel_microseconds_per_step"] = kernel_times(decoder)
+    print_record(record)
+    return record
+
+
+def print_record(record):
+    percentiles = record["milliseconds_per_token"]
+    gigabytes = [
+        f"{what} {record[field] / 1e9:.2f} GB"
+        for what, field in (
+            ("weights", "weight_bytes"),
+            ("decode", "decode_program_bytes"),
+            ("device peak", "device_peak_bytes"),
+        )
+        if record[field] is not None
+    ]
+    share = record.get("share_of_bandwidth")
+    print(
+        f"  {record['tokens_per_second']:.1f} tokens/s; ms per token "
+        + ", ".join(f"{name} {value:.3f}" for name, value in percentiles.items())
+        + f"; prefill of {PROMPT.value} tokens {1e3 * record['prefill_seconds']:.1f} ms\n  "
+        + ", ".join(gigabytes)
+        + f"; weights read at {record['streamed_bytes_per_second'] / 1e12:.2f} TB/s"
+        + (f", {share:.0%} of the bandwidth" if share else ""),
+        flush=True,
+    )
+    for name, microseconds in list(record.get("kernel_microseconds_per_step", {}).items())[:12]:
+        print(f"  {microseconds:10.1f} us  {name[:100]}")
+
+
+def main(_):
+    device = jax.devices()[0]
+    print(
+        f"{CONFIG.value}, {DTYPE.value}, batch {BATCH.value}, prompt {PROMPT.value}, on "
+        f"{device.device_kind}",
+        flush=True,
+    )
+    records = [measure(density) for density in sorted(DENSITY.value)]
+    dense = next((record for record in records if record["density"] == 1), None)
+    print("density  tokens/s  of dense  prefill ms  weights GB  peak GB")
+    for record in reversed(records):
+        ratio = record["tokens_per_second"] / dense["tokens_per_second"] if dense else np.nan
+        record["speed_over_dense"] = ratio if dense else None
+        peak = record["device_peak_bytes"] or record["decode_program_bytes"] or np.nan
+        print(
+            f"{record['density']:7.2f}  {record['tokens_per_second']:8.1f}  {ratio:8.2f}  "
+            f"{1e3 * record['prefill_seconds']:10.1f}  {record['weight_bytes'] / 1e9:10.2f}  "
+            f"{peak / 1e9:7.2f}"
+        )
+    name = f"decode_{CONFIG.value}_{device.device_kind.replace(' ', '_')}.json"
+    out = pathlib.Path(OUT.value or pathlib.Path("docs") / "results" / name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    described = {
+        "config": {"name": CONFIG.value} | dataclasses.asdict(CONFIGS[CONFIG.value]),
+        "dtype": DTYPE.value,
+        "batch": BATCH.value,
+        "prompt": PROMPT.value,
+        "new_tokens": NEW_TOKENS.value,
+        "chunk": CHUNK.value,
+        "repeats": REPEATS.value,
+        "seed": SEED.value,
+        "device": device.device_kind,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        "results": records,
+    }
+    temporary.write_text(json.dumps(described, indent=2) + "\n")
+    temporary.replace(out)
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    app.run(main)

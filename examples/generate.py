@@ -1,0 +1,92 @@
+"""Continues prompts with a dense or a packed model, printing text as it comes.
+
+    python -m examples.generate --prompt="def main():"
+    python -m examples.generate --checkpoint=DIR --prompt=One --prompt=Two --temperature=0.8
+
+DIR is a Hugging Face directory of the Llama family, or one that examples.demo or
+examples.compress_llm wrote. With several prompts they run as one batch, and each continuation is
+printed when all are done.
+"""
+
+import pathlib
+import time
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from examples.llama import checkpoint
+from examples.llama import model as llama
+from examples.llama import tokenizer as tokenizers
+
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    str(pathlib.Path(__file__).parent / "llama" / "checkpoint"),
+    "Directory of a dense or packed model.",
+)
+PROMPT = flags.DEFINE_multi_string("prompt", ["def main():\n"], "Text to continue; repeatable.")
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", 200, "Most tokens to draw.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Draw among this many likeliest tokens only.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens of this probability.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+CHUNK = flags.DEFINE_integer("chunk", 32, "Tokens between two visits to the host.", lower_bound=1)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"],
+    "What to compute in; by default bfloat16 on an accelerator and float32 on a CPU.",
+)  # fmt: skip
+
+
+def until_stop(tokens, stop_tokens):
+    """The tokens before the first one that ends a text, and whether there is one."""
+    for i, token in enumerate(tokens):
+        if token in stop_tokens:
+            return tokens[:i], True
+    return tokens, False
+
+
+def settled(text):
+    """Text without what a following token may still change: an unfinished character."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def main(_):
+    fast = jax.default_backend() != "cpu"
+    dtype = jnp.dtype(DTYPE.value or ("bfloat16" if fast else "float32"))
+    sampling = llama.Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+    model = checkpoint.load_any(CHECKPOINT.value, dtype=dtype)
+    tokenizer = tokenizers.load_tokenizer(CHECKPOINT.value, model.config.vocab_size)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPT.value]
+
+    drawn = [[] for _ in prompts]
+    alone = len(prompts) == 1
+    printed = ""
+    if alone:
+        print(PROMPT.value[0], end="", flush=True)
+    began = time.perf_counter()
+    for chunk in llama.generate(
+        model, prompts, NEW_TOKENS.value, sampling=sampling, seed=SEED.value, chunk=CHUNK.value
+    ):
+        for row, tokens in zip(drawn, chunk.tolist()):
+            row += tokens
+        ends = [until_stop(row, tokenizer.stop_tokens) for row in drawn]
+        if alone:
+            text = settled(tokenizer.decode(ends[0][0]))
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+        if all(stopped for _, stopped in ends):
+            break
+    seconds = time.perf_counter() - began
+    if alone:
+        print()
+    else:
+        for prompt, (tokens, _) in zip(PROMPT.value, ends):
+            print(f"--- {prompt}{tokenizer.decode(tokens)}")
+    count = int(np.sum([len(tokens) for tokens, _ in ends]))
+    print(f"[{count} tokens in {seconds:.1f} s, compilation included]")
+
+
+if __name__ == "__main__":
+    app.run(main)
