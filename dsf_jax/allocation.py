@@ -59,7 +59,7 @@ def allocate_densities(curves: dict, sizes: dict[str, int], density: float) -> d
         share = min(1.0, max(left, 0.0) / cost)
         result[path] += share * (target - result[path])
         left -= cost
-    return result
+    return {path: float(share) for path, share in result.items()}
 
 
 def _lower_hull(x, y):

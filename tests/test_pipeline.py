@@ -18,12 +18,10 @@ from dsf_jax import Rule, compress_model, gram_matrices, prune, relative_output_
 from dsf_jax.allocation import allocate_densities
 from dsf_jax.report import format_seconds
 
-# Options of factorize: quality is tested elsewhere.
-FAST = dict(search_rounds=4, refine_rounds=4, compare_single=False)
-# Mostly a method that compiles fast, and one layer factorized.
-MIXED = dict(
-    method="wanda", density=0.5, rules=[Rule("down", method="dsf", options=FAST)]
-)
+# Factorizations compile for seconds per shape, so the tests have them of 16 x 32 matrices only, and
+# of few rounds: how good they are is tested elsewhere.
+PAIR = dict(method="dsf-published", options=dict(search_rounds=4))
+MIXED = dict(method="wanda", density=0.5, rules=[Rule("down", **PAIR)])
 
 
 def draw(seed, *shape):
@@ -179,15 +177,14 @@ def test_rules():
 
 def test_sensitivity_lowers_the_sum_of_errors_within_the_budget():
     model, batches = Net(), token_batches()
-    # Two layers have fewer non-zeros than density 0.5 would leave them: the others can use them.
+    # Two layers have fewer non-zeros than density 0.5 leaves them; the others can use the rest.
     for layer in (model.gate, model.up):
         layer.kernel[...] = prune(layer.kernel[...], density=0.25)
     uniform = compress_model(model, batches, method="wanda", density=0.5).report
     shared = compress_model(
         model, batches, method="wanda", density=0.5, budget="sensitivity"
     ).report
-    assert shared.nonzeros <= uniform.nonzeros
-    assert shared.density > 0.48
+    assert shared.nonzeros <= 0.5 * (4 * 16 * 16 + 3 * 16 * 32)
     assert sum(l.error for l in shared.layers) < 0.8 * sum(l.error for l in uniform.layers)
     # A density that a rule names is not touched.
     fixed = compress_model(
