@@ -8,7 +8,7 @@ import pytest
 
 import macko_jax
 from macko_jax import dispatch
-from macko_jax.kernels import config, emulation
+from macko_jax.kernels import config, emulation, strips
 from macko_jax.kernels import spmv as kernel
 
 HAS_GPU = any(d.platform == "gpu" for d in jax.local_devices())
@@ -29,19 +29,19 @@ def vectors(batch, cols, seed=1):
     return np.random.default_rng(seed).standard_normal((batch, cols)).astype(np.float32)
 
 
-def plan_for(matrix, batch, settings):
-    return kernel.Plan(shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes,
-                       stored=matrix.stored, dtype=matrix.dtype, batch=batch, settings=settings)
+def abstract(matrix):
+    return strips.Matrix(
+        matrix.shape, matrix.encoding, matrix.lanes, matrix.stored, matrix.dtype)
 
 
 def emulate(matrix, x, settings):
-    plan = plan_for(matrix, len(x), settings)
+    plan = kernel.Plan(abstract(matrix), len(x), settings)
     arrays = {name: np.asarray(getattr(matrix, name))
               for name in ("values", "codes", "row_offsets", "starts")}
     unwritten = np.full((len(x), matrix.shape[0]), np.nan, np.float32)
     ops = emulation.NumpyLanes(
-        arrays | {"x": x, "y": unwritten}, blocks=settings.blocks * plan.passes,
-        threads=32 * settings.warps, shared_slots=plan.shared_slots)
+        arrays | {"x": x, "y": unwritten}, blocks=plan.blocks, threads=32 * settings.warps,
+        shared_slots=plan.shared_slots)
     kernel.program(ops, plan)
     return ops.arrays["y"].reshape(len(x), -1)
 
@@ -133,9 +133,10 @@ def test_settings_are_checked(wrong):
 @pytest.mark.parametrize("rows,cols,density,batch", [
     (11008, 4096, 0.5, 1), (4096, 11008, 0.1, 3), (3, 60000, 0.3, 16), (1, 1, 1.0, 1)])
 def test_chosen_settings_fit_the_device(rows, cols, density, batch):
-    settings = config.choose((rows, cols), 32, int(rows * cols * density) // 8 * 8, batch)
-    plan = kernel.Plan(shape=(rows, cols), encoding="delta4", lanes=32, stored=8, dtype=np.float16,
-                       batch=batch, settings=settings)
+    stored = int(rows * cols * density) // 8 * 8
+    matrix = strips.Matrix((rows, cols), "delta4", 32, stored, np.dtype("float16"))
+    settings = config.choose(matrix, batch)
+    plan = kernel.Plan(matrix, batch, settings)
     assert 4 * plan.shared_slots <= 227 * 1024
     assert settings.blocks <= rows
 

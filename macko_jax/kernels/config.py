@@ -44,13 +44,13 @@ def multiprocessors() -> int:
     return getattr(gpus[0], "core_count", 132) if gpus else 132
 
 
-def choose(shape: tuple[int, int], lanes: int, stored: int, batch: int) -> Settings:
-    """The settings for a matrix of `stored` slots whose rows are shared by `lanes` lanes."""
-    rows, cols = shape
+def choose(matrix, batch: int) -> Settings:
+    """The settings for a product of a `strips.Matrix` with `batch` vectors."""
+    rows, cols = matrix.shape
     vectors = next(v for v in (4, 2, 1) if v == 1 or (v <= batch and _fits(cols, v)))
     blocks = min(multiprocessors(), rows)
-    tasks = -(-rows // blocks) * lanes // 32  # of a block's warps
-    groups_per_lane = stored / GROUP / rows / lanes
+    tasks = -(-rows // blocks) * matrix.lanes // 32  # of a block's warps
+    groups_per_lane = matrix.stored / GROUP / rows / matrix.lanes
     return Settings(
         blocks=blocks, warps=_warps(tasks), unroll=2 if groups_per_lane > 2.5 else 1,
         vectors=vectors, stage_x=_fits(cols, vectors))

@@ -1,0 +1,254 @@
+"""Walking the rows of a matrix in the strip layout of `format.MackoMatrix`.
+
+A block owns a contiguous share of the rows and deals them to its warps; `lanes` lanes work on a row,
+so a warp works on 32 / lanes rows at a time. Every lane owns a contiguous strip of its row whose
+first column is stored, which spares a prefix sum over the lanes. It reads its strip in steps of
+`unroll` groups of eight elements; the loads of a step are issued before the arithmetic of the step
+before it, also across rows.
+"""
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from macko_jax.kernels.lanes import WARP
+from macko_jax.layout import GROUP, WORD, words_per_row
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """What a program knows of a matrix when it is compiled; see `format.MackoMatrix`."""
+    shape: tuple[int, int]
+    encoding: str
+    lanes: int
+    stored: int
+    dtype: Any
+
+    @property
+    def slack(self) -> int:
+        """Columns past the last one that idle lanes may name; their values are zero."""
+        return 2 * WORD
+
+
+class Strip(NamedTuple):
+    """What a lane still has to read of its row.
+
+    Attributes:
+      row: the row's index; beyond the block's share when there is no row left.
+      group: memory index of the lane's next group.
+      end: memory index after the row's last group.
+      place: the decoder's position in the row.
+    """
+    row: Any
+    group: Any
+    end: Any
+    place: Any
+
+
+class Group(NamedTuple):
+    """One group of a strip.
+
+    Attributes:
+      row: of the strip.
+      index: memory index of the group.
+      live: whether the lane has such a group; if not, its values are zero.
+      values: the words of its eight values, zero if they are not read.
+      columns: its eight columns times the walk's scale.
+    """
+    row: Any
+    index: Any
+    live: Any
+    values: Any
+    columns: Any
+
+
+class Delta4:
+    """Positions from eight 4-bit deltas in a word; the place is the next column."""
+
+    reads_codes_by_group = True
+
+    def __init__(self, ops, matrix):
+        self.ops, self.cols = ops, matrix.shape[1]
+
+    def open(self, row, start):
+        del row
+        return start
+
+    def columns(self, code, place, scale):
+        """The columns of a group's elements times `scale`, and the place after the group.
+
+        Bytes of `even` and `odd` hold the sums of the deltas up to elements 0, 2, 4, 6 and
+        1, 3, 5, 7: the pairwise sums are at most 30, their prefix sums at most 120, so one
+        multiplication by 0x01010101 adds them up without a carry between bytes.
+        """
+        low, high = code & 0x0F0F0F0F, (code >> 4) & 0x0F0F0F0F
+        odd = (low + high) * 0x01010101
+        even = odd - high
+        columns = []
+        for j in range(GROUP // 2):
+            for half, prefix in enumerate((even, odd)):
+                columns.append(
+                    self.ops.add_byte(prefix, j, scale, place * scale) + (2 * j + half) * scale)
+        # A lane whose row is done must not run away while its warp goes on with longer rows.
+        after = place + (odd >> 24) + GROUP
+        return columns, self.ops.select(after < self.cols, after, self.ops.integer(self.cols))
+
+
+class Bits(NamedTuple):
+    """A place in a row's bitmask.
+
+    Attributes:
+      word: index of the current word in the codes.
+      column: column of that word's lowest bit.
+      current: the word, without the bits already used.
+      ahead: the word after it.
+      end: index after the row's last word.
+    """
+    word: Any
+    column: Any
+    current: Any
+    ahead: Any
+    end: Any
+
+
+class Bitmask:
+    """Positions from a bitmask of the row, one bit after the other."""
+
+    reads_codes_by_group = False
+
+    def __init__(self, ops, matrix):
+        self.ops, self.words = ops, words_per_row(matrix.shape[1])
+
+    def open(self, row, start):
+        word, bit = row * self.words + (start >> 5), start & (WORD - 1)
+        end = row * self.words + self.words
+        current = (self._load(word, end) >> bit) << bit
+        return Bits(word, (start >> 5) * WORD, current, self._load(word + 1, end), end)
+
+    def _load(self, word, end):
+        # Past the row every bit is set, so that the search of an idle lane ends within the slack.
+        return self.ops.load_words("codes", word, 1, word < end, fill=0xFFFFFFFF)[0]
+
+    def _advance(self, place):
+        inside = place.word < place.end
+        step = self.ops.select(inside, self.ops.integer(1), self.ops.integer(0))
+        return Bits(place.word + step, place.column + step * WORD, place.ahead,
+                    self._load(place.word + 2, place.end), place.end)
+
+    def columns(self, code, place, scale):
+        del code
+        ops, columns = self.ops, []
+        for _ in range(GROUP):
+            place = ops.loop(lambda p: p.current == 0, self._advance, place)
+            columns.append((place.column + ops.trailing_zeros(place.current)) * scale)
+            place = place._replace(current=place.current & (place.current - 1))
+        return columns, place
+
+
+DECODERS = {"delta4": Delta4, "bitmask": Bitmask}
+
+
+class Walk:
+    """Every lane's way through the strips of its block's rows.
+
+    Attributes:
+      part: which strip of its row the lane owns.
+      end_row: row after the block's share.
+    """
+
+    def __init__(self, ops, matrix: Matrix, *, block, blocks: int, warps: int, unroll: int,
+                 scale: int = 1, read_values: bool = True):
+        """`block` of `blocks` is the lane's share of the rows; columns come multiplied by `scale`."""
+        self.ops, self.matrix, self.unroll, self.scale = ops, matrix, unroll, scale
+        self.decoder = DECODERS[matrix.encoding](ops, matrix)
+        self.chunks = GROUP * jnp.dtype(matrix.dtype).itemsize // 16 if read_values else 0
+        rows_per_warp = WARP // matrix.lanes
+        share, rest = divmod(matrix.shape[0], blocks)
+        first_row = block * share + ops.select(block < rest, block, ops.integer(rest))
+        self.end_row = first_row + share + ops.select(
+            block < rest, ops.integer(1), ops.integer(0))
+        thread = ops.thread()
+        lane = thread & (WARP - 1)
+        self.part = lane & (matrix.lanes - 1)
+        shift = matrix.lanes.bit_length() - 1
+        self._first = first_row + (thread >> 5) * rows_per_warp + (lane >> shift)
+        self._stride = warps * rows_per_warp
+
+    def _open(self, row) -> Strip:
+        ops, lanes = self.ops, self.matrix.lanes
+        live = row < self.end_row
+        safe = ops.select(live, row, ops.integer(0))
+        begin = ops.load_integer("row_offsets", safe)
+        end = ops.select(live, ops.load_integer("row_offsets", safe + 1), begin)
+        start = ops.load_integer("starts", safe * lanes + self.part)
+        return Strip(row, begin + self.part, end, self.decoder.open(safe, start))
+
+    def _read(self, strip: Strip):
+        """Issues the loads of the strip's next groups: (code, words of the values) of each."""
+        ops, out = self.ops, []
+        for u in range(self.unroll):
+            group = strip.group + u * self.matrix.lanes
+            live = group < strip.end
+            code = ops.integer(0)
+            if self.decoder.reads_codes_by_group:
+                [code] = ops.load_words("codes", group, 1, live, stream=True)
+            values = []
+            for i in range(self.chunks):
+                values += ops.load_words(
+                    "values", group * self.chunks + i, 4, live, stream=True)
+            out.append((code, values))
+        return out
+
+    def start(self):
+        """Issues the first loads; what `run` begins with."""
+        strip = self._open(self._first)
+        return strip, self._read(strip), self._open(self._first + self._stride)
+
+    def run(self, started, begin_row, each_group, end_row) -> None:
+        """Goes through all strips.
+
+        Args:
+          started: from `start`.
+          begin_row: gives the state before a row.
+          each_group: of (state, Group), gives the state after it.
+          end_row: called with the row and the state after it; all lanes of a row are there.
+        """
+        ops, matrix = self.ops, self.matrix
+        strip, data, upcoming = started
+
+        def step(carried):
+            strip, upcoming, data, state = carried
+            after = strip.group + self.unroll * matrix.lanes
+            done = ops.all(after >= strip.end)
+            target = ops.select(done, upcoming, strip._replace(group=after))
+            next_data, place = self._read(target), strip.place
+            for u, (code, values) in enumerate(data):
+                index = strip.group + u * matrix.lanes
+                live = index < strip.end
+
+                def group(code=code, values=values, index=index, live=live, place=place,
+                          state=state):
+                    columns, place = self.decoder.columns(code, place, self.scale)
+                    return place, each_group(state, Group(strip.row, index, live, values, columns))
+
+                # Rows rarely fill the last steps.
+                place, state = group() if u == 0 else ops.branch(
+                    ops.any(live), group, (place, state))
+
+            def next_row():
+                end_row(strip.row, state)
+                return upcoming, self._open(upcoming.row + self._stride), begin_row()
+
+            strip, upcoming, state = ops.branch(
+                done, next_row, (strip._replace(group=after, place=place), upcoming, state))
+            return strip, upcoming, next_data, state
+
+        ops.loop(lambda carried: ops.any(carried[0].row < self.end_row), step,
+                 (strip, upcoming, data, begin_row()))
+
+
+def unpack(ops, words, dtype) -> list:
+    """The eight values of a group as float32."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return [ops.as_real(word) for word in words]
+    return [half for word in words for half in ops.pair(word, dtype)]
