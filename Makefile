@@ -1,6 +1,8 @@
 # Everything runs in a virtual environment of the project's own, made on first use.
 # PYTHON: any Python 3.11 or newer.  VENV: where the environment lives.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+NEW_ENOUGH = -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+  $$p $(NEW_ENOUGH) && echo $$p && break; done)
 VENV ?= .venv
 # With an NVIDIA driver present the CUDA build of JAX is installed, else the CPU build.
 EXTRAS ?= test,plots,hf$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda)
@@ -15,8 +17,8 @@ test: $(VENV)/installed
 	$(RUN) -m pytest -n 2 $(ARGS)
 
 $(VENV)/installed: setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version). Set PYTHON=/path/to/python3"; exit 1; }
+	@test -n "$(PYTHON)" && $(PYTHON) $(NEW_ENOUGH) || { echo "Python 3.11 or newer is needed:" \
+	  "found $$(python3 --version 2>&1). Install one, or say make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@
