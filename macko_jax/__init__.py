@@ -1,11 +1,17 @@
 """MACKO: a sparse matrix format and its matrix-vector product, for JAX (arXiv 2511.13061)."""
 import importlib
 
-from macko_jax.api import spmv
-from macko_jax.checkpoint import load, save
-from macko_jax.format import MackoMatrix, compress, decompress, validate
-from macko_jax.interop import from_macko_spmv, to_macko_spmv
-from macko_jax.rules import Rule
+import jax
+
+from macko_jax.compatibility import check_jax
+
+check_jax(jax.__version__)
+
+from macko_jax.api import spmv  # noqa: E402  (after the check, so that it is seen if an import fails)
+from macko_jax.checkpoint import load, save  # noqa: E402
+from macko_jax.format import MackoMatrix, compress, decompress, validate  # noqa: E402
+from macko_jax.interop import from_macko_spmv, to_macko_spmv  # noqa: E402
+from macko_jax.rules import Rule  # noqa: E402
 
 __all__ = [
     "MackoMatrix", "Rule", "compress", "decompress", "flax_linen", "flax_nnx", "from_macko_spmv",

@@ -1,16 +1,39 @@
 """`spmv`, the matrix-vector product: validation, dtype promotion, leading axes."""
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from macko_jax import dispatch, layout, primitive
 from macko_jax.format import MackoMatrix
 
 
 def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Array:
-    """Sparse matrix times vector: y[..., r] = sum_c A[r, c] x[..., c]."""
+    """Sparse matrix times vector: y[..., r] = sum_c A[r, c] x[..., c].
+
+    Linear in x and in `matrix.values`, and differentiable in both to any order; slots that are
+    padding get no gradient. Works under jit, vmap (over x, over stacked matrices, over both), grad,
+    checkpoint, scan and shard_map. Sums are in float32, or in float64 when that is the result's
+    type.
+
+    Args:
+      matrix: [rows, cols], from `compress`.
+      x: [..., cols], any real type.
+      implementation: "xla", "mosaic_gpu" (CUDA), or None for the one that `dispatch` prefers for
+        the platform that the product is lowered for. A named one never falls back to another.
+
+    Returns:
+      [..., rows], in the type that `jnp.matmul` would give for the values' and x's types.
+
+    Raises:
+      TypeError: not a MackoMatrix, or a complex x.
+      ValueError: shapes do not fit, or an unknown implementation.
+      NotImplementedError: when lowered, the named implementation cannot serve.
+
+    References:
+      arXiv 2511.13061, section 4.
+    """
     if not isinstance(matrix, MackoMatrix):
         raise TypeError(
             f"spmv takes a MackoMatrix, got {type(matrix).__name__}; pack with "
@@ -18,29 +41,37 @@ def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Ar
     dispatch.check_name(implementation)
     x = jnp.asarray(x)
     rows, cols = matrix.shape
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"spmv takes a real x, got {x.dtype}; multiply x.real and x.imag one by one")
     if x.ndim == 0 or x.shape[-1] != cols:
         raise ValueError(
             f"spmv of a [{rows}, {cols}] matrix takes x of shape [..., {cols}], got "
-            f"{list(x.shape)}")
+            f"{list(x.shape)}; for x [..., {cols}, n] use matrix @ x")
+    if matrix.values.ndim != 1:
+        raise ValueError(
+            f"this MackoMatrix is a stack, its values have shape {list(matrix.values.shape)}; use "
+            "jax.vmap(macko_jax.spmv) or jax.lax.scan over it")
     return _spmv(matrix, x, implementation)
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
-def _spmv(matrix, x, implementation):
+def _spmv(matrix: MackoMatrix, x: jax.Array, implementation: str | None) -> jax.Array:
     out_dtype = jnp.promote_types(matrix.dtype, x.dtype)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(out_dtype)
     values = matrix.values
     if matrix.encoding == "delta4":
-        # Padding in delta4 is known by its value zero; it must stay zero, so it gets no gradient.
-        # The select has equal branches and is compiled away.
+        # A slot of delta4 is known to be padding by its value, and it must stay zero: no gradient.
+        # The branches are equal once differentiated, so compilers drop the select.
         values = jnp.where(layout.is_zero(values), jax.lax.stop_gradient(values), values)
+    batch, (rows, cols) = x.shape[:-1], matrix.shape
     y = primitive.contract(
-        "y", {"values": values, "x": x.reshape(-1, x.shape[-1])},
+        "y", {"values": values, "x": x.reshape(math.prod(batch), cols)},
         (matrix.codes, matrix.row_offsets, matrix.starts),
         shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes,
         stored=matrix.stored, out_dtype=out_dtype, implementation=implementation)
-    return y.reshape(*x.shape[:-1], matrix.shape[0])
+    return y.reshape(*batch, rows)
 
 
 def _matmul(matrix: MackoMatrix, x) -> jax.Array:
@@ -48,6 +79,11 @@ def _matmul(matrix: MackoMatrix, x) -> jax.Array:
     x = jnp.asarray(x)
     if x.ndim < 2:
         return spmv(matrix, x)
+    if x.shape[-2] != matrix.shape[1]:
+        raise ValueError(
+            f"a [{matrix.shape[0]}, {matrix.shape[1]}] matrix @ x takes x of shape "
+            f"[{matrix.shape[1]}] or [..., {matrix.shape[1]}, n], got {list(x.shape)}; for vectors "
+            "along the last axis use macko_jax.spmv(matrix, x)")
     return jnp.swapaxes(spmv(matrix, jnp.swapaxes(x, -1, -2)), -1, -2)
 
 

@@ -30,12 +30,12 @@ def to_macko_spmv(matrix: MackoMatrix) -> tuple[np.ndarray, np.ndarray, np.ndarr
     elements = packing_numpy.find(dense)
     row_indices = np.concatenate([[0], np.cumsum(elements.padded_count)]).astype(np.int32)
     stored = int(row_indices[-1])
-    slot = np.arange(elements.position.size) + elements.pads[1:]
     values = np.zeros(-(-stored // GROUP) * GROUP, dense.dtype)
-    values[slot] = dense.reshape(-1)[elements.position]
+    placed = elements.place(row_indices[:-1], values.size)
+    values[placed] = dense[elements.mask]
     deltas = np.zeros(values.size, np.uint8)
     deltas[:stored] = MAX_DELTA
-    deltas[slot] = elements.gap & MAX_DELTA
+    deltas[placed] = elements.gap & MAX_DELTA
     return values, packing_numpy.pack_nibbles(deltas), row_indices, *matrix.shape
 
 

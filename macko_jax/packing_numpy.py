@@ -31,22 +31,42 @@ class Elements:
 
     @functools.cached_property
     def gap(self) -> np.ndarray:
-        """Zeros skipped before each element, since the previous one or the row's start."""
-        gap = np.diff(self.position, prepend=-1) - 1
+        """Zeros skipped before each element, since the previous one or the row's start, int32."""
+        gap = np.zeros(self.position.size, np.int32)
+        np.subtract(self.position[1:], self.position[:-1], out=gap[1:], casting="unsafe")
+        gap -= 1
         filled = np.flatnonzero(self.count)
         first = self.begin[filled]
         gap[first] = self.position[first] - filled * self.shape[1]
         return gap
 
     @functools.cached_property
-    def pads(self) -> np.ndarray:
-        """Explicit zeros that 4-bit deltas need before each element, summed up to it; 0 in front."""
-        return np.concatenate([[0], np.cumsum(self.gap >> 4)])
+    def distant(self) -> np.ndarray:
+        """Indices of the elements with a gap too long for a 4-bit delta."""
+        return np.flatnonzero(self.gap > MAX_DELTA)
 
     @functools.cached_property
     def padded_count(self) -> np.ndarray:
-        """[rows] number of elements and explicit zeros in each row."""
-        return self.count + self.pads[self.begin + self.count] - self.pads[self.begin]
+        """[rows] number of elements and of explicit zeros for 4-bit deltas in each row."""
+        pads = np.zeros_like(self.count)
+        np.add.at(pads, self.position[self.distant] // self.shape[1], self.gap[self.distant] >> 4)
+        return self.count + pads
+
+    def place(self, row_begin: np.ndarray, size: int) -> np.ndarray:
+        """Where elements go among `size` slots for 4-bit deltas, True there; explicit zeros False.
+
+        `row_begin` has the first slot of each row, [rows].
+        """
+        placed = _filled(row_begin, self.padded_count, size)
+        pads = self.gap[self.distant] >> 4
+        total = np.cumsum(pads)
+        row = self.position[self.distant] // self.shape[1]
+        row_pads = self.padded_count - self.count
+        before = np.cumsum(row_pads) - row_pads
+        slot = row_begin[row] + self.distant - self.begin[row] + total - before[row]
+        zeros = np.repeat(slot - total, pads) + np.arange(pads.sum())
+        placed[zeros] = False
+        return placed
 
 
 def find(weight: np.ndarray) -> Elements:
@@ -78,7 +98,7 @@ def fill(weight: np.ndarray, elements: Elements, encoding: str, lanes: int, capa
     values = np.zeros(GROUP * capacity, weight.dtype)
     chunk = lane_chunks(count, lanes)
     if encoding == "bitmask":
-        values[:GROUP * groups][_filled(elements.count, offsets)] = weight[elements.mask]
+        values[_filled(GROUP * begin, elements.count, values.size)] = weight[elements.mask]
         codes = np.zeros((rows, 4 * words_per_row(cols)), np.uint8)
         codes[:, :-(-cols // 8)] = np.packbits(elements.mask, axis=1, bitorder="little")
         codes = codes.view("<u4").reshape(-1)
@@ -88,17 +108,13 @@ def fill(weight: np.ndarray, elements: Elements, encoding: str, lanes: int, capa
         start = np.zeros_like(chunk)
         start[inside] = elements.position[before[inside]] % cols + 1
     else:
-        shift = GROUP * begin - elements.begin - elements.pads[elements.begin]
-        slot = np.arange(elements.position.size) + elements.pads[1:]
-        slot += np.repeat(shift, elements.count)
-        values[slot] = weight.reshape(-1)[elements.position]
-        delta = np.zeros(GROUP * capacity, np.uint8)
-        delta[:GROUP * groups][_filled(elements.padded_count, offsets)] = MAX_DELTA
-        delta[slot] = elements.gap & MAX_DELTA
+        placed = elements.place(GROUP * begin, values.size)
+        values[placed] = weight[elements.mask]
+        delta = _filled(GROUP * begin, elements.padded_count, values.size) * np.uint8(MAX_DELTA)
+        delta[placed] = elements.gap & MAX_DELTA
         codes = pack_nibbles(delta).view("<u4")
         advance = np.cumsum(delta.reshape(-1, GROUP).sum(axis=1, dtype=np.int64) + GROUP)
         column = np.concatenate([[0], advance])  # columns that all groups before have passed
-        inside = chunk < count[:, None]
         start = column[begin[:, None] + chunk] - column[begin][:, None]
         codes = codes[order]
 
@@ -112,9 +128,9 @@ def pack_nibbles(delta: np.ndarray) -> np.ndarray:
     return delta[0::2] | (delta[1::2] << 4)
 
 
-def _filled(count: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """True for the first `count` slots of each row, False for those that fill up its last group."""
-    filled = np.ones(GROUP * offsets[-1], bool)
-    tail = (GROUP * offsets[:-1] + count)[:, None] + np.arange(GROUP - 1)
-    filled[tail[tail < GROUP * offsets[1:, None]]] = False
-    return filled
+def _filled(begin: np.ndarray, count: np.ndarray, size: int) -> np.ndarray:
+    """True for the first `count` of the slots that follow each row's first, [size] bool."""
+    edges = np.zeros(size + 1, np.int8)
+    np.add.at(edges, begin, 1)
+    np.subtract.at(edges, begin + count, 1)
+    return np.cumsum(edges[:-1], dtype=np.int8).view(bool)

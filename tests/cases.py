@@ -1,0 +1,153 @@
+"""One table of matrices for all tests of products and transforms, and slow, plain oracles."""
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+import macko_jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A matrix to test with.
+
+    Attributes:
+      structure: "random", "empty_rows" (every other row), "gaps" (all elements in the last columns),
+        "skewed" (first row dense, the others sparse).
+    """
+    rows: int
+    cols: int
+    density: float
+    dtype: str = "float32"
+    encoding: str = "bitmask"
+    lanes: int = 1
+    structure: str = "random"
+
+    def __str__(self):
+        return (f"{self.rows}x{self.cols}-{self.density}-{self.dtype}-{self.encoding}-"
+                f"{self.lanes}-{self.structure}")
+
+    def weight(self) -> np.ndarray:
+        rng = np.random.default_rng([self.rows, self.cols, int(1000 * self.density)])
+        keep = rng.random((self.rows, self.cols)) < self.density
+        if self.structure == "empty_rows":
+            keep[::2] = False
+        if self.structure == "gaps":
+            keep[:, :self.cols - 3] = False
+        if self.structure == "skewed":
+            keep[0] = True
+        weight = np.where(keep, rng.standard_normal(keep.shape) + 0.1, 0)
+        return weight.astype(jnp.dtype(self.dtype))
+
+    def matrix(self) -> macko_jax.MackoMatrix:
+        return macko_jax.compress(self.weight(), encoding=self.encoding, lanes=self.lanes)
+
+    def vectors(self, *batch: int, dtype=None) -> np.ndarray:
+        rng = np.random.default_rng(len(batch))
+        return rng.standard_normal((*batch, self.cols)).astype(jnp.dtype(dtype or self.dtype))
+
+
+CASES = (
+    Case(1, 1, 1.0),
+    Case(1, 1, 0.0, "float16", "delta4"),
+    Case(5, 1, 0.5, "bfloat16", "delta4"),
+    Case(3, 7, 1.0, "float16", "bitmask", 2),
+    Case(16, 96, 0.0, "float32", "bitmask", 4),
+    Case(16, 96, 1.0, "float32", "delta4", 4),
+    Case(33, 301, 0.5, "float16", "bitmask", 8),
+    Case(33, 301, 0.5, "bfloat16", "delta4", 8),
+    Case(33, 301, 0.05, "float32", "delta4", 2),
+    Case(33, 301, 0.05, "bfloat16", "bitmask", 4),
+    Case(40, 256, 0.3, "float32", "bitmask", 32, "empty_rows"),
+    Case(40, 256, 0.3, "float16", "delta4", 4, "empty_rows"),
+    Case(9, 517, 1.0, "float32", "delta4", 2, "gaps"),
+    Case(9, 517, 0.02, "float32", "bitmask", 16, "skewed"),
+    Case(2, 70001, 0.1, "float16", "delta4", 32),
+    Case(300, 4100, 0.2, "float32", "bitmask", 16),
+)
+
+
+def error_bound(weight: np.ndarray, x: np.ndarray, out_dtype) -> np.ndarray:
+    """How far y = x A^T may lie from its exact value, elementwise.
+
+    n products and sums in float32, in any order, err by at most about n 2^-24 |x| |A|^T (Higham,
+    Accuracy and Stability, section 3.1), and the result is rounded once to its own type.
+    """
+    size = np.abs(x.astype(np.float64)) @ np.abs(weight.astype(np.float64)).T
+    info = jnp.finfo(out_dtype)
+    rounding = float(info.eps) * size + float(info.smallest_subnormal)
+    return (weight.shape[1] + 1) * 2.0**-24 * size + rounding
+
+
+def stored_columns(row: np.ndarray, padded: bool) -> list[int]:
+    """Columns of a row's stored elements, with the paper's explicit zeros if `padded`."""
+    columns, previous = [], -1
+    for column in np.flatnonzero(row):
+        while padded and column - previous > 16:
+            previous += 16
+            columns.append(previous)
+        columns.append(int(column))
+        previous = column
+    return columns
+
+
+def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarray]:
+    """values, codes, row_offsets and starts, element by element as MackoMatrix's docstring says."""
+    values, codes, offsets, starts = [], [], [0], []
+    cols = weight.shape[1]
+    for row in weight:
+        columns = stored_columns(row, encoding == "delta4")
+        groups = [columns[i:i + 8] for i in range(0, len(columns), 8)]
+        offsets.append(offsets[-1] + len(groups))
+        chunks, rest = [], list(range(len(groups)))
+        for lane in range(lanes):
+            size = len(groups) // lanes + (lane < len(groups) % lanes)
+            chunks.append(rest[:size])
+            rest = rest[size:]
+        starts.append([
+            cols if not chunk else (groups[chunk[0] - 1][-1] + 1 if chunk[0] else 0)
+            for chunk in chunks])
+        if encoding == "bitmask":
+            words = np.zeros(-(-cols // 32), np.uint32)
+            for column in columns:
+                words[column // 32] |= np.uint32(1 << (column % 32))
+            codes.extend(words)
+        for step in range(max(map(len, chunks))):
+            for chunk in chunks:
+                if step < len(chunk):
+                    group = groups[chunk[step]]
+                    values.append([row[c] for c in group] + [0] * (8 - len(group)))
+                    if encoding == "delta4":
+                        previous = groups[chunk[step] - 1][-1] if chunk[step] else -1
+                        word = 0
+                        for i, column in enumerate(group):
+                            word |= (column - previous - 1) << (4 * i)
+                            previous = column
+                        codes.append(word)
+    start_dtype = np.uint16 if cols < 65536 else np.uint32
+    return [np.array(values, weight.dtype).reshape(-1), np.array(codes, np.uint32),
+            np.array(offsets, np.int32), np.array(starts, start_dtype)]
+
+
+def pack_as_paper(weight: np.ndarray):
+    """values, deltas, row_indices of the paper's layout, element by element as design says."""
+    values, deltas, row_indices = [], [], [0]
+    for row in weight:
+        skipped, pending, last = 0, [], 0
+        for value in row:
+            if value != 0:
+                pending.append((value, skipped))
+                skipped, last = 0, len(pending)
+            elif skipped == 15:
+                pending.append((0, 15))
+                skipped = 0
+            else:
+                skipped += 1
+        values += [v for v, _ in pending[:last]]
+        deltas += [d for _, d in pending[:last]]
+        row_indices.append(len(values))
+    fill = -len(values) % 8
+    values, deltas = values + [0] * fill, deltas + [0] * fill
+    packed = [deltas[i] | deltas[i + 1] << 4 for i in range(0, len(deltas), 2)]
+    return (np.array(values, weight.dtype), np.array(packed, np.uint8),
+            np.array(row_indices, np.int32))

@@ -1,0 +1,209 @@
+"""Packing, unpacking, sizes and validation of MackoMatrix."""
+import dataclasses
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import macko_jax
+from macko_jax import layout, packing_jax
+from tests.cases import CASES, pack_as_paper, pack_slowly
+
+FIELDS = ("values", "codes", "row_offsets", "starts")
+ENCODINGS = ("bitmask", "delta4")
+
+
+def assert_same_bits(actual, expected):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    unsigned = f"u{actual.dtype.itemsize}"
+    np.testing.assert_array_equal(actual.view(unsigned), expected.view(unsigned))
+
+
+def special_values() -> np.ndarray:
+    """Zeros of both signs, subnormals, infinities and NaN, in every place of a group and a word."""
+    tiny = np.float32(1e-45)
+    pattern = np.array([0, -0.0, tiny, 1, -0.0, np.inf, -np.inf, np.nan, 0, -tiny], np.float32)
+    return np.resize(pattern, (7, 71))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_arrays_follow_the_layout(case):
+    weight = case.weight()
+    matrix = macko_jax.compress(weight, encoding=case.encoding, lanes=case.lanes)
+    for name, expected in zip(FIELDS, pack_slowly(weight, case.encoding, case.lanes)):
+        assert_same_bits(getattr(matrix, name), expected)
+    macko_jax.validate(matrix)
+    assert matrix.nnz == np.count_nonzero(weight)
+    assert matrix.density == np.count_nonzero(weight) / weight.size
+    assert matrix.shape == weight.shape and matrix.dtype == weight.dtype
+    assert matrix.stored == matrix.values.size
+    assert matrix.nbytes == sum(getattr(matrix, name).nbytes for name in FIELDS)
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_round_trip(case):
+    assert_same_bits(macko_jax.decompress(case.matrix()), case.weight())
+
+
+@pytest.mark.parametrize("case", CASES[1::3], ids=str)
+def test_device_packing_is_bit_identical(case):
+    weight = jnp.asarray(case.weight())
+    elements = packing_jax.find(weight)
+    expected = case.matrix()
+    groups = packing_jax.count_groups(elements, case.encoding)
+    assert layout.GROUP * groups == expected.stored
+    arrays = packing_jax.fill(weight, elements, case.encoding, case.lanes, groups)
+    for name, array in zip(FIELDS, arrays):
+        assert_same_bits(array, getattr(expected, name))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_special_values(encoding, dtype):
+    weight = special_values().astype(jnp.dtype(dtype))
+    matrix = macko_jax.compress(weight, encoding=encoding, lanes=2)
+    expected = np.where(weight == 0, np.zeros((), weight.dtype), weight)  # -0.0 becomes 0.0
+    assert_same_bits(macko_jax.decompress(matrix), expected)
+    macko_jax.validate(matrix)
+    on_device = packing_jax.find(jnp.asarray(weight))
+    assert packing_jax.count_groups(on_device, encoding) * layout.GROUP == matrix.stored
+
+
+# A few shapes, and room for every element, so that few programs are compiled.
+SHAPES = ((1, 40), (6, 133))
+
+
+@hypothesis.given(
+    st.sampled_from(SHAPES), st.sampled_from(ENCODINGS), st.sampled_from([1, 4]), st.data())
+def test_round_trip_of_any_bits(shape, encoding, lanes, data):
+    rows, cols = shape
+    sparse = st.one_of(st.just(0), st.just(0), st.integers(0, 2**16 - 1))
+    bits = data.draw(st.lists(sparse, min_size=rows * cols, max_size=rows * cols))
+    weight = np.array(bits, np.uint16).view(np.float16).reshape(shape)
+    matrix = macko_jax.compress(
+        weight, encoding=encoding, lanes=lanes, capacity=rows * -(-cols // 8))
+    macko_jax.validate(matrix)
+    dense = np.asarray(macko_jax.decompress(matrix))
+    assert_same_bits(dense, np.where(weight == 0, np.float16(0), weight))
+    slowly = pack_slowly(weight, encoding, lanes)
+    assert_same_bits(matrix.values[:slowly[0].size], slowly[0])
+    assert_same_bits(matrix.row_offsets, slowly[2])
+    assert_same_bits(matrix.starts, slowly[3])
+
+
+@pytest.mark.parametrize("cols", [256, 1000, 4096])
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_bytes_stay_near_the_papers(cols, density, dtype):
+    rng = np.random.default_rng(0)
+    weight = (rng.random((48, cols)) < density).astype(dtype)
+    matrix = macko_jax.compress(weight)
+    values, deltas, row_indices = pack_as_paper(weight)
+    paper = values.nbytes + deltas.nbytes + row_indices.nbytes
+    assert matrix.nbytes <= 1.02 * paper + 64 * weight.shape[0]
+
+
+@pytest.mark.parametrize("width, expected", [(100, "delta4"), (4096, "bitmask")])
+def test_smaller_encoding_is_chosen_for_float32(width, expected):
+    weight = np.zeros((64, 4096), np.float32)
+    weight[:, :width] = 1
+    matrix = macko_jax.compress(weight)
+    sizes = [macko_jax.compress(weight, encoding=e).nbytes for e in ENCODINGS]
+    assert matrix.encoding == expected and matrix.nbytes == min(sizes)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_empty_shapes(shape, encoding):
+    matrix = macko_jax.compress(np.zeros(shape, np.float16), encoding=encoding, lanes=4)
+    macko_jax.validate(matrix)
+    assert macko_jax.decompress(matrix).shape == shape
+    assert matrix.nnz == matrix.stored == 0 and matrix.density == 0
+    assert macko_jax.spmv(matrix, jnp.ones((2, shape[1]))).tolist() == [[0] * shape[0]] * 2
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_stacks(encoding):
+    rng = np.random.default_rng(0)
+    weights = (rng.random((3, 8, 64)) < 0.3).astype(np.float32)
+    matrices = [macko_jax.compress(w, encoding=encoding, lanes=2, capacity=64) for w in weights]
+    stack = jax.tree.map(lambda *a: jnp.stack(a), *matrices)
+    np.testing.assert_array_equal(macko_jax.decompress(stack), weights)
+    assert stack.nnz == np.count_nonzero(weights) and stack.stored == 64 * 8
+    assert stack.density == np.count_nonzero(weights) / weights.size
+
+
+def test_reading_structure_while_tracing_is_refused():
+    matrix = CASES[6].matrix()
+    with pytest.raises(TypeError, match="while tracing"):
+        jax.jit(lambda m: m.nnz)(matrix)
+    assert jax.jit(lambda m: m.stored)(matrix) == matrix.stored
+
+
+@pytest.mark.parametrize("weight, options, error, message", [
+    (np.zeros((2, 2), np.int32), {}, TypeError, "int32"),
+    (np.zeros((2, 2), np.float64), {}, TypeError, "float64"),
+    (np.zeros(4, np.float32), {}, ValueError, r"\[4\]"),
+    (np.zeros((1, 2, 3), np.float32), {}, ValueError, r"\[1, 2, 3\]"),
+    (np.zeros((2, 2), np.float32), {"encoding": "csr"}, ValueError, "csr"),
+    (np.zeros((2, 2), np.float32), {"lanes": 3}, ValueError, "lanes"),
+    (np.ones((2, 2), np.float32), {"capacity": 1}, ValueError, "capacity=1"),
+])
+def test_bad_input_is_named(weight, options, error, message):
+    with pytest.raises(error, match=message):
+        macko_jax.compress(weight, **options)
+
+
+def test_compress_while_tracing_is_refused():
+    with pytest.raises(TypeError, match="outside jit"):
+        jax.jit(macko_jax.compress)(jnp.ones((2, 2)))
+
+
+def _with(name, index, value):
+    def change(matrix):
+        array = np.array(getattr(matrix, name))
+        array[index] = value
+        return dataclasses.replace(matrix, **{name: array})
+    return change
+
+
+BROKEN = {
+    "rows out of order": (_with("row_offsets", 3, 2**30), "row_offsets"),
+    "negative offset": (_with("row_offsets", 0, -1), "row_offsets"),
+    "too many groups": (_with("row_offsets", -1, 2**20), "row_offsets"),
+    "a start": (_with("starts", (5, 1), 1), "starts"),
+    "codes of another row": (_with("codes", slice(0, 20), 0), "row|starts"),
+    "encoding": (lambda m: dataclasses.replace(m, encoding="csr"), "encoding"),
+    "lanes": (lambda m: dataclasses.replace(m, lanes=3), "lanes"),
+    "shape": (lambda m: dataclasses.replace(m, shape=(33, -1)), "shape"),
+    "fewer rows": (lambda m: dataclasses.replace(m, shape=(32, 301)), "must be"),
+    "cut values": (lambda m: dataclasses.replace(m, values=m.values[:-1]), "values"),
+    "cut codes": (lambda m: dataclasses.replace(m, codes=m.codes[:-1]), "codes"),
+    "dtype": (lambda m: dataclasses.replace(m, values=np.zeros(m.stored, np.int32)), "int32"),
+}
+
+
+@pytest.mark.parametrize("case", CASES[6:8], ids=str)
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_arrays_are_refused(case, name):
+    change, message = BROKEN[name]
+    with pytest.raises(ValueError, match=message):
+        macko_jax.validate(change(case.matrix()))
+
+
+def test_columns_out_of_range_are_refused():
+    bitmask, delta4 = CASES[6].matrix(), CASES[7].matrix()
+    with pytest.raises(ValueError, match="beyond the last"):
+        macko_jax.validate(_with("codes", 9, 0xFFFFFFFF)(bitmask))  # 301 = 9 * 32 + 13
+    with pytest.raises(ValueError, match="column"):
+        macko_jax.validate(_with("codes", slice(None), 0xFFFFFFFF)(delta4))
+
+
+def test_values_in_the_tail_are_refused():
+    matrix = macko_jax.compress(np.ones((1, 3), np.float32), encoding="bitmask")
+    with pytest.raises(ValueError, match="after its 3 elements"):
+        macko_jax.validate(_with("values", 5, 1.0)(matrix))
