@@ -187,7 +187,7 @@ def factorize(
     options = choose_options(preset, overrides)
     weight, gram = check_layer(weight, gram, name)
     plan = _plan(weight.shape, check_density(density, name), options)
-    left, right = _factorize(weight, gram, *plan.nonzeros, plan.inner, options)
+    left, right = _factorize(weight, gram, *plan.nonzeros, options.seed, plan.inner, _static(options))
     return _keep_better(weight, gram, left, right, sum(plan.nonzeros), options)
 
 
@@ -214,7 +214,9 @@ def factorize_stack(
               for i, (weight, gram) in enumerate(zip(weights, grams))]
     plan = _plan(layers[0][0].shape, check_density(density, name), options)
     stacked = (jnp.stack(arrays) for arrays in zip(*layers))
-    lefts, rights = _factorize_stack(*stacked, *plan.nonzeros, plan.inner, options)
+    lefts, rights = _factorize_stack(
+        *stacked, *plan.nonzeros, options.seed, plan.inner, _static(options)
+    )
     return [_keep_better(*layer, left, right, sum(plan.nonzeros), options)
             for layer, left, right in zip(layers, lefts, rights)]
 
@@ -230,8 +232,9 @@ def choose_options(preset: str, overrides: dict) -> Options:
     if options.width is not None and options.width < 1:
         raise ValueError(f"width is inner dimension over min(out, in), at least 1, got "
                          f"{options.width}")
-    if options.split != "published" and not 0 < options.split < 2:
-        raise ValueError(f"split must be 'published' or a number in (0, 2), got {options.split!r}")
+    split = options.split
+    if split != "published" and (isinstance(split, str) or not 0 < split < 2):
+        raise ValueError(f"split must be 'published' or a number in (0, 2), got {split!r}")
     for field in ("search_steps", "refine_steps", "refine_cg_steps"):
         if getattr(options, field) < 1:
             raise ValueError(f"{field} must be at least 1, got {getattr(options, field)}")
@@ -263,11 +266,16 @@ class _Pair(NamedTuple):
         return self._replace(left_dual=zero(self.left), right_dual=zero(self.right))
 
 
-def _solve(weight, gram, left_nonzeros, right_nonzeros, inner, options):
+def _static(options):
+    """The options that shape the program; one compiled for another seed or comparison serves."""
+    return replace(options, seed=0, compare_single=False)
+
+
+def _solve(weight, gram, left_nonzeros, right_nonzeros, seed, inner, options):
     with jax.default_matmul_precision(options.precision):
         problem = normalize(weight, gram, options.damping)
         budgets = left_nonzeros, right_nonzeros
-        pair = _start(problem, *budgets, inner, options)
+        pair = _start(problem, *budgets, inner, seed)
         pair = _search(problem, pair, *budgets, options)
         if options.refine_rounds:
             pair, problem = _refine(problem, pair.without_duals(), *budgets, options)
@@ -283,14 +291,14 @@ _factorize = _compile(_solve)
 
 
 @_compile
-def _factorize_stack(weights, grams, left_nonzeros, right_nonzeros, inner, options):
+def _factorize_stack(weights, grams, left_nonzeros, right_nonzeros, seed, inner, options):
     def solve(weight, gram):
-        return _solve(weight, gram, left_nonzeros, right_nonzeros, inner, options)
+        return _solve(weight, gram, left_nonzeros, right_nonzeros, seed, inner, options)
 
     return jax.vmap(solve)(weights, grams)
 
 
-def _start(problem, left_nonzeros, right_nonzeros, inner, options):
+def _start(problem, left_nonzeros, right_nonzeros, inner, seed):
     """The identity beside the pruned weight; extra inner dimensions are random and sparse."""
     weight = problem.weight
     rows, cols = weight.shape
@@ -300,7 +308,7 @@ def _start(problem, left_nonzeros, right_nonzeros, inner, options):
     long_nonzeros = left_nonzeros if tall else right_nonzeros
     pruned = jnp.where(top_k_mask(jnp.abs(long), long_nonzeros // 2), long, 0)
     extra = inner - short
-    value_key, mask_key, noise_key = jax.random.split(jax.random.key(options.seed), 3)
+    value_key, mask_key, noise_key = jax.random.split(jax.random.key(seed), 3)
     columns = jax.random.normal(value_key, (short, extra))
     columns *= jax.random.uniform(mask_key, (short, extra)) < 3 / short
     noise = 0.01 * jax.random.normal(noise_key, (long.shape[0], extra))
