@@ -36,15 +36,12 @@ class Network(nn.Module):
         self.heads = nn.vmap(
             nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
             axis_size=2)(5)
-        self.norm = nn.BatchNorm()
-        self.dropout = nn.Dropout(0.5)
 
-    def __call__(self, x, train=False):
+    def __call__(self, x):
         x, _ = self.blocks(self.stem(x), None)
         for layer in self.tail:
             x = jnp.tanh(layer(x))
-        x = self.norm(x, use_running_average=not train)
-        x, _ = self.block(self.dropout(x, deterministic=not train))
+        x, _ = self.block(x)
         return self.heads(x)
 
 
@@ -57,15 +54,22 @@ PATHS = [
 ]  # fmt: skip
 
 
-def sparsify(variables, density=0.4, seed=0):
+def create(module, *args, density=0.4, seed=0):
+    """Variables of a module, its kernels sparse; filled by NumPy, for `init` compiles for long."""
     rng = np.random.default_rng(seed)
-    flat = traverse_util.flatten_dict(variables)
-    for path, leaf in flat.items():
+
+    def fill(path, leaf):
+        if path[-1] in ("scale", "var"):
+            value = np.ones(leaf.shape)
+        else:
+            value = rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[0])
         if path[-1] == "kernel":
-            flat[path] = leaf * jnp.asarray(rng.random(leaf.shape) < density, leaf.dtype)
-        elif path[-1] == "bias":
-            flat[path] = leaf + jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
-    return traverse_util.unflatten_dict(flat)
+            value = value * (rng.random(leaf.shape) < density)
+        return jnp.asarray(value, leaf.dtype)
+
+    abstract = traverse_util.flatten_dict(jax.eval_shape(module.init, jax.random.key(0), *args))
+    return traverse_util.unflatten_dict(
+        {path: fill(path, leaf) for path, leaf in abstract.items()})
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def variables(inputs):
-    return sparsify(jax.jit(Network().init)(jax.random.key(0), inputs))
+    return create(Network(), inputs)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,7 @@ class Tower(nn.Module):
 
 @pytest.fixture
 def tower(inputs):
-    return sparsify(Tower().init(jax.random.key(0), inputs))
+    return create(Tower(), inputs)
 
 
 def test_unpacked_variables_run_as_ever(tower, inputs):
@@ -130,15 +134,20 @@ def test_nothing_is_shared_with_the_old_variables(tower, inputs):
     np.testing.assert_array_equal(flax_linen.apply(Tower(), packed, inputs), expected)
 
 
-def test_training_flags_rngs_and_mutable_collections(variables, inputs):
+def test_training_flags_rngs_and_mutable_collections(inputs):
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.BatchNorm(use_running_average=not train)(nn.Dense(12)(x))
+            return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
+
+    variables = create(Layers(), inputs)
     packed, _ = flax_linen.substitute(
-        Network(), variables, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), train=True,
+        Layers(), variables, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), train=True,
         rngs={"dropout": jax.random.key(0)})
     options = dict(train=True, rngs={"dropout": jax.random.key(2)}, mutable=["batch_stats"])
-    expected, expected_state = jax.jit(functools.partial(Network().apply, **options))(
-        variables, inputs)
-    found, state = jax.jit(functools.partial(flax_linen.apply, Network(), **options))(
-        packed, inputs)
+    expected, expected_state = Layers().apply(variables, inputs, **options)
+    found, state = flax_linen.apply(Layers(), packed, inputs, **options)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected_state)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -162,7 +171,7 @@ F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
 def test_dtypes_are_promoted_as_in_dense(param_dtype, dtype, x_dtype):
     layer = nn.Dense(24, dtype=dtype, param_dtype=param_dtype)
     x = jax.random.normal(jax.random.key(0), (4, 40), x_dtype)
-    variables = sparsify(layer.init(jax.random.key(0), x))
+    variables = create(layer, x)
     packed, report = flax_linen.substitute(layer, variables, x, rules=Rule(encoding="bitmask"))
     assert report.layers[0].path == "" and report.packed
     expected, found = layer.apply(variables, x), flax_linen.apply(layer, packed, x)
@@ -176,7 +185,7 @@ def test_dtypes_are_promoted_as_in_dense(param_dtype, dtype, x_dtype):
 def test_dense_general(features, axis):
     layer = nn.DenseGeneral(features, axis=axis)
     x = jax.random.normal(jax.random.key(0), (3, 2, 6))
-    variables = sparsify(layer.init(jax.random.key(0), x))
+    variables = create(layer, x)
     packed, report = flax_linen.substitute(layer, variables, x)
     assert isinstance(packed["params"]["kernel"], MackoMatrix) and report.packed
     np.testing.assert_allclose(
@@ -198,7 +207,7 @@ class LoudDense(nn.Dense):
 ])  # fmt: skip
 def test_layers_that_stay_dense_are_reported(layer, reason):
     x = jnp.ones((3, 2, 6))
-    variables = layer.init(jax.random.key(0), x)
+    variables = create(layer, x)
     packed, report = flax_linen.substitute(layer, variables, x)
     assert report.layers[0].skipped == reason
     np.testing.assert_array_equal(
@@ -212,7 +221,7 @@ def test_convolutions_are_not_listed():
             return nn.Dense(3)(nn.Conv(8, (3, 3))(x).reshape(len(x), -1))
 
     x = jnp.ones((2, 5, 5, 1))
-    variables = sparsify(Convolutional().init(jax.random.key(0), x))
+    variables = create(Convolutional(), x)
     packed, report = flax_linen.substitute(Convolutional(), variables, x)
     assert [layer.path for layer in report.layers] == ["Dense_0"]
     np.testing.assert_allclose(
@@ -258,7 +267,7 @@ def test_fine_tuning_keeps_the_zeros(encoding):
     y = jax.random.normal(jax.random.key(2), (64, 3))
     network = Network()
     packed, _ = flax_linen.substitute(
-        network, sparsify(network.init(jax.random.key(0), x)), x, rules=Rule(encoding=encoding))
+        network, create(network, x), x, rules=Rule(encoding=encoding))
     before = packed["params"]
     trainable, fixed = flax_linen.partition(before)
     state = TrainState.create(

@@ -13,13 +13,29 @@ from macko_jax.flax_nnx import MackoIndex, MackoLinear, from_pure_dict, substitu
 from macko_jax.rules import Rule
 
 
-def sparsify(model, density=0.4, seed=0):
-    """Set all but a share of each kernel's entries to zero, at random places."""
+# Kernels are filled by NumPy, because the default initializer compiles for long.
+ZEROS = nnx.initializers.zeros_init()
+
+
+def linear(*features, layer=nnx.Linear, rngs=None, **options):
+    """A layer with a random bias and a kernel of zeros, to be filled by `fill_kernels`."""
+    rngs = rngs or nnx.Rngs(0)
+    return layer(
+        *features, kernel_init=ZEROS, bias_init=nnx.initializers.uniform(1.0), rngs=rngs,
+        **options)
+
+
+def fill_kernels(model, density=0.4, seed=0):
+    """Give each kernel of a model random values in a share of its entries, at random places."""
     rng = np.random.default_rng(seed)
 
+    def fill(leaf):
+        kept = rng.random(leaf.shape) < density
+        values = rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[-2])
+        return jnp.asarray(values * kept, leaf.dtype)
+
     kernels = nnx.state(model, lambda path, variable: path[-1] == "kernel")
-    nnx.update(model, jax.tree.map(
-        lambda leaf: leaf * jnp.asarray(rng.random(leaf.shape) < density, leaf.dtype), kernels))
+    nnx.update(model, jax.tree.map(fill, kernels))
     return model
 
 
@@ -27,15 +43,13 @@ class MLP(nnx.Module):
     """Linear layers in every kind of container, one of them shared, one tied to an embedding."""
 
     def __init__(self, rngs, width=48):
-        def linear(a, b, **options):
-            return nnx.Linear(a, b, bias_init=nnx.initializers.normal(1.0), rngs=rngs, **options)
-
         self.first = linear(20, width)
         self.blocks = nnx.List([linear(width, width), nnx.Dict(up=linear(width, width))])
         self.pair = nnx.data((linear(width, width), {"inner": [linear(width, width)]}))
         self.sequence = nnx.Sequential(linear(width, width), jax.nn.relu, linear(width, width))
         self.shared = self.blocks[0]
-        self.attention = nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            4, width, decode=False, kernel_init=ZEROS, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
         self.norm = nnx.BatchNorm(width, use_running_average=True, rngs=rngs)
         self.last = linear(width, 7, use_bias=False)
@@ -51,7 +65,7 @@ class MLP(nnx.Module):
 
 @pytest.fixture(scope="module")
 def dense():
-    return nnx.view(sparsify(MLP(nnx.Rngs(0))), deterministic=True)
+    return nnx.view(fill_kernels(MLP(nnx.Rngs(0))), deterministic=True)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +107,7 @@ def test_a_shared_layer_stays_shared(dense):
 
 
 def test_the_model_itself(inputs):
-    dense = sparsify(nnx.Linear(20, 6, rngs=nnx.Rngs(0)))
+    dense = fill_kernels(linear(20, 6))
     packed, report = substitute(dense)
     assert isinstance(packed, MackoLinear) and isinstance(dense, nnx.Linear)
     assert report.layers[0].path == "" and "(the model)" in str(report)
@@ -104,7 +118,7 @@ def test_the_model_itself(inputs):
     lambda a, b: [a, b], lambda a, b: (a, b), lambda a, b: {"x": a, "y": {"z": b}},
 ])  # fmt: skip
 def test_plain_containers(container):
-    layers = [sparsify(nnx.Linear(20, 6, rngs=nnx.Rngs(i))) for i in range(2)]
+    layers = [fill_kernels(linear(20, 6), seed=seed) for seed in range(2)]
     packed, report = substitute(container(*layers))
     assert len(report.packed) == 2
     assert type(packed) is type(container(*layers))
@@ -116,13 +130,13 @@ def test_a_cycle_between_modules(inputs):
     class Child(nnx.Module):
         def __init__(self, parent, rngs):
             self.parent = parent
-            self.linear = nnx.Linear(20, 6, rngs=rngs)
+            self.linear = linear(20, 6, rngs=rngs)
 
     class Parent(nnx.Module):
         def __init__(self, rngs):
             self.child = Child(self, rngs)
 
-    dense = sparsify(Parent(nnx.Rngs(0)))
+    dense = fill_kernels(Parent(nnx.Rngs(0)))
     packed, _ = substitute(dense)
     assert packed.child.parent is packed
     np.testing.assert_allclose(
@@ -130,9 +144,8 @@ def test_a_cycle_between_modules(inputs):
 
 
 def test_nothing_is_shared_with_the_old_model(inputs):
-    rngs = nnx.Rngs(0)
-    dense = sparsify(nnx.Sequential(
-        nnx.Linear(20, 12, rngs=rngs), nnx.LayerNorm(12, rngs=rngs), nnx.Linear(12, 5, rngs=rngs)))
+    dense = fill_kernels(nnx.Sequential(
+        linear(20, 12), nnx.LayerNorm(12, rngs=nnx.Rngs(0)), linear(12, 5)))
     rules = [Rule("layers/0", skip=True), ".*"]
     before = jax.tree.map(np.asarray, nnx.state(dense, nnx.Param))
     packed, _ = substitute(dense, rules)
@@ -160,9 +173,7 @@ F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
 @pytest.mark.parametrize("dtype", [None, BF16, F32])
 @pytest.mark.parametrize("param_dtype", [F16, BF16, F32])
 def test_dtypes_are_promoted_as_in_linear(param_dtype, dtype, x_dtype):
-    dense = sparsify(nnx.Linear(
-        40, 24, dtype=dtype, param_dtype=param_dtype, bias_init=nnx.initializers.normal(1.0),
-        rngs=nnx.Rngs(0)))
+    dense = fill_kernels(linear(40, 24, dtype=dtype, param_dtype=param_dtype))
     packed, _ = substitute(dense, BITMASK)
     assert packed.values.dtype == param_dtype
     x = jax.random.normal(jax.random.key(0), (4, 40), x_dtype)
@@ -174,7 +185,7 @@ def test_dtypes_are_promoted_as_in_linear(param_dtype, dtype, x_dtype):
 
 
 def test_integer_input_and_leading_axes():
-    dense = sparsify(nnx.Linear(5, 4, rngs=nnx.Rngs(0)))
+    dense = fill_kernels(linear(5, 4))
     packed, _ = substitute(dense)
     for shape in [(5,), (0, 5), (2, 1, 3, 5)]:
         x = jnp.arange(np.prod(shape), dtype=jnp.int32).reshape(shape)
@@ -186,8 +197,7 @@ def test_integer_input_and_leading_axes():
     ((6, (4, 3)), -1), (((2, 6), 5), (-2, -1)), (((3, 6), (2, 2)), (0, -1)), ((2, 3), 1),
 ])  # fmt: skip
 def test_linear_general(features, axis):
-    dense = sparsify(nnx.LinearGeneral(*features, axis=axis, rngs=nnx.Rngs(0)))
-    dense.bias[...] += 0.5
+    dense = fill_kernels(linear(*features, layer=nnx.LinearGeneral, axis=axis))
     packed, report = substitute(dense)
     assert report.packed
     x = jax.random.normal(jax.random.key(0), (3, 2, 6))
@@ -196,7 +206,7 @@ def test_linear_general(features, axis):
 
 @pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
 def test_gradients_are_those_of_the_dense_model(encoding, inputs):
-    dense = sparsify(nnx.Linear(20, 9, rngs=nnx.Rngs(0)))
+    dense = fill_kernels(linear(20, 9))
     packed, _ = substitute(dense, Rule(encoding=encoding))
 
     def loss(model, x):
@@ -259,7 +269,7 @@ def test_orbax_round_trip(dense, inputs, tmp_path):
 def test_vmapped_and_scanned_stack(encoding):
     class Block(nnx.Module):
         def __init__(self, rngs):
-            self.linear = nnx.Linear(24, 24, rngs=rngs)
+            self.linear = linear(24, 24, rngs=rngs)
 
         def __call__(self, x):
             return x + jnp.tanh(self.linear(x))
@@ -274,7 +284,7 @@ def test_vmapped_and_scanned_stack(encoding):
     def chain(block, x):
         return block(x)
 
-    dense = sparsify(create(nnx.Rngs(0)))
+    dense = fill_kernels(create(nnx.Rngs(0)))
     # The matrices of a stack have different numbers of non-zeros; one of them has none.
     dense.linear.kernel[...] = dense.linear.kernel[...].at[2].set(0).at[1, :, :20].set(0)
     packed, report = substitute(dense, Rule(encoding=encoding))
@@ -312,20 +322,18 @@ class QuietLinear(nnx.Linear):
 
 
 @pytest.mark.parametrize("layer, reason", [
-    (lambda rngs: LoudLinear(8, 8, rngs=rngs), "LoudLinear has a __call__ of its own"),
-    (lambda rngs: nnx.Linear(8, 8, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k),
-                             rngs=rngs), "it has a dot_general of its own"),
-    (lambda rngs: nnx.Linear(8, 8, preferred_element_type=F32, rngs=rngs),
-     "it sets preferred_element_type"),
-    (lambda rngs: nnx.Linear(8, 8, param_dtype=jnp.float8_e5m2, rngs=rngs),
+    (lambda: linear(8, 8, layer=LoudLinear), "LoudLinear has a __call__ of its own"),
+    (lambda: linear(8, 8, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)),
+     "it has a dot_general of its own"),
+    (lambda: linear(8, 8, preferred_element_type=F32), "it sets preferred_element_type"),
+    (lambda: linear(8, 8, param_dtype=jnp.float8_e5m2),
      "values of float8_e5m2 are not packed; a rule can set dtype to float16, bfloat16, float32"),
-    (lambda rngs: nnx.LinearGeneral(8, 8, batch_axis={0: 2}, rngs=rngs), "it has batch axes"),
-    (lambda rngs: nnx.Einsum("ab,bc->ac", (8, 8), rngs=rngs), "Einsum has no packed form"),
-    (lambda rngs: nnx.Linear(0, 8, kernel_init=nnx.initializers.zeros, rngs=rngs),
-     "its kernel is empty"),
+    (lambda: linear(8, 8, layer=nnx.LinearGeneral, batch_axis={0: 2}), "it has batch axes"),
+    (lambda: linear("ab,bc->ac", (8, 8), layer=nnx.Einsum), "Einsum has no packed form"),
+    (lambda: linear(0, 8), "its kernel is empty"),
 ])  # fmt: skip
 def test_layers_that_stay_dense_are_reported(layer, reason):
-    dense = layer(nnx.Rngs(0))
+    dense = layer()
     packed, report = substitute(dense, Rule(max_density=1.0))
     assert type(packed) is type(dense)
     assert report.layers[0].skipped == reason
@@ -334,12 +342,12 @@ def test_layers_that_stay_dense_are_reported(layer, reason):
 
 
 def test_plain_subclass_is_packed():
-    packed, report = substitute(sparsify(QuietLinear(8, 8, rngs=nnx.Rngs(0))))
+    packed, report = substitute(fill_kernels(linear(8, 8, layer=QuietLinear)))
     assert report.layers[0].layer == "QuietLinear" and isinstance(packed, MackoLinear)
 
 
 def test_dense_layers_stay_dense_unless_a_rule_allows_them(inputs):
-    dense = nnx.Linear(20, 8, rngs=nnx.Rngs(0))
+    dense = fill_kernels(linear(20, 8), density=1.0)
     packed, report = substitute(dense)
     assert isinstance(packed, nnx.Linear)
     assert report.layers[0].skipped == "above density 0.8 dense is faster"
@@ -396,9 +404,7 @@ def test_abstract_model_is_refused():
 @pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
 def test_fine_tuning_keeps_the_zeros(encoding):
     """AdamW with weight decay on packed values follows AdamW on masked dense kernels."""
-    rngs = nnx.Rngs(0)
-    dense = sparsify(nnx.Sequential(
-        nnx.Linear(40, 30, rngs=rngs), jnp.tanh, nnx.Linear(30, 3, rngs=rngs)))
+    dense = fill_kernels(nnx.Sequential(linear(40, 30), jnp.tanh, linear(30, 3)))
     packed, _ = substitute(dense, Rule(encoding=encoding))
     masks = [np.asarray(dense.layers[i].kernel[...]) != 0 for i in (0, 2)]
     structure = jax.tree.map(np.asarray, nnx.state(packed, MackoIndex))
@@ -457,9 +463,9 @@ def test_restored_stack():
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0, out_axes=0)
     def create(rngs):
-        return nnx.Linear(8, 12, rngs=rngs)
+        return linear(8, 12, rngs=rngs)
 
-    packed, _ = substitute(sparsify(create(nnx.Rngs(0))))
+    packed, _ = substitute(fill_kernels(create(nnx.Rngs(0))))
     restored = from_pure_dict(nnx.eval_shape(lambda: create(nnx.Rngs(0))), to_pure_dict(packed))
     x = jnp.ones((3, 8))
     each = nnx.jit(nnx.vmap(lambda layer, x: layer(x)))
