@@ -1,15 +1,16 @@
-"""Densities of layers under one budget for the model, by how much each layer's output suffers."""
+"""Densities of layers under one budget for the model, by how much the model's output suffers."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from dsf_jax.problem import relative_output_error
 from dsf_jax.pruners import prune
 
-# Densities probed, as multiples of the model's.
+# Densities probed, as multiples of the model's; none leaves a layer far from it.
 PROBES = np.linspace(0.4, 1.6, 7)
 
 
-def probe_errors(weights, gram, density: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+def probe_errors(weights, gram, density: float, name: str):
     """Relative output error of a layer at several densities, by Wanda pruning.
 
     Args:
@@ -19,17 +20,28 @@ def probe_errors(weights, gram, density: float, name: str) -> tuple[np.ndarray, 
       name: The layer's path, for errors.
 
     Returns:
-      Densities and errors, both `[probes]`.
+      Densities and errors, both `[probes]`; the weights pruned to `density`; their error.
     """
+    grams = [None] * len(weights) if gram is None else gram
+
+    def pruned(share):
+        kept = [
+            prune(w, g, density=share, method="wanda", name=name) for w, g in zip(weights, grams)
+        ]
+        errors = [relative_output_error(w, k, g) for w, k, g in zip(weights, kept, grams)]
+        return jnp.stack(kept), float(jnp.mean(jnp.stack(errors)))
+
     densities = np.unique(np.minimum(PROBES * density, 1.0))
-    errors = [
-        np.mean([
-            float(relative_output_error(w, prune(w, g, density=d, method="wanda", name=name), g))
-            for w, g in zip(weights, [None] * len(weights) if gram is None else gram)
-        ])
-        for d in densities
-    ]
-    return densities, np.asarray(errors)
+    return densities, np.array([pruned(share)[1] for share in densities]), *pruned(density)
+
+
+def output_change(reference, changed) -> float:
+    """Squared size of a change of a model's outputs, relative to their squared size."""
+    size = sum(float(jnp.sum(jnp.square(a.astype(jnp.float32)))) for a in reference)
+    change = sum(
+        float(jnp.sum(jnp.square((a - b).astype(jnp.float32)))) for a, b in zip(reference, changed)
+    )
+    return change / size if size else 0.0
 
 
 def allocate_densities(curves: dict, sizes: dict[str, int], density: float) -> dict[str, float]:
