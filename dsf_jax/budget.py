@@ -36,14 +36,15 @@ def split_nonzeros(nonzeros: int, shape: tuple[int, int], inner: int, split) -> 
     return (large, small) if rows >= cols else (small, large)
 
 
-def choose_width(density: float) -> float:
+def choose_width(density: float, shape: tuple[int, int]) -> float:
     """Inner dimension over min(out, in) for a density.
 
-    At equal non-zeros a wider pair is always better, but its non-zeros lie further apart and cost
-    more index bits each. 1 + density is near the best at equal stored bytes between densities 0.2
-    and 0.5 (docs/dsf.md has the figures), on the wide side of it.
+    At equal non-zeros a wider pair is better, but its non-zeros lie further apart and cost more
+    index bits each. On square layers 1 + density is near the best at equal stored bytes between
+    densities 0.2 and 0.5 (docs/dsf.md has the figures); other shapes get the width at which their
+    factors, which would be denser, are just as dense: wider by 2 max(out, in) / (out + in).
     """
-    return 1 + density
+    return (1 + density) * 2 * max(shape) / sum(shape)
 
 
 def packed_nbytes(factor, value_bytes: int = 2) -> int:

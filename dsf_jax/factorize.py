@@ -32,8 +32,8 @@ class Options:
     """What a preset sets and `factorize` lets one override by keyword.
 
     Attributes:
-      width: Inner dimension over min(out, in), at least 1; None chooses it by density with the
-        stored bytes in view (`budget.choose_width`).
+      width: Inner dimension over min(out, in), at least 1; None chooses it by density and
+        shape with the stored bytes in view (`budget.choose_width`).
       split: Share of the smaller factor, see `budget.split_nonzeros`.
       search_rounds: Rounds with the diagonal of G alone; each improves both factors.
       search_ramp: In round t of the search the first solve for each factor has the penalty
@@ -247,7 +247,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(shape, density, options):
-    width = choose_width(density) if options.width is None else options.width
+    width = choose_width(density, shape) if options.width is None else options.width
     inner = max(min(shape), round(width * min(shape)))
     nonzeros = count_nonzeros(density, shape)
     return _Plan(split_nonzeros(nonzeros, shape, inner, options.split), inner)
