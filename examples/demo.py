@@ -24,6 +24,7 @@ from dsf_jax import export
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from macko_jax.rules import Rule
 import numpy as np
 
 from examples import stdlib_text
@@ -54,7 +55,7 @@ DENSITY = flags.DEFINE_multi_float(
 PROMPT = flags.DEFINE_string(
     "prompt", "def read_lines(path, encoding='utf-8'):\n    ", "Text to continue."
 )
-NEW_BYTES = flags.DEFINE_integer("new_bytes", 160, "Length of the continuation.", lower_bound=1)
+NEW_BYTES = flags.DEFINE_integer("new_bytes", 120, "Length of the continuation.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.3, "Of the continuation; 0 is greedy.")
 WINDOWS = flags.DEFINE_integer(
     "windows", 16, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
@@ -167,31 +168,36 @@ def run_method(model, method, density, batches, bench, out):
     def report(progress):
         show(f"    pruned {progress.index} of {progress.total} layers", done=False)
 
+    # Both encodings run everywhere; programs with bitmasks compile three times faster for CPUs.
+    encoding = "bitmask" if jax.default_backend() == "cpu" else None
     began = time.perf_counter()
+    if method == "magnitude":  # which looks at no input: the shortest will do
+        batches = [batches[0][:1, :1]]
     pruned = dsf_jax.compress_model(
         model, batches, method=method, density=density, calibration="one-pass", callback=report
     )
     pruned_at = time.perf_counter()
-    packed, packing = export.pack(pruned.model)
+    packed, packing = export.pack(pruned.model, Rule(".*", encoding=encoding))
     packed_at = time.perf_counter()
     show(
         f"    pruned in {pruned_at - began:.1f} s, packed {len(packing.packed)} of "
         f"{len(packing.layers)} linear layers in {packed_at - pruned_at:.1f} s"
     )
-    logits = bench.logits(packed)
-    difference = check_agreement(logits, bench.logits(pruned.model), model.dtype)
+    difference = check_agreement(bench.logits(packed), bench.logits(pruned.model), model.dtype)
 
     directory = out / f"{method}-{density:g}"
     size = checkpoint.save_packed(directory, packed)
     loaded = checkpoint.load_packed(directory, dtype=model.dtype)
-    if not bool((bench.logits(loaded) == logits).all()):
-        raise SystemExit(f"{directory} gives other logits than the model that was saved there")
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), nnx.state(loaded), nnx.state(packed))
+    if not all(jax.tree.leaves(same)):
+        raise SystemExit(f"{directory} holds other arrays than the model that was saved there")
     show(
-        f"    packed and pruned logits agree within {difference:.1e}; saved and reloaded "
-        f"{directory} ({size / 1e6:.2f} MB), same logits"
+        f"    packed and pruned logits agree within {difference:.1e}; saved to "
+        f"{directory} ({size / 1e6:.2f} MB) and reloaded"
     )
     bits = bench.bits_per_byte(loaded)
     text, speed = bench.continuation(loaded)
+    show(f"    {bits:.4f} bits per byte, {speed:.0f} tokens/s")
     return {
         "method": method,
         "density": pruned.report.density,

@@ -180,15 +180,17 @@ def load_packed(directory, *, dtype=jnp.float32):
 def _abstract_pair(linear, arrays):
     """The factor pair that stands in the place of a linear layer."""
     inner = arrays["right"]["kernel"].shape[0]
-    make = functools.partial(
-        nnx.Linear, dtype=linear.dtype, param_dtype=linear.param_dtype, rngs=nnx.Rngs(0)
-    )
-    return nnx.eval_shape(
-        lambda: dsf_jax.FactorPair(
-            make(linear.in_features, inner, use_bias=False),
-            make(inner, linear.out_features, use_bias=linear.bias is not None),
+
+    def make():
+        layer = functools.partial(
+            nnx.Linear, dtype=linear.dtype, param_dtype=linear.param_dtype, rngs=nnx.Rngs(0)
         )
-    )
+        return dsf_jax.FactorPair(
+            layer(linear.in_features, inner, use_bias=False),
+            layer(inner, linear.out_features, use_bias=linear.bias is not None),
+        )
+
+    return nnx.eval_shape(make)
 
 
 def abstract_model(config, *, dtype, param_dtype):

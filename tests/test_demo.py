@@ -1,0 +1,176 @@
+"""The scripts around the language model, run as a user runs them, and the model that is shipped."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+from flax import nnx
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from examples import stdlib_text
+from examples.llama import checkpoint
+from examples.llama import evaluation
+from examples.llama import model as llama
+from examples.llama import tokenizer as tokenizers
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHIPPED = ROOT / "examples" / "llama" / "checkpoint"
+DATA = ROOT / "tests" / "data" / "llama"
+BYTE_CONFIG = llama.Config(
+    vocab_size=256,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=64,
+)
+
+
+def run(script, *arguments, check=True):
+    command = [sys.executable, "-m", f"examples.{script}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if check and done.returncode:
+        raise AssertionError(f"{script} failed:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+@pytest.fixture(scope="module")
+def byte_model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("byte_model")
+    model = llama.Llama(BYTE_CONFIG, rngs=nnx.Rngs(0))
+    checkpoint.save(directory, model, jnp.bfloat16, extra={"bos_token_id": 0})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.py"
+    path.write_bytes(pathlib.Path(__file__).read_bytes())
+    return path
+
+
+def test_shipped_model_predicts_held_out_text():
+    record = json.loads((SHIPPED / "record.json").read_text())
+    assert record["held_out_bits_per_byte"] <= 1.25
+    assert set(record["held_out_modules"]) == set(stdlib_text.HELD_OUT)
+    assert 6e6 <= record["parameters"] <= 10e6
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 20e6
+    model = checkpoint.load(SHIPPED)
+    tokens = stdlib_text.join(stdlib_text.read_modules().values())
+    bits = evaluation.bits_per_token(model, tokens, length=512, stride=256, batch=4, limit=8)
+    assert bits < 1.25
+
+
+def test_held_out_modules_and_their_tests_are_not_trained_on(tmp_path):
+    names = ["heapq.py", "test/test_heapq.py", "test/test_csv/extra.py", "csvlike.py", "json/a.py",
+             "site-packages/x.py", "copy_of_json_a.py"]  # fmt: skip
+    for i, name in enumerate(names):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number = names.index("json/a.py") if name == "copy_of_json_a.py" else i
+        path.write_text("\n".join(f"line {number} {j} of a file" for j in range(9)))
+    found = {str(path) for path, _ in stdlib_text.training_documents([tmp_path])}
+    assert found == {"copy_of_json_a.py", "csvlike.py"}
+
+
+def test_missing_library_sources_are_explained(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--text=FILE"):
+        stdlib_text.read_modules(library=tmp_path)
+
+
+@pytest.mark.slow
+def test_demo(byte_model, text, tmp_path):
+    out = tmp_path / "out"
+    methods = ("magnitude", "wanda")
+    done = run(
+        "demo", f"--checkpoint={byte_model}", f"--text={text}", f"--calibration={text}",
+        *(f"--method={method}" for method in methods), "--density=0.5", "--windows=4",
+        "--new_bytes=8", "--calibration_windows=2", f"--out={out}", "--prompt=import ",
+    )  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert [row["method"] for row in results["rows"]] == ["dense", *methods]
+    dense, *compressed = results["rows"]
+    for row in compressed:
+        assert row["megabytes"] < dense["megabytes"]
+        assert row["density"] <= 0.5
+        assert row["agreement"] <= 1e-4
+        assert len(row["continuation"].encode()) >= 8
+        assert f"{row['method']} " in done.stdout and f"{row['bits_per_byte']:.4f}" in done.stdout
+        # What was saved is what was evaluated.
+        tokens = stdlib_text.join([text.read_bytes()])
+        loaded = checkpoint.load_packed(row["checkpoint"])
+        bits = evaluation.bits_per_token(loaded, tokens, length=64, stride=32, batch=4, limit=4)
+        assert bits == pytest.approx(row["bits_per_byte"], rel=1e-5)
+    assert str(out) in done.stdout
+
+    generated = run("generate", f"--checkpoint={out / 'wanda-0.5'}", "--prompt=import ",
+                    "--new_tokens=9", "--chunk=4")  # fmt: skip
+    assert generated.stdout.startswith("import ") and "[9 tokens in" in generated.stdout
+    evaluated = run("evaluate", f"--checkpoint={out / 'wanda-0.5'}", f"--text={text}",
+                    "--windows=4", "--length=64")  # fmt: skip
+    assert f"{compressed[0]['bits_per_byte']:.3f}"[:4] in evaluated.stdout
+
+
+def test_generate_reads_a_tokenizer_and_batches(tmp_path):
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(DATA / "tokenizer.json"))
+    config = llama.Config(**(vars(BYTE_CONFIG) | {"vocab_size": tokenizer.get_vocab_size()}))
+    model = llama.Llama(config, rngs=nnx.Rngs(0))
+    checkpoint.save(tmp_path, model, jnp.float32, extra={"eos_token_id": 2})
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        tokenizers.load_tokenizer(tmp_path, config.vocab_size)
+    shutil.copy(DATA / "tokenizer.json", tmp_path)
+    loaded = tokenizers.load_tokenizer(tmp_path, config.vocab_size)
+    assert loaded.decode(loaded.encode("def grüße(x):")) == "def grüße(x):"
+    assert loaded.stop_tokens == {2}
+    done = run("generate", f"--checkpoint={tmp_path}", "--prompt=def ", "--prompt=import os",
+               "--new_tokens=5", "--temperature=1", "--top_k=10", "--top_p=0.9")  # fmt: skip
+    assert "--- def " in done.stdout and "--- import os" in done.stdout
+
+
+@pytest.mark.slow
+def test_benchmark_decode(tmp_path):
+    out = tmp_path / "record.json"
+    done = run("benchmark_decode", "--config=tiny", "--density=1", "--density=0.5",
+               "--new_tokens=8", "--chunk=4", "--repeats=2", "--prompt=16", "--dtype=float32",
+               f"--out={out}")  # fmt: skip
+    record = json.loads(out.read_text())
+    sparse, dense = record["results"]
+    assert (sparse["density"], dense["density"]) == (0.5, 1.0)
+    assert sparse["weight_bytes"] < dense["weight_bytes"]
+    assert sparse["tokens_per_second"] > 0 and "of dense" in done.stdout
+
+
+@pytest.mark.slow
+def test_training_learns_and_records(tmp_path):
+    rng = np.random.default_rng(0)
+    corpus = tmp_path / "corpus.npz"
+    # Text of four letters: two bits a byte are within reach, and soon.
+    letters = rng.choice(np.frombuffer(b"abcd", np.uint8), 5000)
+    np.savez(corpus, train=letters, held_out=letters[:500], libraries=["none"])
+    out = tmp_path / "lm"
+    run("train_lm", f"--corpus={corpus}", f"--out={out}", "--steps=60", "--chunk=20", "--batch=4",
+        "--length=32", "--hidden=32", "--intermediate=32", "--layers=1", "--heads=2",
+        "--kv_heads=1", "--head_dim=16", "--warmup=5", "--learning_rate=0.01")  # fmt: skip
+    record = json.loads((out / "record.json").read_text())
+    assert record["steps"] == 60 and len(record["curve_bits_per_byte"]) == 3
+    assert record["held_out_bits_per_byte"] < 3
+    assert checkpoint.load(out).config.max_position_embeddings == 32
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--density=1.5"], "density"),
+        (["--checkpoint=nowhere"], "nowhere/config.json is missing"),
+        ([f"--checkpoint={DATA / 'llama3'}"], "96 tokens"),
+    ],
+)
+def test_demo_refuses(arguments, message):
+    done = run("demo", *arguments, check=False)
+    assert done.returncode and message in done.stdout + done.stderr
