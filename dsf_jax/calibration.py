@@ -121,7 +121,7 @@ class Calibration:
             if shape not in passes:
                 flow = self.flows[shape]
                 chosen = [flow.layers[self.index[path]] for path in paths]
-                passes[shape] = _gram_segment(flow, self.values[i], chosen)
+                passes[shape] = _segment_of_inputs(flow, self.values[i], chosen, _gram)
             segment, position = passes[shape]
             device = self.devices[i % len(self.devices)]
             batch = jax.device_put(segment(self.values[i], leaves, device), self.devices[0])
@@ -133,6 +133,37 @@ class Calibration:
                     "so large that their squares overflow float32; check the batches and the "
                     "layers before it"
                 )
+        return {path: total[position[path]] for path in paths}
+
+    def cross_grams(
+        self, paths: Sequence[str], leaves: list[jax.Array], dense: "Calibration",
+    ) -> dict[str, jax.Array]:
+        """Products sum x y^T of layers' inputs x in the dense model with their present ones y.
+
+        Args:
+          paths: Layers with at least one use.
+          leaves: The model's leaves as they now are.
+          dense: The same batches, halted at the same place, with the leaves never changed.
+
+        Returns:
+          For each path float32 `[groups, in, in]`.
+        """
+        total, passes = None, {}
+        for i, shape in enumerate(self.shapes):
+            if shape not in passes:
+                flow = self.flows[shape]
+                chosen = [flow.layers[self.index[path]] for path in paths]
+                ours, position = _segment_of_inputs(flow, self.values[i], chosen, tuple)
+                theirs, _ = _segment_of_inputs(dense.flows[shape], dense.values[i], chosen, tuple)
+                passes[shape] = ours, theirs
+            ours, theirs = passes[shape]
+            device = self.devices[i % len(self.devices)]
+            batch = _cross(
+                theirs(dense.values[i], self.network.leaves, device),
+                ours(self.values[i], leaves, device),
+            )
+            batch = jax.device_put(batch, self.devices[0])
+            total = batch if total is None else _add(total, batch)
         return {path: total[position[path]] for path in paths}
 
     def first_outputs(self) -> Callable[[list[jax.Array]], list[jax.Array]]:
@@ -180,10 +211,11 @@ def _live(flow: Dataflow, stages: Stages, stage: int) -> set[int]:
     return {name for name in live if stages.of_value[name] <= stage and name not in known}
 
 
-def _gram_segment(flow, sources, layers):
-    """A segment that ends in Gram matrices, and the position of each layer's among them.
+def _segment_of_inputs(flow, sources, layers, combine):
+    """A segment that ends in layers' inputs, and the position of each layer's among them.
 
-    Layers that read the same value in the same way share one.
+    Layers that read the same value in the same way share one entry: `combine` of the rows
+    `[groups, n, in]` of each use.
     """
     uses = {}
     for layer in layers:
@@ -194,7 +226,7 @@ def _gram_segment(flow, sources, layers):
 
     def finish(values):
         return [
-            sum(_gram(use.rows(values[slots[use.activation]])) for use in group)
+            combine(use.rows(values[slots[use.activation]]) for use in group)
             for group in uses.values()
         ]
 
@@ -202,9 +234,20 @@ def _gram_segment(flow, sources, layers):
     return Segment(flow, sources, targets, finish), by_path
 
 
+def _product(x, y):
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.einsum("gni,gnj->gij", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
 def _gram(rows):
-    rows = rows.astype(jnp.float32)
-    return jnp.einsum("gni,gnj->gij", rows, rows, precision=jax.lax.Precision.HIGHEST)
+    return sum(_product(x, x) for x in rows)
+
+
+@jax.jit
+def _cross(dense, present):
+    return [
+        sum(_product(x, y) for x, y in zip(*pair)) for pair in zip(dense, present)
+    ]
 
 
 @jax.jit

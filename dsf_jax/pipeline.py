@@ -25,6 +25,10 @@ from dsf_jax.rules import Rule, default_skip, match_rules
 from dsf_jax.solve import PAIRS, Assignment, Solution, check_method, solve
 
 
+# Of the mean diagonal of G: keeps a short calibration from being fitted too closely.
+CORRECTION_DAMPING = 0.1
+
+
 class Compressed(NamedTuple):
     """A compressed model (for linen, its variables) and what became of each layer."""
 
@@ -41,6 +45,7 @@ def compress_model(
     rules: Sequence[Rule] = (),
     options: Mapping[str, Any] | None = None,
     calibration: str = "sequential",
+    target: str = "layer",
     blocks: str | None = None,
     budget: str = "uniform",
     keep_activations: str = "device",
@@ -70,13 +75,18 @@ def compress_model(
       options: Further keyword arguments of the method, such as `pattern="2:4"`.
       calibration: "sequential" as above, or "one-pass": every layer on the inputs that the dense
         model gives it, with all Gram matrices held at once.
+      target: What a layer's output is matched to: "layer", what its dense weights give on the inputs
+        that it now sees, or "dense", what it gave in the dense model, so that a layer also makes
+        up for the errors of those before it: W is replaced by W (C + c I)(G + c I)^-1 first, where
+        C = sum x y^T of dense inputs x and present ones y, c = `CORRECTION_DAMPING` of G's mean
+        diagonal. Costs a second forward pass, in step with the first.
       blocks: Regular expression; layers whose path begins with a match, and for which the matched
         text is the same, are one group, calibrated together. r"layers/\\d+" halts once per
         transformer block. Costs a second pass through what lies between such layers.
       budget: "uniform" gives each layer `density`; "sensitivity" shares `density` of all layers'
-        entries so that the change of the model's output, as far as the layers' changes add up, is
-        least: each layer is pruned alone by Wanda and the first batch run through (a pass per
-        layer). Layers whose rule has a density keep it.
+        entries so that the change of the model's output (`allocation.output_change`) is least, as
+        far as the layers' changes add up: each layer is pruned alone by Wanda and the first batch
+        run through, a pass per layer. Layers whose rule has a density keep it.
       keep_activations: Where each batch's values wait between groups: "device", "host", or
         "nowhere", which runs every group from the batch again: as many passes as groups.
       variables: Variables of a linen module.
@@ -107,6 +117,7 @@ def compress_model(
     check_method(method)
     check_density(density)
     _check_choice("calibration", calibration, ("sequential", "one-pass"))
+    _check_choice("target", target, ("layer", "dense"))
     _check_choice("budget", budget, ("uniform", "sensitivity"))
     _check_choice("keep_activations", keep_activations, ("device", "host", "nowhere"))
     devices = list(devices or jax.local_devices()[:1])
@@ -124,18 +135,22 @@ def compress_model(
     if work_dir is not None:
         settings = {
             "assignments": {path: dataclasses.asdict(a) for path, a in chosen.items()},
-            "calibration": calibration, "blocks": blocks, "paths": network.paths,
+            "calibration": calibration, "target": target, "blocks": blocks, "paths": network.paths,
         }
         directory = WorkDirectory(work_dir, fingerprint(settings, network.leaves, batches))
 
     groups = _order(flow, chosen, blocks, calibration)
-    run = _Run(network, flow, chosen, devices, directory, callback)
-    if calibration == "sequential":
-        flow.advance(0, run.leaves)
+    dense = None
+    if target == "dense" and calibration == "sequential":
+        dense = Calibration(network, batches, keep_activations, flow.devices)
+        dense.start(flow.stages)
+    run = _Run(network, flow, dense, chosen, devices, directory, callback)
     for stage, paths in enumerate(groups, start=1):
+        if calibration == "sequential":
+            flow.advance(stage - 1, run.leaves)
+            if dense is not None:
+                dense.advance(stage - 1, network.leaves)
         run.solve_group(paths)
-        if calibration == "sequential" and stage < len(groups):
-            flow.advance(stage, run.leaves)
     report = Report(tuple(run.reports), skipped, len(groups), time.perf_counter() - began)
     return Compressed(_assemble(network, flow, run.leaves, run.pairs), report)
 
@@ -143,8 +158,8 @@ def compress_model(
 class _Run:
     """The loop's state: the leaves as they now are, and what was solved."""
 
-    def __init__(self, network, flow, chosen, devices, directory, callback):
-        self.flow, self.chosen, self.devices = flow, chosen, devices
+    def __init__(self, network, flow, dense, chosen, devices, directory, callback):
+        self.flow, self.dense, self.chosen, self.devices = flow, dense, chosen, devices
         self.directory, self.callback = directory, callback
         self.leaves = list(network.leaves)
         self.pairs: dict[str, Solution] = {}
@@ -173,6 +188,9 @@ class _Run:
         """Solves the layers of a group, each on the device that it falls to."""
         with_inputs = [path for path in paths if self.flow.layer(path).uses]
         grams = self.flow.grams(with_inputs, self.leaves) if with_inputs else {}
+        cross = {}
+        if self.dense is not None and with_inputs:
+            cross = self.flow.cross_grams(with_inputs, self.leaves, self.dense)
         # Dealt out by size, so that the largest of a group do not meet on one device.
         by_size = sorted(paths, key=lambda path: -_work(self.flow.layer(path)))
         owner = {path: self.devices[i % len(self.devices)] for i, path in enumerate(by_size)}
@@ -180,6 +198,8 @@ class _Run:
         def task(path):
             layer = self.flow.layer(path)
             weights = layer.read(self.leaves[layer.leaf])
+            if path in cross:
+                weights = _correct(weights, grams[path], cross[path])
             solution = solve(weights, grams.get(path), self.chosen[path], path, owner[path])
             if self.directory is not None:
                 self.directory.save(path, solution)
@@ -219,6 +239,19 @@ class _Run:
             left = self.work_left / rate if rate else None
             total = len(self.chosen)
             self.callback(Progress(len(self.reports), total, self.reports[-1], left))
+
+
+@jax.jit
+def _correct(weights, gram, cross):
+    """Weights whose outputs on the present inputs are nearest to the dense model's outputs."""
+    size = jnp.trace(gram, axis1=-2, axis2=-1) / gram.shape[-1]
+    damping = (CORRECTION_DAMPING * size + 1e-30)[:, None, None] * jnp.eye(gram.shape[-1])
+    # The transposed system, since the unknown stands on the left of G.
+    right = jnp.matmul(
+        weights.astype(jnp.float32), cross + damping, precision=jax.lax.Precision.HIGHEST
+    )
+    factor = jax.scipy.linalg.cho_factor(gram + damping)
+    return jax.scipy.linalg.cho_solve(factor, right.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 def _work(layer: Layer) -> float:
@@ -308,7 +341,8 @@ def _share_budget(network, flow, chosen, density, exclude):
         )
         leaves = list(network.leaves)
         leaves[layer.leaf] = layer.write(leaf, pruned)
-        weight = output_change(reference, outputs(leaves)) / error if error else 0.0
+        change = float(output_change(reference, outputs(leaves)))
+        weight = max(change, 0.0) / error if error else 0.0
         curves[path] = densities, weight * errors
         sizes[path] = layer.size
     for path, share in allocate_densities(curves, sizes, density).items():
