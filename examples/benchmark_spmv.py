@@ -139,7 +139,8 @@ def write(path: pathlib.Path, text: str) -> None:
 
 def save(out: str, records: list) -> None:
     """Writes all records so far, as JSON with the environment and as a table."""
-    whole = {"command": " ".join(sys.argv), **benchmark.environment(), "records": records}
+    command = " ".join(["python -m examples.benchmark_spmv", *sys.argv[1:]])
+    whole = {"command": command, **benchmark.environment(), "records": records}
     write(pathlib.Path(f"{out}.json"), json.dumps(whole, indent=1) + "\n")
     table = pathlib.Path(f"{out}.csv.tmp")
     columns = list(dict.fromkeys(key for record in records for key in record))
