@@ -166,16 +166,6 @@ class Calibration:
             total = batch if total is None else _add(total, batch)
         return {path: total[position[path]] for path in paths}
 
-    def first_outputs(self) -> Callable[[list[jax.Array]], list[jax.Array]]:
-        """A function from the model's leaves to its floating outputs on the first batch."""
-        flow = self.flows[self.shapes[0]]
-        floating = [
-            name for name in flow.outputs if jnp.issubdtype(flow.shapes[name].dtype, jnp.floating)
-        ]
-        given, device = dict(self.values[0]), self.devices[0]
-        segment = Segment(flow, flow.batch, floating)
-        return lambda leaves: segment(given, leaves, device)
-
     def advance(self, stage: int, leaves: list[jax.Array]):
         """Continues every batch with the model's leaves as they now are, through `stage`."""
         if self.keep == "nowhere":

@@ -141,7 +141,6 @@ class Dataflow:
       ops: Operations in a valid order.
       batch: Names of the batch's leaves.
       leaves: Names of the model's leaves.
-      outputs: Names of the array outputs of the pass.
       constants: Arrays that the trace closed over, by name.
       shapes: Shape and dtype of every value, by name.
       layers: The layers, in order of first application.
@@ -152,7 +151,6 @@ class Dataflow:
     ops: list[Op] = dataclasses.field(default_factory=list)
     batch: list[int] = dataclasses.field(default_factory=list)
     leaves: list[int] = dataclasses.field(default_factory=list)
-    outputs: list[int] = dataclasses.field(default_factory=list)
     constants: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
     shapes: list[jax.ShapeDtypeStruct] = dataclasses.field(default_factory=list)
     layers: list[Layer] = dataclasses.field(default_factory=list)
@@ -187,7 +185,7 @@ class _Tracer:
             if network.trainable[i]:
                 self.flow.views[name] = View(i)
         constants = [self.constant(c) for c in closed.consts]
-        self.flow.outputs = self.flatten(closed.jaxpr, constants, names)
+        self.flatten(closed.jaxpr, constants, names)
         self.settle_overlaps()
 
     def name(self, aval):
