@@ -81,7 +81,9 @@ def pack(model: nnx.Module, rules: Rules = None) -> tuple[nnx.Module, Report]:
     layers, other_bytes = list(report.layers), report.other_bytes
     for path, conv in _modules(model, nnx.Conv).items():
         kernel = conv.kernel.get_value()
-        reason = None if type(conv).__call__ is nnx.Conv.__call__ else "it has a __call__ of its own"
+        reason = None
+        if type(conv).__call__ is not nnx.Conv.__call__:
+            reason = "it has a __call__ of its own"
         if kernel.ndim != len(conv.kernel_size) + 2:
             reason = "a stack of convolutions has no packed form"
         matrix, entry = pack_kernel(

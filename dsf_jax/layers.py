@@ -78,9 +78,8 @@ def become_pair(layer: nnx.Module, left: jax.Array, right: jax.Array):
 
 
 def _new_pair(layer, groups, inner):
-    shared = {
-        name: getattr(layer, name) for name in ("dtype", "param_dtype", "precision", "promote_dtype")
-    }
+    names = ("dtype", "param_dtype", "precision", "promote_dtype")
+    shared = {name: getattr(layer, name) for name in names}
     right_options = shared | {"use_bias": False, "rngs": nnx.Rngs(0)}
     left_options = shared | {"use_bias": layer.bias is not None, "rngs": nnx.Rngs(0)}
     if isinstance(layer, nnx.LinearGeneral):

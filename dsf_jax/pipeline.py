@@ -75,8 +75,8 @@ def compress_model(
       options: Further keyword arguments of the method, such as `pattern="2:4"`.
       calibration: "sequential" as above, or "one-pass": every layer on the inputs that the dense
         model gives it, with all Gram matrices held at once.
-      target: What a layer's output is matched to: "layer", what its dense weights give on the inputs
-        that it now sees, or "dense", what it gave in the dense model, so that a layer also makes
+      target: What a layer's output is matched to: "layer", what its dense weights give on the
+        inputs that it now sees, or "dense", what it gave in the dense model, so that a layer also makes
         up for the errors of those before it: W is replaced by W (C + c I)(G + c I)^-1 first, where
         C = sum x y^T of dense inputs x and present ones y, c = `CORRECTION_DAMPING` of G's mean
         diagonal. Costs a second forward pass, in step with the first.
@@ -86,7 +86,7 @@ def compress_model(
       budget: "uniform" gives each layer `density`; "sensitivity" shares `density` of all layers'
         entries so that the sum of their relative output errors, probed by Wanda on the dense
         model's inputs, is least. It helps where layers differ much; on the byte-level language
-        model of the examples it was no better than uniform. Layers whose rule has a density keep it.
+        model of the examples it was no better than uniform. A density in a rule stays.
       keep_activations: Where each batch's values wait between groups: "device", "host", or
         "nowhere", which runs every group from the batch again: as many passes as groups.
       variables: Variables of a linen module.

@@ -70,8 +70,8 @@ class WorkDirectory:
             values = {name: arrays.get_tensor(name) for name in arrays.keys()}
         return Solution(
             product=values["product"], left=values.get("left"), right=values.get("right"),
-            method=metadata["method"], nonzeros=int(metadata["nonzeros"]), error=float(metadata["error"]),
-            seconds=float(metadata["seconds"]),
+            method=metadata["method"], nonzeros=int(metadata["nonzeros"]),
+            error=float(metadata["error"]), seconds=float(metadata["seconds"]),
         )
 
     def save(self, layer: str, solution: Solution):

@@ -28,7 +28,7 @@ flags.DEFINE_list("densities", ["0.3", "0.2", "0.1"], "kept non-zeros over size,
 flags.DEFINE_list("methods", ["magnitude", "sparsegpt", "admm", "dsf"], "methods to compare")
 flags.DEFINE_integer("epochs", 30, "epochs of training the dense network")
 flags.DEFINE_integer("finetune_epochs", 10, "epochs of fine-tuning each compressed network")
-flags.DEFINE_integer("width", 32, "channels of the first stage; the others have 2 and 4 times as many")
+flags.DEFINE_integer("width", 32, "channels of the first stage; then 2 and 4 times as many")
 flags.DEFINE_integer("batch", 64, "images per step")
 flags.DEFINE_integer("seed", 0, "of weights, data order and split")
 flags.DEFINE_string("record", "docs/results/digits_resnet.json", "where the record is written")
@@ -140,7 +140,8 @@ def main(_):
     size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"ResNet of {size} parameters, {count} digits to train on, {len(held_out[1])} held out")
     rate = schedule(3e-3, FLAGS.epochs, count, FLAGS.batch)
-    train(model, training, optax.adamw(rate, weight_decay=1e-3), FLAGS.epochs, FLAGS.batch, FLAGS.seed)
+    optimizer = optax.adamw(rate, weight_decay=1e-3)
+    train(model, training, optimizer, FLAGS.epochs, FLAGS.batch, FLAGS.seed)
     dense = evaluate(model, held_out)
     print(f"dense: {dense}  ({time.time() - began:.0f} s)", flush=True)
 
