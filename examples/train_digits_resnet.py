@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 import dsf_jax
 from dsf_jax import export
 
-flags.DEFINE_list("densities", ["0.3", "0.2", "0.1"], "kept non-zeros over size, per layer")
+flags.DEFINE_list("densities", ["0.2", "0.1", "0.05"], "kept non-zeros over size, per layer")
 flags.DEFINE_list("methods", ["magnitude", "sparsegpt", "admm", "dsf"], "methods to compare")
 flags.DEFINE_integer("epochs", 30, "epochs of training the dense network")
 flags.DEFINE_integer("finetune_epochs", 10, "epochs of fine-tuning each compressed network")
@@ -180,11 +180,17 @@ def main(_):
             })
             print(format_row(rows[-1]), flush=True)
 
+            write_record(dense, size, rows)  # after each row: a run that is cut short leaves some
+
     print("\n" + format_table(dense, rows))
+    print(f"\nrecord: {FLAGS.record}  ({time.time() - began:.0f} s in all)")
+
+
+def write_record(dense, size, rows):
+    settings = ("densities", "methods", "epochs", "finetune_epochs", "width", "batch", "seed")
     record = {
-        "dense": dense, "parameters": size, "held_out_images": len(held_out[1]),
-        "settings": {name: FLAGS[name].value for name in (
-            "densities", "methods", "epochs", "finetune_epochs", "width", "batch", "seed")},
+        "dense": dense, "parameters": size,
+        "settings": {name: FLAGS[name].value for name in settings},
         "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
         "rows": rows,
     }
@@ -193,7 +199,6 @@ def main(_):
     temporary = path.with_suffix(".unfinished")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(path)
-    print(f"\nrecord: {path}  ({time.time() - began:.0f} s in all)")
 
 
 def format_row(row):
