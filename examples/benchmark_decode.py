@@ -4,8 +4,7 @@
     python -m examples.benchmark_decode --config=tiny --new_tokens=32
 
 Weights are random and made on the device, layer by layer: the speed of a product depends on where
-the non-zeros are, not on what they are. Each row of a matrix keeps the same number of weights, as
-Wanda leaves them. Embedding and output head stay dense. Models are built in the order of their
+the non-zeros are, not on what they are. Masks are random. Embedding and output head stay dense. Models are built in the order of their
 size, so that the device's peak memory after each one is its own.
 """
 
@@ -23,7 +22,6 @@ import time
 
 from absl import app
 from absl import flags
-from dsf_jax import masks
 from flax import nnx
 from flax import traverse_util
 import jax
@@ -37,6 +35,7 @@ from examples.llama import model as llama
 from examples.llama.configs import CONFIGS
 
 CONFIG = flags.DEFINE_enum("config", "tiny", list(CONFIGS), "Shape of the model.")
+LAYERS = flags.DEFINE_integer("layers", None, "Decoder layers; by default the model's.", 1)
 DENSITY = flags.DEFINE_multi_float(
     "density", [1.0, 0.5, 0.3, 0.1], "Share of weights kept, 1 for the dense model; repeatable.",
     lower_bound=0.0, upper_bound=1.0,
@@ -62,11 +61,10 @@ OUT = flags.DEFINE_string(
 
 @functools.partial(jax.jit, static_argnames=("rows", "cols", "dtype"))
 def random_weight(key, density, rows, cols, dtype):
-    """[rows, cols] normal weights, of which each row keeps the same number."""
-    weight = 0.02 * jax.random.normal(key, (rows, cols), dtype)
-    kept = jnp.maximum(jnp.floor(density * cols), 1).astype(jnp.int32) * rows
-    mask = masks.row_top_k_mask(jnp.abs(weight).astype(jnp.float32), kept)
-    return jnp.where((density < 1) & ~mask, 0, weight)
+    """[rows, cols] normal weights, each kept with probability `density`."""
+    of_values, of_mask = jax.random.split(key)
+    weight = 0.02 * jax.random.normal(of_values, (rows, cols), dtype)
+    return jnp.where(jax.random.uniform(of_mask, (rows, cols)) < density, weight, 0)
 
 
 def pack(weight):
@@ -129,10 +127,9 @@ def peak_bytes():
 
 
 class Decoder:
-    """A model with its compiled prefill and decode."""
+    """A model as `nnx.split` leaves it, with a prompt to continue."""
 
     def __init__(self, model):
-        self.config, self.dtype = model.config, model.dtype
         self.graph, self.state = nnx.split(model)
         rng = np.random.default_rng(SEED.value)
         shape = (BATCH.value, PROMPT.value)
@@ -141,56 +138,37 @@ class Decoder:
         self.key = jax.random.key(SEED.value)
         self.sampling = llama.Sampling()
 
-    def new_cache(self):
-        slots = -(-(PROMPT.value + NEW_TOKENS.value + CHUNK.value) // 64) * 64
-        return llama.empty_cache(self.config, BATCH.value, slots, self.dtype)
-
-    def prefill(self):
-        return llama.prefill(
-            self.graph, self.state, self.prompt, self.lengths, self.new_cache(), self.key,
-            self.sampling,
+    def draw(self):
+        return llama.draw(
+            self.graph, self.state, self.prompt, self.lengths, NEW_TOKENS.value + 1, self.key,
+            self.sampling, CHUNK.value,
         )  # fmt: skip
 
-    def decode(self, token, cache):
-        return llama.decode(
-            self.graph, self.state, token, cache, self.key, CHUNK.value, self.sampling
+    def last_call(self):
+        """Arguments of `llama.decode` with the widest cache of a generation."""
+        token, cache = llama.prefill(
+            self.graph, self.state, self.prompt, self.lengths, self.key, self.sampling
         )
-
-    def program_bytes(self, token, cache):
-        lowered = llama.decode.lower(
-            self.graph, self.state, token, cache, self.key, CHUNK.value, self.sampling
-        )
-        return program_bytes(lowered.compile())
+        cache = llama.widen(cache, llama.final_slots(PROMPT.value, NEW_TOKENS.value + 1, CHUNK.value))
+        cache = dataclasses.replace(cache, lengths=self.lengths + NEW_TOKENS.value - CHUNK.value)
+        return self.graph, self.state, token, cache, self.key, CHUNK.value, self.sampling
 
 
-def time_prefill(decoder):
-    """Median seconds of a prefill."""
-    seconds = []
+def time_generations(decoder):
+    """Seconds of the prefill, [REPEATS], and per token of each later call, [REPEATS, calls].
+
+    The host waits after each call.
+    """
+    rows = []
     for _ in range(REPEATS.value + 1):
-        cache = jax.block_until_ready(decoder.new_cache())
+        rows.append([])
         began = time.perf_counter()
-        jax.block_until_ready(
-            llama.prefill(
-                decoder.graph, decoder.state, decoder.prompt, decoder.lengths, cache, decoder.key,
-                decoder.sampling,
-            )
-        )  # fmt: skip
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds[1:]))
-
-
-def time_decode(decoder):
-    """Seconds per token of each call, [REPEATS, calls per generation]; the host waits after each."""
-    calls = -(-NEW_TOKENS.value // CHUNK.value)
-    seconds = np.zeros((REPEATS.value + 1, calls))
-    for row in seconds:  # the first generation warms up
-        token, cache = jax.block_until_ready(decoder.prefill())
-        for i in range(calls):
+        for tokens in decoder.draw():
+            jax.block_until_ready(tokens)
+            rows[-1].append(time.perf_counter() - began)
             began = time.perf_counter()
-            tokens, cache = decoder.decode(token, cache)
-            token = jax.block_until_ready(tokens)[:, -1]
-            row[i] = (time.perf_counter() - began) / CHUNK.value
-    return seconds[1:]
+    seconds = np.array(rows[1:])  # the first generation warms up
+    return seconds[:, 0], seconds[:, 1:] / CHUNK.value
 
 
 def kernel_times(decoder):
@@ -198,10 +176,10 @@ def kernel_times(decoder):
 
     Read from the trace that JAX's profiler writes; empty where it has no rows of a GPU.
     """
-    token, cache = jax.block_until_ready(decoder.prefill())
+    call = jax.block_until_ready(decoder.last_call())
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
-            jax.block_until_ready(decoder.decode(token, cache))
+            jax.block_until_ready(llama.decode(*call))
         (path,) = pathlib.Path(directory).rglob("*.trace.json.gz")
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     names = {
@@ -224,15 +202,20 @@ def chosen_dtype():
     return jnp.dtype(DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "float16"))
 
 
+def chosen_config():
+    config = CONFIGS[CONFIG.value]
+    return dataclasses.replace(config, num_hidden_layers=LAYERS.value or config.num_hidden_layers)
+
+
 def measure(density):
-    config, dtype = CONFIGS[CONFIG.value], chosen_dtype()
+    config, dtype = chosen_config(), chosen_dtype()
     print(f"density {density:g}", flush=True)
     model = random_model(config, density, dtype, SEED.value)
     weights = weight_bytes(model)
     # A decode step reads everything but the embedding table, of which it takes a row.
     streamed = weights - model.embed.embedding.nbytes
     decoder = Decoder(model)
-    per_token = time_decode(decoder)
+    prefill, per_token = time_generations(decoder)
     after_decode = peak_bytes()
     speed = BATCH.value / float(np.median(per_token.mean(axis=1)))
     record = {
@@ -241,9 +224,9 @@ def measure(density):
         "milliseconds_per_token": {
             f"p{q}": 1e3 * float(np.percentile(per_token, q)) for q in (5, 50, 95, 99)
         },
-        "prefill_seconds": time_prefill(decoder),
+        "prefill_seconds": float(np.median(prefill)),
         "weight_bytes": weights,
-        "decode_program_bytes": decoder.program_bytes(*decoder.prefill()),
+        "decode_program_bytes": program_bytes(llama.decode.lower(*decoder.last_call()).compile()),
         "device_peak_bytes": after_decode,
         "streamed_bytes_per_second": streamed * speed / BATCH.value,
     }
@@ -304,7 +287,7 @@ def main(_):
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     described = {
-        "config": {"name": CONFIG.value} | dataclasses.asdict(CONFIGS[CONFIG.value]),
+        "config": {"name": CONFIG.value} | dataclasses.asdict(chosen_config()),
         "dtype": chosen_dtype().name,
         "batch": BATCH.value,
         "prompt": PROMPT.value,

@@ -51,6 +51,12 @@ def forward(model, tokens):
 
 
 @nnx.jit
+def begin(model, tokens):
+    hidden, cache = model.hidden(tokens)
+    return model.logits(hidden), cache
+
+
+@nnx.jit
 def extend(model, tokens, cache):
     hidden, cache = model.hidden(tokens, cache)
     return model.logits(hidden), cache
@@ -68,9 +74,10 @@ def continuations(model, prompts, new_tokens, **options):
 def test_cache_gives_the_logits_of_whole_sequences(changes):
     model, tokens = make_model(**changes), make_tokens(2, 20)
     whole = forward(model, tokens)
-    cache = llama.empty_cache(model.config, 2, 24, jnp.float32)
-    parts = []
-    for first, last in ((0, 12), (12, 13), (13, 14), (14, 15), (15, 20)):
+    logits, cache = begin(model, tokens[:, :12])
+    cache = llama.widen(cache, 24)
+    parts = [logits]
+    for first, last in ((12, 13), (13, 14), (14, 15), (15, 20)):
         logits, cache = extend(model, tokens[:, first:last], cache)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-4)

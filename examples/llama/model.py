@@ -108,10 +108,16 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = _rotate(query, rotary), _rotate(key, rotary)
         if layer_cache is None:
-            mixed = _self_attention(query, key, value, self.window)
+            layer_cache = key.swapaxes(1, 2), value.swapaxes(1, 2)
+            if _fits_flash_attention(query, self.window):
+                mixed = jax.nn.dot_product_attention(
+                    query, key, value, is_causal=True, implementation="cudnn"
+                )
+            else:
+                mixed = _attention(query, layer_cache, positions, self.window)
         else:
             layer_cache = _write(layer_cache, key, value, positions)
-            mixed = _cached_attention(query, layer_cache, positions, self.window)
+            mixed = _attention(query, layer_cache, positions, self.window)
         return self.out(mixed.reshape(batch, length, self.heads * self.head_dim)), layer_cache
 
 
@@ -185,7 +191,11 @@ class Llama(nnx.Module):
         return self.logits(hidden)
 
     def hidden(self, tokens, cache=None, *, dropout=lambda branch: branch):
-        """Final hidden states [B, T, E] and the cache, extended by these tokens if one is given."""
+        """Final hidden states [B, T, E], and the cache extended by these tokens.
+
+        Without a cache the tokens begin their sequences, and the cache that comes back has a slot
+        for each of them.
+        """
         batch, length = tokens.shape
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
         positions = start[:, None] + jnp.arange(length)
@@ -196,9 +206,7 @@ class Llama(nnx.Module):
             layer_cache = None if cache is None else cache.layers[i]
             x, layer_cache = block(x, positions, rotary, layer_cache, dropout)
             layer_caches.append(layer_cache)
-        if cache is not None:
-            cache = Cache(tuple(layer_caches), cache.lengths + length)
-        return self.norm(x), cache
+        return self.norm(x), Cache(tuple(layer_caches), start + length)
 
     def logits(self, hidden):
         """Logits in float32 of hidden states [..., E]."""
@@ -266,26 +274,30 @@ def _flash_attention():
     return True
 
 
-def _self_attention(query, key, value, window):
-    length = query.shape[1]
-    fused = query.dtype in (jnp.bfloat16, jnp.float16) and length % 64 == 0 and _flash_attention()
-    local = None if window is None or window >= length else (window - 1, 0)
-    return jax.nn.dot_product_attention(
-        query, key, value, is_causal=True, local_window_size=local,
-        implementation="cudnn" if fused else "xla",
-    )
+def _fits_flash_attention(query, window):
+    """Whether cuDNN serves the queries [B, T, H, D] of whole sequences."""
+    length, narrow = query.shape[1], query.dtype in (jnp.bfloat16, jnp.float16)
+    whole = window is None or window >= length
+    return narrow and whole and length % 64 == 0 and _flash_attention()
 
 
-def _cached_attention(query, layer_cache, positions, window):
+def _attention(query, layer_cache, positions, window):
+    """Attention of queries [B, T, H, D] at `positions` [B, T] over the slots of a cache."""
     keys, values = layer_cache
-    slots = jnp.arange(keys.shape[1])
+    batch, length, heads, head_dim = query.shape
+    kv_heads, slots = keys.shape[1:3]
+    # Rows of queries per key head, so that both products run along the cache as it lies in memory.
+    query = query.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    wide = {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("bkgtd,bksd->bkgts", query, keys, **wide) / math.sqrt(head_dim)
     # A slot holds the key of the position of that number: later slots are empty or padding.
-    visible = slots <= positions[..., None]
+    slot, position = jnp.arange(slots), positions[:, None, None, :, None]
+    visible = slot <= position
     if window is not None:
-        visible &= slots > positions[..., None] - window
-    return jax.nn.dot_product_attention(
-        query, keys, values, mask=visible[:, None], implementation="xla"
-    )
+        visible &= slot > position - window
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(values.dtype)
+    mixed = jnp.einsum("bkgts,bksd->bkgtd", weights, values, **wide).astype(query.dtype)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 # The KV cache.
@@ -298,7 +310,7 @@ def _cached_attention(query, layer_cache, positions, window):
 class Cache:
     """Keys and values seen so far.
 
-    layers: for each layer the pair (keys, values), each [B, S, K, D].
+    layers: for each layer the pair (keys, values), each [B, K, S, D].
     lengths: [B] int32, tokens held per sequence. Slots beyond are never visible, so prompts of
       unequal length are padded at their end and `lengths` set back to the true ones.
     """
@@ -306,26 +318,30 @@ class Cache:
     layers: tuple
     lengths: jax.Array
 
+    @property
+    def slots(self):
+        return self.layers[0][0].shape[2]
 
-def empty_cache(config, batch, slots, dtype):
-    """A cache for `batch` sequences of at most `slots` tokens."""
-    shape = (batch, slots, config.num_key_value_heads, config.head_dim)
-    layers = tuple(
-        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)
+
+@functools.partial(jax.jit, static_argnames="slots")
+def widen(cache, slots):
+    """The cache with empty slots added, up to `slots` in all."""
+    return jax.tree.map(
+        lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, slots - a.shape[2]), (0, 0))) if a.ndim > 1 else a,
+        cache,
     )
-    return Cache(layers, jnp.zeros(batch, jnp.int32))
 
 
 def _write(layer_cache, key, value, positions):
     keys, values = layer_cache
     if keys.shape[0] == 1:  # one sequence: a slice update, which XLA does in place
-        start = (0, positions[0, 0], 0, 0)
-        return (
-            jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype), start),
-            jax.lax.dynamic_update_slice(values, value.astype(values.dtype), start),
+        start = (0, 0, positions[0, 0], 0)
+        return tuple(
+            jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), start)
+            for old, new in ((keys, key), (values, value))
         )
     rows = jnp.arange(keys.shape[0])[:, None]
-    return keys.at[rows, positions].set(key), values.at[rows, positions].set(value)
+    return keys.at[rows, :, positions].set(key), values.at[rows, :, positions].set(value)
 
 
 # Generation.
@@ -368,21 +384,20 @@ class Sampling:
         return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames="cache")
-def prefill(graph, state, tokens, lengths, cache, key, sampling):
+@functools.partial(jax.jit, static_argnames=("graph", "sampling"))
+def prefill(graph, state, tokens, lengths, key, sampling):
     """Reads the prompts and draws the first token after each.
 
     Args:
       graph, state: the model, from `nnx.split`.
       tokens: [B, T] prompts, padded at the end.
       lengths: [B] true lengths.
-      cache: an empty cache of at least T slots; it is consumed.
 
     Returns:
-      The first tokens [B], and the cache.
+      The first tokens [B], and a cache of T slots.
     """
     model = nnx.merge(graph, state)
-    hidden, cache = model.hidden(tokens, cache)
+    hidden, cache = model.hidden(tokens)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return sampling(key, model.logits(last)), dataclasses.replace(cache, lengths=lengths)
 
@@ -426,7 +441,7 @@ def generate(model, prompts, new_tokens, *, sampling=Sampling(), seed=0, chunk=3
       chunk: tokens per yield; a larger chunk visits the host less often.
 
     Yields:
-      [B, n] int32 arrays on the host, `new_tokens` columns in all.
+      [B, n] int32 arrays on the host, `new_tokens` columns in all: one column, then chunks.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
@@ -439,17 +454,66 @@ def generate(model, prompts, new_tokens, *, sampling=Sampling(), seed=0, chunk=3
             f"the longest prompt ({longest} tokens) and {new_tokens} new tokens exceed the "
             f"model's {model.config.max_position_embeddings} positions; shorten one of them"
         )
-    graph, state = nnx.split(model)
-    slots = -(-(longest + new_tokens + chunk) // 64) * 64
-    cache = empty_cache(model.config, len(prompts), slots, model.dtype)
-    padded = jnp.array([list(p) + [0] * (longest - len(p)) for p in prompts], jnp.int32)
-    key, first = jax.random.split(jax.random.key(seed))
-    token, cache = prefill(graph, state, padded, jnp.array(lengths), cache, first, sampling)
-    yield jax.device_get(token[:, None])
-    drawn = 1
-    while drawn < new_tokens:
+    width = _round_up(longest)
+    padded = jnp.array([list(p) + [0] * (width - len(p)) for p in prompts], jnp.int32)
+    key = jax.random.key(seed)
+    left = new_tokens
+    waiting = None
+    for tokens in draw(
+        *nnx.split(model), padded, jnp.array(lengths), new_tokens, key, sampling, chunk
+    ):
+        # The device is a chunk ahead of the host, and never waits for it.
+        if waiting is not None:
+            yield jax.device_get(waiting)
+        waiting = tokens[:, :left]
+        left -= tokens.shape[1]
+    yield jax.device_get(waiting)
+
+
+def draw(graph, state, tokens, lengths, new_tokens, key, sampling, chunk):
+    """The calls of the device behind `generate`.
+
+    Args:
+      graph, state: the model, from `nnx.split`.
+      tokens, lengths: prompts [B, T], padded at the end, and their true lengths [B].
+      new_tokens: how many tokens are wanted; the last chunk may hold more.
+      key, sampling: how tokens are drawn.
+      chunk: tokens per call.
+
+    Yields:
+      Tokens on the device, without waiting for them: [B, 1] after the prompts, then [B, chunk].
+    """
+    live = int(lengths.max())
+    full = final_slots(live, new_tokens, chunk)
+    key, first = jax.random.split(key)
+    token, cache = prefill(graph, state, tokens, lengths, first, sampling)
+    yield token[:, None]
+    for _ in range(0, new_tokens - 1, chunk):
+        if cache.slots < live + chunk:
+            cache = widen(cache, min(cache_slots(live + chunk), full))
+        live += chunk
         key, now = jax.random.split(key)
-        tokens, cache = decode(graph, state, token, cache, now, chunk, sampling)
-        token = tokens[:, -1]
-        yield jax.device_get(tokens[:, : new_tokens - drawn])
-        drawn += chunk
+        drawn, cache = decode(graph, state, token, cache, now, chunk, sampling)
+        token = drawn[:, -1]
+        yield drawn
+
+
+def final_slots(prompt, new_tokens, chunk):
+    """Slots that a generation needs at its end, when the last chunk has been drawn whole."""
+    return _round_up(prompt + _round_up(new_tokens - 1, chunk))
+
+
+def cache_slots(live):
+    """Slots to hold `live` tokens: 64, 96, 128, 192, 256, ..., of which a third may be empty.
+
+    Attention passes over every slot, so its work follows the live length, and few sizes mean few
+    compilations.
+    """
+    octave = 64
+    while octave < live:
+        octave *= 2
+    return octave * 3 // 4 if octave > 64 and live <= octave * 3 // 4 else octave
+
+
+def _round_up(count, multiple=64):
+    return -(-count // multiple) * multiple
