@@ -79,43 +79,37 @@ def improve_factor(sparse, dual, target, gram, nonzeros, schedule, curvature=Non
         return x if rotation is None else rotation @ x
 
     target = into_basis(target)
-    rho = schedule.rho
     if schedule.cg_steps:
         rows = jnp.ones(sparse.shape[0]) if curvature is None else curvature
 
-        def solve(anchor, start):
-            return solve_rows(gram, rows, rho + schedule.ridge, target + rho * anchor, start,
-                              schedule.cg_steps)
+        def solve(i, anchor, start):
+            del i
+            return solve_rows(gram, rows, schedule.rho + schedule.ridge,
+                              target + schedule.rho * anchor, start, schedule.cg_steps)
     else:
-        penalties = [rho] if schedule.rho_first is None else [schedule.rho_first, rho]
+        penalties = [schedule.rho] if schedule.rho_first is None else [
+            schedule.rho_first, schedule.rho]
+        penalties = jnp.asarray(penalties, jnp.float32)
         # A loop over the shifts, so that the inverse is compiled once.
-        inverses = lax.map(lambda p: _shifted_inverse(gram, p + schedule.ridge),
-                           jnp.asarray(penalties, jnp.float32))
-        first, later = inverses[0], inverses[-1]
+        inverses = lax.map(lambda p: _shifted_inverse(gram, p + schedule.ridge), penalties)
 
-        def solve(anchor, start):
+        def solve(i, anchor, start):
             del start
-            return (target + rho * anchor) @ later
-
-    def project(i, x, dual, mask):
-        moved = out_of_basis(x) + dual
-        mask = lax.cond(i < schedule.mask_steps,
-                        lambda: top_k_mask(jnp.abs(moved), nonzeros), lambda: mask)
-        sparse = jnp.where(mask, moved, 0)
-        return sparse, moved - sparse, mask
+            i = jnp.minimum(i, len(penalties) - 1)
+            return (target + penalties[i] * anchor) @ inverses[i]
 
     def step(i, state):
         x, sparse, dual, mask = state
-        x = solve(into_basis(sparse - dual), x)
-        return x, *project(i, x, dual, mask)
+        x = solve(i, into_basis(sparse - dual), x)
+        moved = out_of_basis(x) + dual
+        if schedule.mask_steps:
+            mask = lax.cond(i < schedule.mask_steps,
+                            lambda: top_k_mask(jnp.abs(moved), nonzeros), lambda: mask)
+        sparse = jnp.where(mask, moved, 0)
+        return x, sparse, moved - sparse, mask
 
-    anchor = into_basis(sparse - dual)
-    if schedule.rho_first is None:
-        x = solve(anchor, into_basis(sparse))
-    else:
-        x = (target + schedule.rho_first * anchor) @ first
-    state = (x, *project(0, x, dual, sparse != 0))
-    _, sparse, dual, _ = lax.fori_loop(1, schedule.steps, step, state)
+    state = (into_basis(sparse), sparse, dual, sparse != 0)
+    _, sparse, dual, _ = lax.fori_loop(0, schedule.steps, step, state)
     return sparse * inverse, dual * inverse
 
 
