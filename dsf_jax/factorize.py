@@ -192,14 +192,15 @@ def factorize(
 
 
 def factorize_stack(
-    weights, grams=None, *, density=0.5, preset="quality", name=None, **overrides
+    weights, grams=None, *, density=0.5, preset="quality", names=None, **overrides
 ) -> list[Factorization]:
     """Factorizes layers of one shape together, in one vectorized program.
 
     Args:
-      weights: `[layers, out, in]`.
-      grams: `[layers, in, in]`, or None for identities.
-      density, preset, name, **overrides: As in `factorize`.
+      weights: `[layers, out, in]`, or a list of `[out, in]`.
+      grams: `[layers, in, in]` or a list, in which None is the identity; None for identities.
+      density, preset, **overrides: As in `factorize`.
+      names: What to call each layer in an error.
 
     Returns:
       One `Factorization` per layer, as `factorize` would give it up to rounding.
@@ -209,10 +210,12 @@ def factorize_stack(
     if len(weights) == 0 or len(grams) != len(weights):
         raise ValueError(f"a stack needs one gram a layer, got {len(weights)} weights and "
                          f"{len(grams)} grams")
-    label = f"{name} " if name else ""
-    layers = [check_layer(weight, gram, f"{label}[{i}]")
-              for i, (weight, gram) in enumerate(zip(weights, grams))]
-    plan = _plan(layers[0][0].shape, check_density(density, name), options)
+    names = [f"[{i}]" for i in range(len(weights))] if names is None else names
+    layers = [check_layer(*layer) for layer in zip(weights, grams, names)]
+    if len({weight.shape for weight, _ in layers}) > 1:
+        raise ValueError("a stack is of one shape, got weights of shapes "
+                         f"{', '.join(str(weight.shape) for weight, _ in layers)}")
+    plan = _plan(layers[0][0].shape, check_density(density), options)
     stacked = (jnp.stack(arrays) for arrays in zip(*layers))
     lefts, rights = _factorize_stack(
         *stacked, *plan.nonzeros, options.seed, plan.inner, _static(options)

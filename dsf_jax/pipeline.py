@@ -2,9 +2,10 @@
 
 import concurrent.futures
 import dataclasses
+import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from dsf_jax.problem import check_density
 from dsf_jax.report import LayerReport, Progress, Report
 from dsf_jax.resume import WorkDirectory, fingerprint
 from dsf_jax.rules import Rule, default_skip, match_rules
-from dsf_jax.solve import PAIRS, Assignment, Solution, check_method, solve
+from dsf_jax.solve import PAIRS, Assignment, Solution, check_method, solve, stack_limit
 
 
 # Of the mean diagonal of G: keeps a short calibration from being fitted too closely.
@@ -49,6 +50,7 @@ def compress_model(
     blocks: str | None = None,
     budget: str = "uniform",
     keep_activations: str = "device",
+    grams: Mapping[str, jax.Array] | None = None,
     variables=None,
     forward: Callable | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -89,6 +91,8 @@ def compress_model(
         model of the examples it was no better than uniform. A density in a rule stays.
       keep_activations: Where each batch's values wait between groups: "device", "host", or
         "nowhere", which runs every group from the batch again: as many passes as groups.
+      grams: Gram matrices as `gram_matrices` gives them, to compress one model in several ways
+        without calibrating again; "one-pass" only. Of the batches only the shapes then count.
       variables: Variables of a linen module.
       forward: `forward(model, batch)`; default `model(batch)`, `model(*batch)` for a tuple,
         `model(**batch)` for a dict. NNX models run in evaluation mode; a linen module is bound.
@@ -128,38 +132,42 @@ def compress_model(
     chosen, skipped = _assign(flow, rules, Assignment(method, density, dict(options or {})))
     _check_layers(network, flow, chosen)
 
+    if grams is not None:
+        grams = _check_grams(grams, flow, chosen, calibration)
     if budget == "sensitivity":
         asked = {path for path, rule in match_rules(rules, chosen).items() if rule and rule.density}
-        _share_budget(network, flow, chosen, density, exclude=asked)
+        _share_budget(network, flow, grams, chosen, density, exclude=asked)
     directory = None
     if work_dir is not None:
         settings = {
             "assignments": {path: dataclasses.asdict(a) for path, a in chosen.items()},
             "calibration": calibration, "target": target, "blocks": blocks, "paths": network.paths,
         }
-        directory = WorkDirectory(work_dir, fingerprint(settings, network.leaves, batches))
+        directory = WorkDirectory(work_dir, fingerprint(settings, network.leaves, batches, grams))
 
     groups = _order(flow, chosen, blocks, calibration)
     dense = None
     if target == "dense" and calibration == "sequential":
         dense = Calibration(network, batches, keep_activations, flow.devices)
         dense.start(flow.stages)
-    run = _Run(network, flow, dense, chosen, devices, directory, callback)
+    run = _Run(network, flow, dense, grams, chosen, devices, directory, callback)
     for stage, paths in enumerate(groups, start=1):
         if calibration == "sequential":
             flow.advance(stage - 1, run.leaves)
             if dense is not None:
                 dense.advance(stage - 1, network.leaves)
         run.solve_group(paths)
-    report = Report(tuple(run.reports), skipped, len(groups), time.perf_counter() - began)
+    layers = sorted(run.reports, key=lambda layer: flow.index[layer.path])
+    report = Report(tuple(layers), skipped, len(groups), time.perf_counter() - began)
     return Compressed(_assemble(network, flow, run.leaves, run.pairs), report)
 
 
 class _Run:
     """The loop's state: the leaves as they now are, and what was solved."""
 
-    def __init__(self, network, flow, dense, chosen, devices, directory, callback):
-        self.flow, self.dense, self.chosen, self.devices = flow, dense, chosen, devices
+    def __init__(self, network, flow, dense, grams, chosen, devices, directory, callback):
+        self.flow, self.dense, self.grams = flow, dense, grams
+        self.chosen, self.devices = chosen, devices
         self.directory, self.callback = directory, callback
         self.leaves = list(network.leaves)
         self.pairs: dict[str, Solution] = {}
@@ -169,11 +177,15 @@ class _Run:
         self.work_left = sum(_work(flow.layer(path)) for path in chosen)
 
     def solve_group(self, paths):
-        found = {path: self._resumed(path) for path in paths}
-        missing = [path for path in paths if found[path] is None]
-        found |= self._solve(missing)
+        missing = []
         for path in paths:
-            self._take(path, found[path], resumed=path not in missing)
+            solution = self._resumed(path)
+            if solution is None:
+                missing.append(path)
+            else:
+                self._take(path, solution, resumed=True)
+        for path, solution in self._solve(missing):
+            self._take(path, solution, resumed=False)
 
     def _resumed(self, path):
         if self.directory is None:
@@ -184,37 +196,60 @@ class _Run:
             solution = solution if seen.all() else None
         return solution
 
-    def _solve(self, paths) -> dict[str, Solution]:
+    def _solve(self, paths) -> Iterator[tuple[str, Solution]]:
         """Solves the layers of a group, each on the device that it falls to."""
         with_inputs = [path for path in paths if self.flow.layer(path).uses]
-        grams = self.flow.grams(with_inputs, self.leaves) if with_inputs else {}
-        cross = {}
+        grams, cross = {}, {}
+        if self.grams is not None:
+            grams = {path: self.grams[path] for path in with_inputs}
+        elif with_inputs:
+            grams = self.flow.grams(with_inputs, self.leaves)
         if self.dense is not None and with_inputs:
             cross = self.flow.cross_grams(with_inputs, self.leaves, self.dense)
         # Dealt out by size, so that the largest of a group do not meet on one device.
         by_size = sorted(paths, key=lambda path: -_work(self.flow.layer(path)))
         owner = {path: self.devices[i % len(self.devices)] for i, path in enumerate(by_size)}
 
-        def task(path):
-            layer = self.flow.layer(path)
-            weights = layer.read(self.leaves[layer.leaf])
-            if path in cross:
-                weights = _correct(weights, grams[path], cross[path])
-            solution = solve(weights, grams.get(path), self.chosen[path], path, owner[path])
+        def task(alike):
+            weights = {}
+            for path in alike:
+                layer = self.flow.layer(path)
+                weights[path] = layer.read(self.leaves[layer.leaf])
+                if path in cross:
+                    weights[path] = _correct(weights[path], grams[path], cross[path])
+            solutions = solve(weights, grams, self.chosen[alike[0]], owner[alike[0]])
             if self.directory is not None:
-                self.directory.save(path, solution)
-            return solution
+                for path in alike:
+                    self.directory.save(path, solutions[path])
+            return solutions.items()
 
         mine = [path for path in paths if owner[path].process_index == jax.process_index()]
+        stacks = self._alike(mine, owner)
         if len(self.devices) == 1:
-            solutions = {path: task(path) for path in mine}
-        else:
-            with concurrent.futures.ThreadPoolExecutor(len(self.devices)) as pool:
-                solutions = dict(zip(mine, pool.map(task, mine)))
-        if jax.process_count() > 1:
-            for path in paths:
-                solutions[path] = _share(solutions.get(path), owner[path].process_index)
-        return solutions
+            yield from itertools.chain.from_iterable(map(task, stacks))
+            return
+        with concurrent.futures.ThreadPoolExecutor(len(self.devices)) as pool:
+            solved = itertools.chain.from_iterable(pool.map(task, stacks))
+            if jax.process_count() == 1:
+                yield from solved
+                return
+            solutions = dict(solved)
+        for path in paths:
+            yield path, _share(solutions.get(path), owner[path].process_index)
+
+    def _alike(self, paths, owner) -> list[list[str]]:
+        """The paths, those together that a device solves faster in one program."""
+        stacks = []
+        open_stacks = {}
+        for path in paths:
+            layer, device = self.flow.layer(path), owner[path]
+            room = stack_limit(self.chosen[path], layer, device)
+            key = (layer.rows, layer.cols, repr(self.chosen[path]), device)
+            if room < 2 or len(open_stacks.get(key, ())) % room == 0:
+                open_stacks[key] = []
+                stacks.append(open_stacks[key])
+            open_stacks[key].append(path)
+        return stacks
 
     def _take(self, path, solution, resumed):
         """Puts a solution into the leaves and reports it."""
@@ -323,10 +358,36 @@ def _check_layers(network: Network, flow: Calibration, chosen):
                 )
 
 
-def _share_budget(network, flow, chosen, density, exclude):
+def _check_grams(grams, flow: Calibration, chosen, calibration):
+    """Given Gram matrices as `[groups, in, in]`, or a ValueError where they do not fit."""
+    if calibration != "one-pass":
+        raise ValueError(
+            "grams are those of the dense model's inputs: they need calibration='one-pass', got "
+            f"{calibration!r}"
+        )
+    checked = {}
+    for path in chosen:
+        layer = flow.layer(path)
+        if not layer.uses:
+            continue
+        if path not in grams:
+            raise ValueError(
+                f"layer {path!r}: grams lacks it; take them from gram_matrices(model, batches), or "
+                f"skip the layer by Rule({path!r}, skip=True)"
+            )
+        wanted = (layer.groups, layer.cols, layer.cols)
+        gram = jnp.asarray(grams[path])
+        if gram.shape not in (wanted, wanted[1:] if layer.groups == 1 else wanted):
+            raise ValueError(f"layer {path!r}: its Gram matrix must be {wanted}, got {gram.shape}")
+        checked[path] = gram.reshape(wanted)
+    return checked
+
+
+def _share_budget(network, flow, grams, chosen, density, exclude):
     """Replaces the densities in `chosen` by those of least summed error."""
     paths = [path for path in chosen if path not in exclude]
-    grams = flow.grams([path for path in paths if flow.layer(path).uses], network.leaves)
+    if grams is None:
+        grams = flow.grams([path for path in paths if flow.layer(path).uses], network.leaves)
     curves, sizes = {}, {}
     for path in paths:
         layer = flow.layer(path)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsf_jax import pruners
-from dsf_jax.factorize import factorize
+from dsf_jax.dataflow import Layer
+from dsf_jax.factorize import factorize, factorize_stack
 from dsf_jax.problem import relative_output_error
 
 
@@ -47,61 +48,95 @@ class Solution:
     seconds: float
 
 
-def _prune(method, weight, gram, **options):
-    return pruners.prune(weight, gram, method=method, **options), None, None, method
+def _prune(method, weights, grams, names, **options):
+    return [(pruners.prune(weight, gram, method=method, name=name, **options), None, None, method)
+            for weight, gram, name in zip(weights, grams, names)]
 
 
-def _factorize(method, preset, weight, gram, **options):
-    result = factorize(weight, gram, preset=preset, **options)
-    if result.kind == "single":
-        return result.left, None, None, f"{method} ({result.method})"
-    return result.product(), result.left, result.right, method
+def _factorize(method, preset, weights, grams, names, **options):
+    if len(weights) > 1:
+        found = factorize_stack(weights, grams, preset=preset, names=names, **options)
+    else:
+        found = [factorize(weights[0], grams[0], preset=preset, name=names[0], **options)]
+    return [
+        (result.left, None, None, f"{method} ({result.method})") if result.kind == "single"
+        else (result.product(), result.left, result.right, method)
+        for result in found
+    ]
 
 
-# Each takes a weight, its Gram matrix, density, name and options, and returns the new matrix, its
-# two factors or None, and what it was found by.
+# Each takes weights of one shape, their Gram matrices (or None), names for errors, density and
+# options, and returns for each the new matrix, its two factors or None, and what it was found by.
 METHODS = {name: functools.partial(_prune, name) for name in pruners.METHODS} | {
     "dsf": functools.partial(_factorize, "dsf", "quality"),
     "dsf-published": functools.partial(_factorize, "dsf-published", "published"),
 }
 PAIRS = frozenset(["dsf", "dsf-published"])  # those that give two factors
 
+# Weights that are factorized in one program. Small layers leave a GPU idle one by one.
+STACKED_WEIGHTS = 2**23
 
-def solve(weights, gram, assignment: Assignment, path: str, device: jax.Device) -> Solution:
-    """Solves the matrices of one layer.
+
+def stack_limit(assignment: Assignment, layer: Layer, device: jax.Device) -> int:
+    """How many layers like this one to give to `solve` together."""
+    if assignment.method not in PAIRS or layer.groups > 1 or device.platform == "cpu":
+        return 1
+    return max(1, STACKED_WEIGHTS // layer.size)
+
+
+def solve(weights, grams, assignment: Assignment, device: jax.Device) -> dict[str, Solution]:
+    """Solves the matrices of one layer, or of several layers of one shape in one program.
 
     Args:
-      weights: `[groups, out, in]`.
-      gram: `[groups, in, in]`, or None for the identity (an embedding that is only looked up in).
+      weights: For the path of each layer `[groups, out, in]`; one group if there are several.
+      grams: For a path `[groups, in, in]`; where there is none, the identity (an embedding that is
+        only looked up in).
       assignment: The method, density and options.
-      path: The layer's path, for errors.
       device: Where the work is done.
 
     Returns:
-      The `Solution`.
+      For each path the `Solution`; the time of a program is shared evenly by its layers.
     """
     start = time.perf_counter()
-    weights = jax.device_put(jnp.asarray(weights, jnp.float32), device)
-    grams = [None] * len(weights) if gram is None else jax.device_put(gram, device)
-    products, lefts, rights, errors, sizes, nonzeros = [], [], [], [], [], 0
-    for weight, g in zip(weights, grams):
-        product, left, right, method = METHODS[assignment.method](
-            weight, g, density=assignment.density, name=path, **assignment.options
-        )
-        products.append(product)
-        lefts.append(left)
-        rights.append(right)
-        kept = (product,) if left is None else (left, right)
-        nonzeros += sum(int(jnp.count_nonzero(matrix)) for matrix in kept)
-        errors.append(float(relative_output_error(weight, product, g)))
-        energy = jnp.sum(weight * weight) if g is None else jnp.sum((weight @ g) * weight)
-        sizes.append(float(energy))
+    matrices, inputs = {}, {}
+    for path, groups in weights.items():
+        matrices[path] = jax.device_put(jnp.asarray(groups, jnp.float32), device)
+        known = grams.get(path)
+        inputs[path] = [None] * len(groups) if known is None else jax.device_put(known, device)
+
+    def run(matrices, inputs, names):
+        return METHODS[assignment.method](matrices, inputs, names, density=assignment.density,
+                                          **assignment.options)
+
+    if len(weights) == 1:
+        (path,) = weights
+        found = {path: [run([matrix], [gram], [path])[0]
+                        for matrix, gram in zip(matrices[path], inputs[path])]}
+    else:
+        first = [[each[path][0] for path in weights] for each in (matrices, inputs)]
+        found = {path: [result] for path, result in zip(weights, run(*first, list(weights)))}
+    solutions = {path: _assess(found[path], matrices[path], inputs[path]) for path in weights}
+    seconds = (time.perf_counter() - start) / len(weights)
+    return {path: dataclasses.replace(solution, seconds=seconds)
+            for path, solution in solutions.items()}
+
+
+def _assess(found, weights, grams) -> Solution:
+    """The `Solution` of one layer from what was found for each of its groups."""
+    products, lefts, rights, methods = zip(*found)
+    pair = lefts[0] is not None
+    nonzeros, errors, sizes = 0, [], []
+    for kept in (*lefts, *rights) if pair else products:
+        nonzeros += int(jnp.count_nonzero(kept))
+    for product, weight, gram in zip(products, weights, grams):
+        errors.append(float(relative_output_error(weight, product, gram)))
+        energy = weight * weight if gram is None else (weight @ gram) * weight
+        sizes.append(float(jnp.sum(energy)))
     # Of several groups, the error of all outputs together.
     error = errors[0] if len(errors) == 1 else np.dot(errors, sizes) / max(np.sum(sizes), 1e-30)
-    pair = lefts[0] is not None
     return Solution(
         np.stack(products), np.stack(lefts) if pair else None, np.stack(rights) if pair else None,
-        method, nonzeros, float(error), time.perf_counter() - start,
+        methods[-1], nonzeros, float(error), 0.0,
     )
 
 
