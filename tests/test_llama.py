@@ -108,7 +108,7 @@ def test_rotation_depends_on_relative_position_only():
     key = query[..., ::-1]
 
     def product(i, j):
-        angles = [llama._rotary(jnp.array([[p]]), CONFIG) for p in (i, j)]
+        angles = [llama.rotation(jnp.array([[p]]), CONFIG) for p in (i, j)]
         return jnp.sum(llama._rotate(query, angles[0]) * llama._rotate(key, angles[1]))
 
     np.testing.assert_allclose(product(9, 4), product(25, 20), rtol=1e-4)
@@ -257,5 +257,6 @@ def test_factor_pairs_are_packed_and_stored(tmp_path):
     }  # fmt: skip
     checkpoint.save_packed(tmp_path, packed)
     tokens = make_tokens(1, 8)
-    found = forward(checkpoint.load_packed(tmp_path), tokens)
-    np.testing.assert_allclose(found, forward(model, tokens), rtol=1e-3, atol=1e-3)
+    for unpack in (False, True):
+        found = forward(checkpoint.load_packed(tmp_path, unpack=unpack), tokens)
+        np.testing.assert_allclose(found, forward(model, tokens), rtol=1e-3, atol=1e-3)

@@ -167,3 +167,9 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 3}')
     with pytest.raises(ValueError, match="lacks hidden_size, intermediate_size"):
         checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_survives_being_written(family):
+    config = checkpoint.load_config(DATA / family)
+    assert checkpoint.config_from_json(checkpoint.config_to_json(config)) == config

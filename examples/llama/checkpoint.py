@@ -13,6 +13,7 @@ import pathlib
 
 import dsf_jax
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import macko_jax
 import macko_jax.flax_nnx
@@ -91,8 +92,7 @@ def save(directory, model, dtype, extra=None):
     with _replacing(directory / "model.safetensors") as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
     described = config_to_json(model.config) | {"torch_dtype": jnp.dtype(dtype).name}
-    with _replacing(directory / "config.json") as temporary:
-        temporary.write_text(json.dumps(described | (extra or {}), indent=2) + "\n")
+    write_json(directory / "config.json", described | (extra or {}))
 
 
 def load(directory, *, dtype=jnp.float32, param_dtype=None):
@@ -110,71 +110,210 @@ def load(directory, *, dtype=jnp.float32, param_dtype=None):
       FileNotFoundError: config.json or the tensors are missing.
       ValueError: an unknown architecture, or missing, surplus or misshapen tensors, by name.
     """
-    directory = pathlib.Path(directory)
-    param_dtype = param_dtype or dtype
-    model = abstract_model(load_config(directory), dtype=dtype, param_dtype=param_dtype)
-    config = model.config
-    parameters = _parameters(model)
-    with _Tensors(directory) as tensors:
-        wanted = [name for path, _ in parameters for name in stored_names(path)]
-        tensors.check_names(wanted, config)
-        for path, param in parameters:
-            turn = path[-1] == "kernel"
-            sizes = _sizes(config, path, param.shape)
-            rest = param.shape[:-1] if turn else param.shape[1:]
-            parts = [
-                tensors.read(name, (size, *rest)) for name, size in zip(stored_names(path), sizes)
-            ]
-            joined = jnp.asarray(np.concatenate(parts) if len(parts) > 1 else parts[0], param_dtype)
-            param.set_value(joined.T if turn else joined)
+    with Checkpoint(directory) as stored:
+        model = abstract_model(stored.config, dtype=dtype, param_dtype=param_dtype or dtype)
+        stored.fill(model)
     return model
 
 
-PACKED = "packed.safetensors"
+class Checkpoint:
+    """A dense model directory, whose tensors are read when they are asked for.
+
+    Args:
+      directory: holds config.json and one or more safetensors files.
+
+    Attributes:
+      config: the model's `Config`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`.
+    """
+
+    def __init__(self, directory):
+        self.directory = pathlib.Path(directory)
+        self.config = load_config(directory)
+        paths = sorted(self.directory.glob("*.safetensors"))
+        if not paths:
+            raise FileNotFoundError(
+                f"{self.directory} holds no .safetensors file; convert the checkpoint to safetensors"
+            )
+        self._files = [safetensors.safe_open(path, framework="np") for path in paths]
+        self._owner = {name: file for file in self._files for name in file.keys()}
+        self._check_names()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for file in self._files:
+            file.__exit__(None, None, None)
+
+    def fill(self, module, prefix=()):
+        """Gives an abstract module its parameters.
+
+        Args:
+          module: a `Llama` or a part of one, with shapes in the place of arrays.
+          prefix: path of the part in the model, such as ("layers", "3").
+        """
+        for path, param in _parameters(module):
+            path = (*prefix, *path)
+            turn = path[-1] == "kernel"
+            sizes = _sizes(self.config, path, param.shape)
+            rest = param.shape[:-1] if turn else param.shape[1:]
+            parts = [
+                self._read(name, (size, *rest)) for name, size in zip(stored_names(path), sizes)
+            ]
+            joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            joined = jnp.asarray(joined, param.dtype)
+            param.set_value(joined.T if turn else joined)
+
+    def dtype(self):
+        """Of the stored embedding, and so in practice of every tensor."""
+        (name,) = stored_names(("embed", "embedding"))
+        return self._owner[name].get_slice(name)[:1].dtype
+
+    def _check_names(self):
+        """Refuses a set of tensors that is not exactly the model's."""
+        model = abstract_model(self.config, dtype=jnp.float32, param_dtype=jnp.float32)
+        wanted = {name for path, _ in _parameters(model) for name in stored_names(path)}
+        # Buffers of older exports, and the head of a model that uses its embedding as head.
+        ignored = {name for name in self._owner if name.endswith("rotary_emb.inv_freq")}
+        if self.config.tie_word_embeddings:
+            ignored.add("lm_head.weight")
+        missing = sorted(wanted - self._owner.keys())
+        surplus = sorted(self._owner.keys() - wanted - ignored)
+        problems = [
+            f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+            for what, names in (("missing", missing), ("surplus", surplus))
+            if names
+        ]
+        if problems:
+            raise ValueError(
+                f"the tensors of {self.directory} are not those that its config.json describes; "
+                + "; ".join(problems)
+            )
+
+    def _read(self, name, shape):
+        """One tensor as a NumPy array of the expected shape."""
+        array = self._owner[name].get_tensor(name)
+        if array.shape != shape:
+            raise ValueError(
+                f"{name} in {self.directory} has shape {array.shape}; config.json asks for {shape}"
+            )
+        return array
+
+
+# Packed models: one file that `macko_jax.save` writes for each part, and config.json, which comes
+# last and so marks a whole model.
+
+
+def part_file(directory, name):
+    """File of a part of a packed model: "embed", "norm", "head" or the number of a block."""
+    name = f"{int(name):05d}" if str(name).isdigit() else name
+    return pathlib.Path(directory) / f"packed-{name}.safetensors"
+
+
+def _part_names(config):
+    ends = ("embed", "norm") if config.tie_word_embeddings else ("embed", "norm", "head")
+    return (*ends, *range(config.num_hidden_layers))
+
+
+def is_packed(directory):
+    """Whether a directory holds a packed model."""
+    return part_file(directory, "embed").is_file()
 
 
 def load_any(directory, *, dtype=jnp.float32, param_dtype=None):
     """`load_packed` where the directory holds a packed model, else `load`."""
-    if (pathlib.Path(directory) / PACKED).is_file():
+    if is_packed(directory):
         return load_packed(directory, dtype=dtype)
     return load(directory, dtype=dtype, param_dtype=param_dtype)
 
 
 def save_packed(directory, model):
-    """Writes a model with packed layers: config.json and one file that `macko_jax.save` writes.
+    """Writes a model with packed layers.
 
     Args:
       directory: made if missing.
       model: a `Llama` after `dsf_jax.export.pack` or `macko_jax.flax_nnx.substitute`.
 
     Returns:
-      Size in bytes of the weights' file.
+      Size in bytes of the files of weights.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    macko_jax.save(directory / PACKED, macko_jax.flax_nnx.to_pure_dict(model))
-    with _replacing(directory / "config.json") as temporary:
-        temporary.write_text(json.dumps(config_to_json(model.config), indent=2) + "\n")
-    return (directory / PACKED).stat().st_size
+    (directory / "config.json").unlink(missing_ok=True)
+    tree = macko_jax.flax_nnx.to_pure_dict(model)
+    files = []
+    for name in _part_names(model.config):
+        files.append(part_file(directory, name))
+        macko_jax.save(files[-1], tree["layers"][name] if isinstance(name, int) else tree[name])
+    write_json(directory / "config.json", config_to_json(model.config))
+    return sum(file.stat().st_size for file in files)
 
 
-def load_packed(directory, *, dtype=jnp.float32):
-    """Reads what `save_packed` wrote; parameters keep the dtype in which they are stored.
+def load_packed(directory, *, dtype=jnp.float32, unpack=False):
+    """Reads a packed model; parameters keep the dtype in which they are stored.
 
     Args:
-      directory: holds config.json and packed.safetensors.
+      directory: what `save_packed` or examples.compress_llm wrote.
       dtype: what the model computes in.
+      unpack: give the pruned dense model instead, every matrix decompressed.
+
+    Raises:
+      FileNotFoundError: a part or config.json is missing.
+      ValueError: a part is damaged or does not fit config.json.
     """
-    directory = pathlib.Path(directory)
-    tree = macko_jax.load(directory / PACKED)
+    if not (pathlib.Path(directory) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the packed model in {directory} is not finished: it has no config.json yet; give the "
+            "command that packs it again, and it goes on"
+        )
+    config = load_config(directory)
+    names = _part_names(config)
+    missing = [part_file(directory, name).name for name in names
+               if not part_file(directory, name).is_file()]  # fmt: skip
+    if missing:
+        raise FileNotFoundError(
+            f"{directory} lacks {', '.join(missing[:8])}; run what packed it to its end"
+        )
+    parts = {name: macko_jax.load(part_file(directory, name)) for name in names}
+    tree = {name: part for name, part in parts.items() if isinstance(name, str)}
+    tree["layers"] = {name: part for name, part in parts.items() if isinstance(name, int)}
     param_dtype = tree["embed"]["embedding"].dtype
-    abstract = abstract_model(load_config(directory), dtype=dtype, param_dtype=param_dtype)
+    abstract = abstract_model(config, dtype=dtype, param_dtype=param_dtype)
     for block, stored in zip(abstract.layers, tree["layers"].values()):
-        for module, name in ((block.attention, "attention"), (block.mlp, "mlp")):
-            for layer, arrays in stored[name].items():
-                if "left" in arrays:
-                    setattr(module, layer, _abstract_pair(getattr(module, layer), arrays))
-    return macko_jax.flax_nnx.from_pure_dict(abstract, tree)
+        _expect_pairs(block, stored)
+    return macko_jax.flax_nnx.from_pure_dict(abstract, decompressed(tree) if unpack else tree)
+
+
+def load_block(directory, index, abstract_block, *, unpack=False):
+    """One block of a packed model, on an abstract block of its configuration."""
+    stored = macko_jax.load(part_file(directory, index))
+    block = nnx.clone(abstract_block)
+    _expect_pairs(block, stored)
+    return macko_jax.flax_nnx.from_pure_dict(block, decompressed(stored) if unpack else stored)
+
+
+def decompressed(tree):
+    """Nested dicts with a Flax kernel [in, out] in the place of each MackoMatrix [out, in]."""
+    return jax.tree.map(
+        lambda leaf: macko_jax.decompress(leaf).T if _is_matrix(leaf) else leaf, tree,
+        is_leaf=_is_matrix,
+    )  # fmt: skip
+
+
+def _is_matrix(leaf):
+    return isinstance(leaf, macko_jax.MackoMatrix)
+
+
+def _expect_pairs(abstract_block, stored):
+    """Puts abstract factor pairs into a block where the stored arrays are pairs."""
+    for name in ("attention", "mlp"):
+        module = getattr(abstract_block, name)
+        for layer, arrays in stored[name].items():
+            if "left" in arrays:
+                setattr(module, layer, _abstract_pair(getattr(module, layer), arrays))
 
 
 def _abstract_pair(linear, arrays):
@@ -198,55 +337,6 @@ def abstract_model(config, *, dtype, param_dtype):
     return nnx.eval_shape(
         lambda: llama.Llama(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     )
-
-
-class _Tensors:
-    """The tensors of all safetensors files of a directory, read one at a time."""
-
-    def __init__(self, directory):
-        self.directory = directory
-        paths = sorted(directory.glob("*.safetensors"))
-        if not paths:
-            raise FileNotFoundError(
-                f"{directory} holds no .safetensors file; convert the checkpoint to safetensors"
-            )
-        self.files = [safetensors.safe_open(path, framework="np") for path in paths]
-        self.owner = {name: file for file in self.files for name in file.keys()}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for file in self.files:
-            file.__exit__(None, None, None)
-
-    def check_names(self, wanted, config):
-        """Refuses a set of names that is not exactly the model's."""
-        # Buffers of older exports, and the head of a model that uses its embedding as head.
-        ignored = {name for name in self.owner if name.endswith("rotary_emb.inv_freq")}
-        if config.tie_word_embeddings:
-            ignored.add("lm_head.weight")
-        missing = sorted(set(wanted) - set(self.owner))
-        surplus = sorted(set(self.owner) - set(wanted) - ignored)
-        problems = [
-            f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-            for what, names in (("missing", missing), ("surplus", surplus))
-            if names
-        ]
-        if problems:
-            raise ValueError(
-                f"the tensors of {self.directory} are not those that its config.json describes; "
-                + "; ".join(problems)
-            )
-
-    def read(self, name, shape):
-        """One tensor as a NumPy array of the expected shape."""
-        array = self.owner[name].get_tensor(name)
-        if array.shape != shape:
-            raise ValueError(
-                f"{name} in {self.directory} has shape {array.shape}; config.json asks for {shape}"
-            )
-        return array
 
 
 # config.json.
@@ -338,26 +428,42 @@ def _sliding_windows(described, kind, layers):
 
 def config_to_json(config):
     """Fields of a config.json that describe `config`."""
-    if config.qk_norm or config.qkv_bias or config.sliding_windows:
-        raise NotImplementedError("only plain Llama configurations are written")
+    if config.qk_norm and config.qkv_bias:
+        raise ValueError("no known architecture has both biases of q, k, v and norms of q and k")
+    windows = set(config.sliding_windows or ())
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    fields = {}
+    if windows and kind == "llama":
+        if len(windows) > 1:
+            raise ValueError("sliding windows that differ by layer are known for Qwen only")
+        kind = "mistral"
+        fields = {"sliding_window": windows.pop()}
+    elif windows:
+        (width,) = windows - {None}
+        types = ["sliding_attention" if w else "full_attention" for w in config.sliding_windows]
+        fields = {"sliding_window": width, "use_sliding_window": True, "layer_types": types}
     scaling = config.rope_scaling
-    rope = {"rope_type": scaling.kind} if scaling else None
     if scaling:
-        fields = ["factor"]
+        fields["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
         if scaling.kind == "llama3":
-            fields += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-        rope |= {field: getattr(scaling, field) for field in fields}
+            names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            fields["rope_scaling"] |= {name: getattr(scaling, name) for name in names}
     same = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
         "rms_norm_eps", "rope_theta", "tie_word_embeddings",
     )  # fmt: skip
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    described = {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind,
         "hidden_act": "silu",
-        "rope_scaling": rope,
-    } | {field: getattr(config, field) for field in same}
+    }  # fmt: skip
+    return described | {field: getattr(config, field) for field in same} | fields
+
+
+def write_json(path, described):
+    """Writes a JSON file under a temporary name and renames it."""
+    with _replacing(path) as temporary:
+        temporary.write_text(json.dumps(described, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -199,7 +199,7 @@ class Llama(nnx.Module):
         batch, length = tokens.shape
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
         positions = start[:, None] + jnp.arange(length)
-        rotary = _rotary(positions, self.config)
+        rotary = rotation(positions, self.config)
         x = self.embed(tokens)
         layer_caches = []
         for i, block in enumerate(self.layers):
@@ -237,7 +237,7 @@ def rotary_frequencies(config):
     raise ValueError(f"rope scaling {scaling.kind!r} is not supported; use 'linear' or 'llama3'")
 
 
-def _rotary(positions, config):
+def rotation(positions, config):
     """(cos, sin), each [B, T, 1, D/2] float32."""
     angles = positions[..., None, None].astype(jnp.float32) * rotary_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)

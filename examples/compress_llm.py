@@ -1,0 +1,93 @@
+"""Prunes or factorizes a Llama-family checkpoint block by block, and writes it packed.
+
+    python -m examples.compress_llm --checkpoint=DIR --out=PACKED --density=0.5 --calibration=FILE
+
+Memory holds one block at a time, so the checkpoint may be larger than it. A run that was killed
+goes on where it was when the same command is given again. PACKED serves examples.generate,
+examples.evaluate and examples.benchmark_decode as DIR does; its report.json says what became of
+each layer.
+"""
+
+import pathlib
+import resource
+
+from absl import app
+from absl import flags
+import dsf_jax
+import jax
+import jax.numpy as jnp
+from macko_jax.format import ENCODINGS
+
+from examples import stdlib_text
+from examples.llama import checkpoint
+from examples.llama import compression
+from examples.llama import tokenizer as tokenizers
+
+METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "dsf-published", "dsf")
+
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", str(pathlib.Path(__file__).parent / "llama" / "checkpoint"),
+    "Hugging Face directory.",
+)  # fmt: skip
+OUT = flags.DEFINE_string("out", None, "Directory of the packed model.", required=True)
+METHOD = flags.DEFINE_enum("method", "wanda", METHODS, "How to compress.")
+DENSITY = flags.DEFINE_float(
+    "density", 0.5, "Share of weights that stay.", lower_bound=0.0, upper_bound=1.0
+)
+CALIBRATION = flags.DEFINE_string(
+    "calibration", None,
+    "Text file to calibrate on; by default, for a byte-level model, modules of the library.",
+)  # fmt: skip
+WINDOWS = flags.DEFINE_integer("windows", 128, "Windows of the text.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", None, "Window; by default the model's, at most 2048.")
+BATCH = flags.DEFINE_integer("batch", 4, "Windows at a time.", lower_bound=1)
+ENCODING = flags.DEFINE_enum(
+    "encoding", None, list(ENCODINGS), "Of the packed matrices; by default by size and speed."
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "What activations are computed in."
+)
+
+
+def read_windows():
+    """The calibration windows, [N, T]."""
+    config = checkpoint.load_config(CHECKPOINT.value)
+    tokenizer = tokenizers.load_tokenizer(CHECKPOINT.value, config.vocab_size)
+    if CALIBRATION.value:
+        text = pathlib.Path(CALIBRATION.value).read_text(encoding="utf-8")
+    elif config.vocab_size == 256:
+        modules = stdlib_text.read_modules(stdlib_text.CALIBRATION)
+        text = "\0".join(module.decode() for module in modules.values())
+    else:
+        raise ValueError("give --calibration=FILE, a text of the kind that the model is meant for")
+    length = LENGTH.value or min(2048, config.max_position_embeddings)
+    return compression.calibration_windows(tokenizer.encode(text), length, WINDOWS.value)
+
+
+def peak_memory():
+    """A line on the largest amounts of memory held so far."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    on_device = f", of the device {device / 1e9:.2f} GB" if device else ""
+    return f"peak memory of the process {host / 1e9:.2f} GB{on_device}"
+
+
+def main(_):
+    windows = read_windows()
+    print(
+        f"{METHOD.value} at density {DENSITY.value:g} on {jax.devices()[0].device_kind}, "
+        f"calibrated on {windows.shape[0]} windows of {windows.shape[1]} tokens",
+        flush=True,
+    )
+    report = compression.compress_checkpoint(
+        CHECKPOINT.value, OUT.value, windows, method=METHOD.value, density=DENSITY.value,
+        dtype=jnp.dtype(DTYPE.value), batch=BATCH.value, encoding=ENCODING.value,
+        callback=dsf_jax.print_progress,
+    )  # fmt: skip
+    print(report)
+    size = sum(path.stat().st_size for path in pathlib.Path(OUT.value).glob("packed-*"))
+    print(f"packed model: {OUT.value}, {size / 1e6:.1f} MB; {peak_memory()}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,238 @@
+"""Compression of a checkpoint block by block, for models larger than the memory at hand.
+
+The calibration activations enter the first block, and go on from block to block through the packed
+weights. At any time memory holds one block, what solving its largest layer takes, and the
+activations; or, before the first block and after the last, the embedding or the head. Every
+finished block is a file of the packed model, so that a run that was killed goes on where it was.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import shutil
+import time
+
+import dsf_jax
+from dsf_jax import export
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import macko_jax
+import macko_jax.flax_nnx
+import numpy as np
+
+from examples.llama import checkpoint
+from examples.llama import model as llama
+
+COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+LAYERS_OF_BLOCK = 4  # qkv, out, gate_up, down
+
+
+def calibration_windows(tokens, length, count):
+    """`count` windows of a text, evenly spread over it: [count, length] int32."""
+    if len(tokens) < length:
+        raise ValueError(
+            f"the calibration text has {len(tokens)} tokens; a window takes {length}. Give a longer "
+            "text, or shorter windows"
+        )
+    starts = np.linspace(0, len(tokens) - length, count).round().astype(int)
+    return np.asarray(tokens, np.int32)[starts[:, None] + np.arange(length)]
+
+
+def compress_checkpoint(
+    source, out, windows, *, method, density, dtype=jnp.float32, batch=4, encoding=None,
+    callback=None,
+):
+    """Prunes or factorizes a dense checkpoint and writes it packed.
+
+    Each block is compressed by `dsf_jax.compress_model` on the activations that the packed blocks
+    before it give, which is what the sequential calibration of the whole model would do.
+
+    Args:
+      source: Hugging Face directory.
+      out: directory of the packed model, `report.json` beside its parts. config.json comes last.
+        Where an earlier run of the same settings was interrupted, it is continued: finished blocks
+        are run but not solved again, and of the block at hand neither are finished layers.
+      windows: [N, T] calibration tokens.
+      method, density: as for `dsf_jax.compress_model`.
+      dtype: what activations are computed in; weights keep the checkpoint's.
+      batch: most windows at a time.
+      encoding: of the packed matrices; None chooses by size.
+      callback: called with a `dsf_jax.Progress` after each layer of the model.
+
+    Returns:
+      The `dsf_jax.Report` of all layers.
+
+    Raises:
+      FileNotFoundError, ValueError: a checkpoint that cannot be read, or a directory that holds
+        results of other settings.
+    """
+    began = time.perf_counter()
+    out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with checkpoint.Checkpoint(source) as stored:
+        record = _Record(out / "report.json", {
+            "checkpoint": str(stored.directory),
+            "files": {path.name: path.stat().st_size for path in sorted(stored.directory.iterdir())
+                      if path.suffix in (".safetensors", ".json")},
+            "method": method, "density": density, "dtype": jnp.dtype(dtype).name,
+            "encoding": encoding, "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
+            "windows": list(windows.shape),
+        })  # fmt: skip
+        progress = _Progress(stored.config, callback)
+        model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
+        save = functools.partial(_save_part, out, stored, model)
+        embed = save("embed")
+        hidden = [np.asarray(embed(part)) for part in np.split(windows, _batches(windows, batch))]
+        del embed
+        for i, abstract in enumerate(model.layers):
+            if checkpoint.part_file(out, i).is_file():
+                progress.resumed(record.block(i))
+            else:
+                _compress_block(out, stored, abstract, i, hidden, record, progress,
+                                method=method, density=density, encoding=encoding)  # fmt: skip
+            if i + 1 < len(model.layers):
+                block = checkpoint.load_block(out, i, abstract, unpack=True)
+                hidden = [_advance(block, stored.config, part) for part in hidden]
+        for name in ("norm",) if model.head is None else ("norm", "head"):
+            save(name)
+    for name in COPIED:
+        if (stored.directory / name).is_file():
+            shutil.copy(stored.directory / name, out)
+    shutil.rmtree(out / "work", ignore_errors=True)
+    checkpoint.write_json(
+        out / "config.json", json.loads((stored.directory / "config.json").read_text())
+    )
+    return record.report(time.perf_counter() - began)
+
+
+def _batches(windows, most):
+    """The largest number of equal batches' parts: as many windows each as divide them evenly."""
+    count = len(windows)
+    return count // next(size for size in range(min(most, count), 0, -1) if count % size == 0)
+
+
+def _save_part(out, stored, model, name):
+    """Reads a dense part of the checkpoint, writes it unless it is there, and returns it."""
+    part = nnx.clone(getattr(model, name))
+    stored.fill(part, (name,))
+    if not checkpoint.part_file(out, name).is_file():
+        macko_jax.save(checkpoint.part_file(out, name), nnx.to_pure_dict(nnx.state(part)))
+    return part
+
+
+def _compress_block(out, stored, abstract, index, hidden, record, progress, *, encoding, **asked):
+    """Compresses one block and writes it; its report goes first, so that none is ever lost."""
+    prefix = f"layers/{index}"
+    block = nnx.clone(abstract)
+    stored.fill(block, ("layers", str(index)))
+    try:
+        compressed = dsf_jax.compress_model(
+            block, hidden, forward=functools.partial(_forward, stored.config),
+            keep_activations="host", work_dir=out / "work" / str(index),
+            callback=lambda step: progress.solved(_renamed(step.layer, prefix)), **asked,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"block {index}: {error}") from error
+    del block
+    record.add(index, [_renamed(layer, prefix) for layer in compressed.report.layers])
+    packed, _ = export.pack(compressed.model, macko_jax.rules.Rule(".*", encoding=encoding))
+    macko_jax.save(checkpoint.part_file(out, index), macko_jax.flax_nnx.to_pure_dict(packed))
+    shutil.rmtree(out / "work" / str(index))
+
+
+def _renamed(layer, prefix):
+    return dataclasses.replace(layer, path=f"{prefix}/{layer.path}")
+
+
+def _forward(config, block, hidden):
+    positions = jnp.arange(hidden.shape[1])[None]
+    rotary = llama.rotation(positions, config)
+    return block(hidden, positions, rotary, None, lambda branch: branch)[0]
+
+
+def _advance(block, config, hidden):
+    return np.asarray(_run_block(*nnx.split(block), config, hidden))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config"))
+def _run_block(graph, state, config, hidden):
+    return _forward(config, nnx.merge(graph, state), hidden)
+
+
+class _Record:
+    """report.json: the settings, and what became of each finished layer."""
+
+    def __init__(self, path, settings):
+        self.path, self.settings = path, settings
+        self.blocks = {}
+        if not path.is_file():
+            return
+        found = json.loads(path.read_text())
+        other = sorted(key for key in settings if found["settings"].get(key) != settings[key])
+        if other:
+            raise ValueError(
+                f"{path.parent} holds a run with another {', '.join(other)}. Give another "
+                "directory, or empty this one"
+            )
+        for layer in found["layers"]:
+            report = dsf_jax.LayerReport(**layer | {"shape": tuple(layer["shape"])})
+            self.blocks.setdefault(int(report.path.split("/")[1]), []).append(report)
+
+    def block(self, index):
+        return [dataclasses.replace(layer, resumed=True) for layer in self.blocks[index]]
+
+    def add(self, index, layers):
+        self.blocks[index] = layers
+        self._write(self.report(sum(layer.seconds for block in self.blocks.values()
+                                    for layer in block)))  # fmt: skip
+
+    def report(self, seconds):
+        layers = tuple(layer for index in sorted(self.blocks) for layer in self.blocks[index])
+        skipped = {"embed": "an embedding", "head": "the output head"}
+        return dsf_jax.Report(layers, skipped, LAYERS_OF_BLOCK * len(self.blocks), seconds)
+
+    def _write(self, report):
+        checkpoint.write_json(self.path, {"settings": self.settings} | report.to_dict())
+
+
+class _Progress:
+    """Counts layers of the whole model and estimates the time left from those solved so far."""
+
+    def __init__(self, config, callback):
+        self.callback = callback
+        self.total = LAYERS_OF_BLOCK * config.num_hidden_layers
+        self.index, self.began = 0, None
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        mixed = config.num_attention_heads * config.head_dim
+        hidden, inner = config.hidden_size, config.intermediate_size
+        # Multiplications of each layer's problem: out * in^2, up to a common factor.
+        self.left = config.num_hidden_layers * (
+            heads * config.head_dim * hidden**2 + hidden * mixed**2 + 2 * inner * hidden**2
+            + hidden * inner**2
+        )  # fmt: skip
+        self.done = 0
+
+    def resumed(self, layers):
+        for layer in layers:
+            self._count(layer, None)
+
+    def solved(self, layer):
+        if self.began is None:
+            self.began = time.perf_counter() - layer.seconds
+        self.done += self._work(layer)
+        spent = time.perf_counter() - self.began
+        self._count(layer, spent * (self.left - self._work(layer)) / self.done)
+
+    def _count(self, layer, seconds_left):
+        self.index += 1
+        self.left -= self._work(layer)
+        if self.callback is not None:
+            self.callback(dsf_jax.Progress(self.index, self.total, layer, seconds_left))
+
+    @staticmethod
+    def _work(layer):
+        rows, cols = layer.shape
+        return rows * cols**2

@@ -1,0 +1,184 @@
+"""Block-by-block compression of checkpoints: as the whole model at once, resumed, in little memory."""
+
+import dataclasses
+import json
+
+import dsf_jax
+from dsf_jax import export
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from examples.llama import checkpoint
+from examples.llama import compression
+from examples.llama import model as llama
+
+CONFIG = llama.Config(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=32,  # so that two pairs of layers share their shapes, and so programs
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=64,
+)
+LAYERS = ["attention/qkv", "attention/out", "mlp/gate_up", "mlp/down"]
+SETTINGS = {"method": "wanda", "density": 0.5, "encoding": "bitmask"}
+
+
+class Killed(Exception):
+    pass
+
+
+def save_model(directory, **changes):
+    model = llama.Llama(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(1))
+    state = jax.tree.map(lambda a: 6 * a if a.ndim > 1 else a, nnx.state(model))
+    nnx.update(model, state)
+    checkpoint.save(directory, model, jnp.float32)
+    return model
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 16)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("dense")
+    (directory / "tokenizer.json").write_text("{}")
+    return directory, save_model(directory)
+
+
+@pytest.fixture(scope="module")
+def packed(dense, windows, tmp_path_factory):
+    """A run without interruption: its directory and report."""
+    out = tmp_path_factory.mktemp("packed")
+    return out, compression.compress_checkpoint(dense[0], out, windows, batch=2, **SETTINGS)
+
+
+@nnx.jit
+def forward(model, tokens):
+    return model(tokens)
+
+
+def contents(directory):
+    """Bytes of every tensor; the order of a file's metadata is no part of it."""
+    return {
+        (path.name, name): array.tobytes()
+        for path in directory.glob("packed-*")
+        for name, array in safetensors.numpy.load_file(path).items()
+    }
+
+
+def test_blocks_give_what_the_whole_model_gives(dense, packed, windows):
+    out, report = packed
+    whole = dsf_jax.compress_model(
+        dense[1], list(np.split(windows, 2)), method="wanda", density=0.5
+    )
+    assert [layer.path for layer in report.layers] == [
+        f"layers/{i}/{layer}" for i in range(3) for layer in LAYERS
+    ]
+    found = {layer.path: layer for layer in report.layers}
+    for layer in whole.report.layers:
+        assert found[layer.path].nonzeros == layer.nonzeros
+        np.testing.assert_allclose(found[layer.path].error, layer.error, rtol=1e-3)
+    pruned = checkpoint.load_packed(out, unpack=True)
+    wanted = dict(nnx.to_flat_state(nnx.state(whole.model)))
+    for path, param in nnx.to_flat_state(nnx.state(pruned)):
+        np.testing.assert_allclose(param[...], wanted[path][...], atol=1e-5, err_msg=str(path))
+    tokens = jnp.asarray(windows[:1])
+    expected = forward(pruned, tokens)
+    np.testing.assert_allclose(
+        forward(checkpoint.load_any(out), tokens), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_directory_holds_the_model_and_the_report(packed):
+    out, report = packed
+    assert sorted(path.name for path in out.iterdir()) == sorted([
+        "config.json", "report.json", "tokenizer.json", "packed-embed.safetensors",
+        "packed-norm.safetensors", "packed-head.safetensors",
+        *(f"packed-0000{i}.safetensors" for i in range(3)),
+    ])  # fmt: skip
+    stored = json.loads((out / "report.json").read_text())
+    assert [layer["error"] for layer in stored["layers"]] == [l.error for l in report.layers]
+    assert stored["density"] == report.density == 0.5
+    assert stored["settings"]["method"] == "wanda"
+
+
+@pytest.mark.parametrize("killed_at", [1, 4, 6, 12])
+def test_killed_run_goes_on(dense, packed, windows, tmp_path, killed_at):
+    def kill(progress):
+        if progress.index == killed_at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        compression.compress_checkpoint(
+            dense[0], tmp_path, windows, batch=2, callback=kill, **SETTINGS
+        )
+    assert not (tmp_path / "config.json").exists()
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        checkpoint.load_any(tmp_path)
+    seen = []
+    compression.compress_checkpoint(
+        dense[0], tmp_path, windows, batch=2, callback=seen.append, **SETTINGS
+    )
+    assert [progress.layer.resumed for progress in seen] == [i < killed_at for i in range(12)]
+    assert [progress.index for progress in seen] == list(range(1, 13))
+    assert seen[-1].seconds_left in (0, None)
+    assert contents(tmp_path) == contents(packed[0])
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "work").exists()
+
+
+def test_failing_write_leaves_no_file(dense, windows, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        compression.compress_checkpoint(dense[0], tmp_path, windows, batch=2, **SETTINGS)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_other_settings_are_refused(dense, packed, windows):
+    with pytest.raises(ValueError, match="another calibration, density"):
+        compression.compress_checkpoint(
+            dense[0], packed[0], windows[::-1].copy(), **SETTINGS | {"density": 0.4}
+        )
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks(windows, tmp_path):
+    """Peak of all live device arrays, sampled while a layer has just been solved."""
+
+    def peak(layers):
+        name = f"of_{layers}"
+        save_model(tmp_path / name, num_hidden_layers=layers)
+        before, held = live_bytes(), []
+        compression.compress_checkpoint(
+            tmp_path / name, tmp_path / f"{name}_packed", windows, batch=2,
+            callback=lambda _: held.append(live_bytes()), **SETTINGS,
+        )  # fmt: skip
+        assert len(held) == 4 * layers
+        return max(held) - before
+
+    few, many = peak(2), peak(6)
+    assert many <= 1.02 * few
+    block = 4 * sum(rows * cols for rows, cols in ((64, 32), (32, 32), (64, 32), (32, 32)))
+    # The block as it was and as it becomes, Gram matrices and activations; never all six blocks.
+    assert many < 4 * block
+
+
+def live_bytes():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_short_texts_are_refused():
+    with pytest.raises(ValueError, match="has 3 tokens; a window takes 4"):
+        compression.calibration_windows([1, 2, 3], 4, 2)
+    spread = compression.calibration_windows(np.arange(10), 4, 3)
+    assert spread.tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
