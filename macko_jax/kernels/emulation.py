@@ -40,6 +40,10 @@ class NumpyLanes:
         with np.errstate(all="ignore"):
             return (a.astype(np.float64) * b + c).astype(np.float32)
 
+    def maximum(self, a, b): return np.maximum(a, b)
+    def exp2(self, a): return np.exp2(a)
+    def reciprocal(self, a): return 1 / a
+
     def add_byte(self, word, number, scale, total):
         return total + scale * ((word >> (8 * number)) & 0xFF)
 

@@ -92,6 +92,22 @@ class MosaicLanes:
     def fma(self, a, b, c):
         return Register(llvm.intr_fma(a.value, b.value, c.value))
 
+    def maximum(self, a, b):
+        return Register(arith.maximumf(a.value, b.value))
+
+    def exp2(self, a):
+        """2**a within 2 units in the last place; 0 for very negative a."""
+        return self._special("ex2.approx.ftz.f32", a)
+
+    def reciprocal(self, a):
+        """1/a within 1 unit in the last place."""
+        return self._special("rcp.approx.ftz.f32", a)
+
+    @staticmethod
+    def _special(instruction, a):
+        return Register(llvm.inline_asm(
+            ir.F32Type.get(), [a.value], f"{instruction} $0, $1;", "=f,f", has_side_effects=False))
+
     def add_byte(self, word, number, scale, total):
         """total + scale * (byte `number` of word), one instruction; `scale` is at most 255."""
         weights = _constant(_i32(), scale << (8 * number))
