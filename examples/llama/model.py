@@ -106,9 +106,11 @@ class Attention(nnx.Module):
         query, key, value = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = _rotate(query, rotary), _rotate(key, rotary)
+        key = _rotate(key, rotary)
+        new = jnp.stack([key, value], axis=3).swapaxes(1, 2)
         if layer_cache is None:
-            layer_cache = key.swapaxes(1, 2), value.swapaxes(1, 2)
+            layer_cache = new
+            query = _rotate(query, rotary)
             if _fits_flash_attention(query, self.window):
                 mixed = jax.nn.dot_product_attention(
                     query, key, value, is_causal=True, implementation="cudnn"
@@ -116,8 +118,14 @@ class Attention(nnx.Module):
             else:
                 mixed = _attention(query, layer_cache, positions, self.window)
         else:
-            layer_cache = _write(layer_cache, key, value, positions)
-            mixed = _attention(query, layer_cache, positions, self.window)
+            layer_cache = _write(layer_cache, new, positions)
+            row = (qkv if self.query_norm is None else query).reshape(batch, -1)
+            if length == 1 and _fits_decode_kernel(row, layer_cache):
+                mixed = _decode_kernel().attend(
+                    row, rotary, layer_cache, positions[0], heads=self.heads, window=self.window
+                )
+            else:
+                mixed = _attention(_rotate(query, rotary), layer_cache, positions, self.window)
         return self.out(mixed.reshape(batch, length, self.heads * self.head_dim)), layer_cache
 
 
@@ -281,9 +289,19 @@ def _fits_flash_attention(query, window):
     return narrow and whole and length % 64 == 0 and _flash_attention()
 
 
+def _decode_kernel():
+    from examples.llama import decode_attention  # half a second of imports that only GPUs need
+
+    return decode_attention
+
+
+def _fits_decode_kernel(row, layer_cache):
+    return jax.default_backend() == "gpu" and _decode_kernel().fits(row, layer_cache)
+
+
 def _attention(query, layer_cache, positions, window):
     """Attention of queries [B, T, H, D] at `positions` [B, T] over the slots of a cache."""
-    keys, values = layer_cache
+    keys, values = layer_cache[..., 0, :], layer_cache[..., 1, :]
     batch, length, heads, head_dim = query.shape
     kv_heads, slots = keys.shape[1:3]
     # Rows of queries per key head, so that both products run along the cache as it lies in memory.
@@ -310,7 +328,7 @@ def _attention(query, layer_cache, positions, window):
 class Cache:
     """Keys and values seen so far.
 
-    layers: for each layer the pair (keys, values), each [B, K, S, D].
+    layers: for each layer its keys and values, [B, K, S, 2, D].
     lengths: [B] int32, tokens held per sequence. Slots beyond are never visible, so prompts of
       unequal length are padded at their end and `lengths` set back to the true ones.
     """
@@ -320,28 +338,23 @@ class Cache:
 
     @property
     def slots(self):
-        return self.layers[0][0].shape[2]
+        return self.layers[0].shape[2]
 
 
 @functools.partial(jax.jit, static_argnames="slots")
 def widen(cache, slots):
     """The cache with empty slots added, up to `slots` in all."""
-    return jax.tree.map(
-        lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, slots - a.shape[2]), (0, 0))) if a.ndim > 1 else a,
-        cache,
-    )
+    more = [(0, 0), (0, 0), (0, slots - cache.slots), (0, 0), (0, 0)]
+    return dataclasses.replace(cache, layers=tuple(jnp.pad(layer, more) for layer in cache.layers))
 
 
-def _write(layer_cache, key, value, positions):
-    keys, values = layer_cache
-    if keys.shape[0] == 1:  # one sequence: a slice update, which XLA does in place
-        start = (0, 0, positions[0, 0], 0)
-        return tuple(
-            jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), start)
-            for old, new in ((keys, key), (values, value))
-        )
-    rows = jnp.arange(keys.shape[0])[:, None]
-    return keys.at[rows, :, positions].set(key), values.at[rows, :, positions].set(value)
+def _write(layer_cache, new, positions):
+    """The cache of a layer with the keys and values [B, K, T, 2, D] of some positions."""
+    new = new.astype(layer_cache.dtype)
+    if len(layer_cache) == 1:  # one sequence: a slice update, which XLA does in place
+        return jax.lax.dynamic_update_slice(layer_cache, new, (0, 0, positions[0, 0], 0, 0))
+    rows = jnp.arange(len(layer_cache))[:, None]
+    return layer_cache.at[rows, :, positions].set(new.swapaxes(1, 2))
 
 
 # Generation.
