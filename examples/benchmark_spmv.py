@@ -102,8 +102,8 @@ def time_read(count: int) -> float:
     from macko_jax.kernels import read
 
     size = max(1, count // 16) * 8
-    arrays = [benchmark.random_sparse(1, size, 1.0, jnp.float16, seed=i).reshape(-1)
-              for i in range(benchmark.copies(2 * size))]
+    array = benchmark.random_sparse(1, size, 1.0, "float16").reshape(-1)
+    arrays = distinct(array, benchmark.copies(array.nbytes))
     return benchmark.time_products(read.read, arrays, repeats=REPEATS.value).median
 
 

@@ -1,6 +1,7 @@
 """Timing of products: distinct matrices from memory, not from a cache, and results checked first."""
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -36,33 +37,33 @@ def time_products(product, matrices: list, *operands, repeats: int = 10) -> Timi
     On a GPU it counts the time of the kernels (CUPTI), elsewhere the time on the clock.
     """
     several = jax.jit(lambda ms, *ops: [product(m, *ops) for m in ms])
-    run = lambda: jax.block_until_ready(several(matrices, *operands))
-    run()
+    jax.block_until_ready(several(matrices, *operands))
     measure = _on_gpu if jax.default_backend() == "gpu" else _on_clock
-    seconds = [measure(run) / len(matrices) for _ in range(repeats)]
+    seconds = np.asarray(measure(several, (matrices, *operands), repeats)) / len(matrices)
     return Timing(*np.percentile(seconds, [10, 50, 90]).tolist())
 
 
-def _on_gpu(run) -> float:
+def _on_gpu(function, operands, repeats) -> list[float]:
     from jax.experimental.mosaic.gpu import profiler
-    return profiler.measure(run)[1] / 1e3
+    milliseconds = profiler.measure(function, iterations=max(repeats, 2))(*operands)[1]
+    return [1e-3 * t for t in milliseconds]
 
 
-def _on_clock(run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def _on_clock(function, operands, repeats) -> list[float]:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*operands))
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def random_sparse(rows: int, cols: int, density: float, dtype, seed: int = 0) -> jax.Array:
     """A dense array [rows, cols] of normal values at random positions, zero elsewhere."""
-    @jax.jit
-    def draw():
-        values, mask = jax.random.split(jax.random.key(seed))
-        kept = jax.random.bernoulli(mask, density, (rows, cols))
-        return jnp.where(kept, jax.random.normal(values, (rows, cols)), 0).astype(dtype)
-
-    return draw()
+    values, mask = jax.random.split(jax.random.key(seed))
+    kept = jax.random.bernoulli(mask, density, (rows, cols))
+    return jnp.where(kept, jax.random.normal(values, (rows, cols)), 0).astype(dtype)
 
 
 def relative_error(y, dense, x) -> float:
