@@ -4,16 +4,20 @@
 
 For every size a layer is made whose inputs are correlated as a network's are: a Gram matrix with a
 decaying spectrum, a dense mean component and outlier channels, and a weight of heavy tails with
-low-rank structure. Each preset factorizes it once to compile and then again; printed and saved are
-the relative output errors, their ratio to `published`, seconds, and peak memory.
+low-rank structure. Printed and saved, after each case, are the relative output error, its ratio to
+`published`, the seconds of compilation and of the run, the peak memory so far and the packed bytes.
 """
 
+import datetime
 import json
 import os
+import platform
+import sys
 import time
 
 from absl import app, flags
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 
 import dsf_jax
@@ -22,7 +26,10 @@ _SIZES = flags.DEFINE_list("sizes", ["4096x4096", "11008x4096"], "Layers, out x 
 _DENSITY = flags.DEFINE_float("density", 0.5, "Non-zeros of both factors over out * in.")
 _PRESETS = flags.DEFINE_list("presets", ["published", "quality"], "Presets, in order.")
 _OPTIONS = flags.DEFINE_string("options", "{}", "JSON object of options over each preset.")
-_REPEATS = flags.DEFINE_integer("repeats", 1, "Timed runs after the one that compiles.")
+_AGAIN_BELOW = flags.DEFINE_float(
+    "again_below", 5.0, "A first call that takes fewer seconds, less compilation, is run again."
+)
+_STOP_AFTER = flags.DEFINE_float("stop_after", 240.0, "Seconds after which no case is begun.")
 _OUTPUT = flags.DEFINE_string("output", "runs/benchmark_dsf.json", "Where the record goes.")
 
 
@@ -44,16 +51,37 @@ def make_layer(rows, cols, seed=0):
     return 0.02 * weight, gram
 
 
-def measure(weight, gram, preset, options, repeats):
-    """Factorizes once to compile and then `repeats` times; returns a record."""
-    seconds = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        result = dsf_jax.factorize(
-            weight, gram, density=_DENSITY.value, preset=preset, **options
-        )
+class CompileTime:
+    """Seconds that JAX has spent on lowering and compiling, counted from now on."""
+
+    EVENTS = (
+        "/jax/core/compile/jaxpr_to_mlir_module_duration",
+        "/jax/core/compile/backend_compile_duration",
+    )
+
+    def __init__(self):
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event, seconds, **_):
+        if event in self.EVENTS:
+            self.seconds += seconds
+
+
+def measure(weight, gram, preset, options, compile_time):
+    """Factorizes once to compile and, unless that took long, once again; returns a record."""
+
+    def run():
+        start, compiled = time.perf_counter(), compile_time.seconds
+        result = dsf_jax.factorize(weight, gram, density=_DENSITY.value, preset=preset, **options)
         jax.block_until_ready((result.left, result.right))
-        seconds.append(time.perf_counter() - start)
+        compiled = compile_time.seconds - compiled
+        return result, compiled, time.perf_counter() - start - compiled
+
+    result, compiled, seconds = run()
+    again = seconds < _AGAIN_BELOW.value
+    if again:  # without what a first call loads and allocates
+        seconds = min(seconds, run()[2])
     stats = jax.devices()[0].memory_stats() or {}
     return {
         "preset": preset,
@@ -64,47 +92,68 @@ def measure(weight, gram, preset, options, repeats):
         "nonzeros": result.nnz,
         "inner": result.inner,
         "packed_bytes": result.nbytes,
-        "seconds_with_compilation": seconds[0],
-        "seconds": min(seconds[1:], default=None),
+        "compile_seconds": compiled,
+        "seconds": seconds,
+        "timed_on": "second call" if again else "first call, less the time of compilation",
         "peak_bytes_so_far": stats.get("peak_bytes_in_use"),
     }
 
 
 def main(_):
+    began = time.perf_counter()
     device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}, density {_DENSITY.value}")
-    records = []
-    for size in _SIZES.value:
-        rows, cols = map(int, size.split("x"))
-        weight, gram = make_layer(rows, cols)
-        published = None
-        for preset in _PRESETS.value:
-            options = json.loads(_OPTIONS.value)
-            record = measure(weight, gram, preset, options, _REPEATS.value)
-            record = {"rows": rows, "cols": cols, "density": _DENSITY.value} | record
+    print(f"{device.device_kind}, jax {jax.__version__}, density {_DENSITY.value}", flush=True)
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "command": "python -m examples.benchmark_dsf " + " ".join(
+            argument for argument in sys.argv[1:] if not argument.startswith("--output")
+        ),
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "layers": "synthetic, inputs correlated, see make_layer",
+        "results": [],
+    }
+    options = json.loads(_OPTIONS.value)
+    compile_time = CompileTime()
+    published = {}
+    # The presets one after the other over all sizes, so that the peak memory is that of the last.
+    for preset in _PRESETS.value:
+        for size in _SIZES.value:
+            if time.perf_counter() - began > _STOP_AFTER.value:
+                print(f"{size:>12} {preset:10} not begun: --stop_after={_STOP_AFTER.value:g} s")
+                continue
+            rows, cols = map(int, size.split("x"))
+            result = measure(*make_layer(rows, cols), preset, options, compile_time)
+            result = {"rows": rows, "cols": cols, "density": _DENSITY.value} | result
             if preset == "published":
-                published = record["relative_output_error"]
-            if published:
-                record["ratio_to_published"] = record["relative_output_error"] / published
-            records.append(record)
-            timed = record["seconds"]
-            peak = record["peak_bytes_so_far"]
-            print(
-                f"{size:>12} {preset:10} {record['method']:9} "
-                f"error {record['relative_output_error']:.5f} "
-                f"ratio {record.get('ratio_to_published', float('nan')):.3f}  "
-                f"{timed if timed is not None else float('nan'):.2f} s "
-                f"(first {record['seconds_with_compilation']:.1f} s)  "
-                f"peak {'?' if peak is None else f'{peak / 2**30:.2f}'} GiB  "
-                f"packed {record['packed_bytes'] / 2**20:.1f} MiB",
-                flush=True,
-            )
-    record = {"device": device.device_kind, "jax": jax.__version__, "results": records}
+                published[size] = result["relative_output_error"]
+            if size in published:
+                result["ratio_to_published"] = result["relative_output_error"] / published[size]
+            record["results"].append(result)
+            _write(record)
+            _show(size, result)
+    print(f"wrote {_OUTPUT.value}")
+
+
+def _show(size, result):
+    peak = result["peak_bytes_so_far"]
+    print(
+        f"{size:>12} {result['preset']:10} {result['method']:9} "
+        f"error {result['relative_output_error']:.5f} "
+        f"ratio {result.get('ratio_to_published', float('nan')):.3f}  "
+        f"{result['seconds']:.2f} s, compiled in {result['compile_seconds']:.1f} s  "
+        f"peak {'?' if peak is None else f'{peak / 2**30:.2f}'} GiB  "
+        f"packed {result['packed_bytes'] / 2**20:.1f} MiB",
+        flush=True,
+    )
+
+
+def _write(record):
     os.makedirs(os.path.dirname(_OUTPUT.value) or ".", exist_ok=True)
     with open(_OUTPUT.value + ".part", "w") as file:
         json.dump(record, file, indent=1)
     os.replace(_OUTPUT.value + ".part", _OUTPUT.value)
-    print(f"wrote {_OUTPUT.value}")
 
 
 if __name__ == "__main__":
