@@ -2,18 +2,19 @@
 
     python -m examples.benchmark_decode --config=llama2_7b
     python -m examples.benchmark_decode --config=tiny --new_tokens=32
+    python -m examples.benchmark_decode --checkpoint=DENSE --checkpoint=PACKED
 
-Weights are random and made on the device, layer by layer: the speed of a product depends on where
-the non-zeros are, not on what they are. Masks are random. Embedding and output head stay dense. Models are built in the order of their
-size, so that the device's peak memory after each one is its own.
+Without checkpoints, weights are random and made on the device, layer by layer: the speed of a product depends on where
+the non-zeros are, not on what they are. Masks are random. Embedding and output head stay dense. Memory is what the compiled programs of
+prefill and decode take: arguments, results and temporaries.
 """
 
 import dataclasses
+import datetime
 import functools
 import gzip
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import sys
@@ -36,6 +37,9 @@ from examples.llama.configs import CONFIGS
 
 CONFIG = flags.DEFINE_enum("config", "tiny", list(CONFIGS), "Shape of the model.")
 LAYERS = flags.DEFINE_integer("layers", None, "Decoder layers; by default the model's.", 1)
+CHECKPOINT = flags.DEFINE_multi_string(
+    "checkpoint", [], "Directory of a dense or packed model, in the place of random ones; repeatable."
+)
 DENSITY = flags.DEFINE_multi_float(
     "density", [1.0, 0.5, 0.3, 0.1], "Share of weights kept, 1 for the dense model; repeatable.",
     lower_bound=0.0, upper_bound=1.0,
@@ -67,26 +71,29 @@ def random_weight(key, density, rows, cols, dtype):
     return jnp.where(jax.random.uniform(of_mask, (rows, cols)) < density, weight, 0)
 
 
-def pack(weight):
-    """A packed matrix with room up to a round number of groups.
+def pack(weight, layouts):
+    """A packed matrix whose arrays have the shapes of all packed matrices of its shape.
 
-    Layers of one shape then have arrays of one shape, and share compiled kernels. The room is
-    never read, and costs at most 1/128 of the bytes.
+    The first matrix of a shape decides, with room for a little more than it holds; layers of one
+    shape then share compiled kernels. The room is never read.
     """
-    packed = macko_jax.compress(weight)
-    groups = packed.stored // 8
-    grain = max(1, 2 ** (groups.bit_length() - 8))
-    return macko_jax.compress(
-        weight, encoding=packed.encoding, lanes=packed.lanes, capacity=-(-groups // grain) * grain
-    )
+    if weight.shape not in layouts:
+        packed = macko_jax.compress(weight)
+        groups = packed.stored // 8
+        layouts[weight.shape] = {
+            "encoding": packed.encoding, "lanes": packed.lanes,
+            "capacity": groups + groups // 1024 + 64,
+        }  # fmt: skip
+    return macko_jax.compress(weight, **layouts[weight.shape])
 
 
 def random_model(config, density, dtype, seed):
     """A model of random weights whose decoder layers are packed if the density is below 1."""
+    began = time.perf_counter()
     abstract = checkpoint.abstract_model(config, dtype=dtype, param_dtype=dtype)
     flat = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(abstract)))
     key = jax.random.key(seed)
-    tree = {}
+    tree, layouts = {}, {}
     for i, (path, leaf) in enumerate(flat.items()):
         if leaf.ndim == 1:
             tree[path] = jnp.ones(leaf.shape, dtype)
@@ -96,11 +103,11 @@ def random_model(config, density, dtype, seed):
         weight = random_weight(
             jax.random.fold_in(key, i), density if sparse else 1.0, rows, cols, dtype
         )
-        tree[path] = pack(weight) if sparse else weight.T
+        tree[path] = pack(weight, layouts) if sparse else weight.T
         jax.block_until_ready(tree[path])
         if sys.stdout.isatty():
             print(f"\r  built {i + 1} of {len(flat)} arrays", end="", flush=True)
-    print(f"\r  built {len(flat)} arrays on the device")
+    print(f"\r  built {len(flat)} arrays on the device in {time.perf_counter() - began:.1f} s")
     return macko_jax.flax_nnx.from_pure_dict(abstract, traverse_util.unflatten_dict(tree))
 
 
@@ -121,11 +128,6 @@ def program_bytes(compiled):
     )
 
 
-def peak_bytes():
-    """The device's peak memory since the process began; None where it keeps no count."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
 class Decoder:
     """A model as `nnx.split` leaves it, with a prompt to continue."""
 
@@ -144,11 +146,12 @@ class Decoder:
             self.sampling, CHUNK.value,
         )  # fmt: skip
 
-    def last_call(self):
-        """Arguments of `llama.decode` with the widest cache of a generation."""
-        token, cache = llama.prefill(
-            self.graph, self.state, self.prompt, self.lengths, self.key, self.sampling
-        )
+    def prefill_arguments(self):
+        return self.graph, self.state, self.prompt, self.lengths, self.key, self.sampling
+
+    def decode_arguments(self):
+        """Those of the last call of a generation, with its widest cache."""
+        token, cache = llama.prefill(*self.prefill_arguments())
         cache = llama.widen(cache, llama.final_slots(PROMPT.value, NEW_TOKENS.value + 1, CHUNK.value))
         cache = dataclasses.replace(cache, lengths=self.lengths + NEW_TOKENS.value - CHUNK.value)
         return self.graph, self.state, token, cache, self.key, CHUNK.value, self.sampling
@@ -176,7 +179,7 @@ def kernel_times(decoder):
 
     Read from the trace that JAX's profiler writes; empty where it has no rows of a GPU.
     """
-    call = jax.block_until_ready(decoder.last_call())
+    call = jax.block_until_ready(decoder.decode_arguments())
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             jax.block_until_ready(llama.decode(*call))
@@ -207,18 +210,38 @@ def chosen_config():
     return dataclasses.replace(config, num_hidden_layers=LAYERS.value or config.num_hidden_layers)
 
 
-def measure(density):
-    config, dtype = chosen_config(), chosen_dtype()
-    print(f"density {density:g}", flush=True)
-    model = random_model(config, density, dtype, SEED.value)
+def models():
+    """(name, density, function that makes the model) of every model, the smallest first."""
+    if not CHECKPOINT.value:
+        for density in sorted(DENSITY.value):
+            make = functools.partial(
+                random_model, chosen_config(), density, chosen_dtype(), SEED.value
+            )
+            yield f"density {density:g}", density, make
+    for directory in CHECKPOINT.value:
+        make = functools.partial(
+            checkpoint.load_any, directory, dtype=chosen_dtype(), param_dtype=chosen_dtype()
+        )
+        yield directory, checkpoint.density(directory), make
+
+
+def measure(name, density, make):
+    print(name, flush=True)
+    model = make()
     weights = weight_bytes(model)
     # A decode step reads everything but the embedding table, of which it takes a row.
-    streamed = weights - model.embed.embedding.nbytes
+    tied = model.head is None
+    streamed = weights - (0 if tied else model.embed.embedding.nbytes)
     decoder = Decoder(model)
     prefill, per_token = time_generations(decoder)
-    after_decode = peak_bytes()
     speed = BATCH.value / float(np.median(per_token.mean(axis=1)))
+    compiled = {
+        "prefill": llama.prefill.lower(*decoder.prefill_arguments()).compile(),
+        "decode": llama.decode.lower(*decoder.decode_arguments()).compile(),
+    }
+    sizes = {f"{stage}_bytes": program_bytes(program) for stage, program in compiled.items()}
     record = {
+        "name": name,
         "density": density,
         "tokens_per_second": speed,
         "milliseconds_per_token": {
@@ -226,8 +249,8 @@ def measure(density):
         },
         "prefill_seconds": float(np.median(prefill)),
         "weight_bytes": weights,
-        "decode_program_bytes": program_bytes(llama.decode.lower(*decoder.last_call()).compile()),
-        "device_peak_bytes": after_decode,
+        **sizes,
+        "peak_bytes": None if None in sizes.values() else max(sizes.values()),
         "streamed_bytes_per_second": streamed * speed / BATCH.value,
     }
     if BANDWIDTH.value:
@@ -243,12 +266,10 @@ def print_record(record):
     gigabytes = [
         f"{what} {record[field] / 1e9:.2f} GB"
         for what, field in (
-            ("weights", "weight_bytes"),
-            ("decode", "decode_program_bytes"),
-            ("device peak", "device_peak_bytes"),
+            ("weights", "weight_bytes"), ("prefill", "prefill_bytes"), ("decode", "decode_bytes"),
         )
         if record[field] is not None
-    ]
+    ]  # fmt: skip
     share = record.get("share_of_bandwidth")
     print(
         f"  {record['tokens_per_second']:.1f} tokens/s; ms per token "
@@ -263,31 +284,24 @@ def print_record(record):
         print(f"  {microseconds:10.1f} us  {name[:100]}")
 
 
-def main(_):
-    device = jax.devices()[0]
-    print(
-        f"{CONFIG.value}, {chosen_dtype()}, batch {BATCH.value}, prompt {PROMPT.value}, on "
-        f"{device.device_kind}",
-        flush=True,
-    )
-    records = [measure(density) for density in sorted(DENSITY.value)]
+def print_table(records):
     dense = next((record for record in records if record["density"] == 1), None)
-    print("density  tokens/s  of dense  prefill ms  weights GB  peak GB")
+    print("density  tokens/s  of dense  prefill ms  of dense  weights GB  peak GB")
     for record in reversed(records):
-        ratio = record["tokens_per_second"] / dense["tokens_per_second"] if dense else np.nan
-        record["speed_over_dense"] = ratio if dense else None
-        peak = record["device_peak_bytes"] or record["decode_program_bytes"] or np.nan
+        for field, ratio in (("tokens_per_second", "speed"), ("prefill_seconds", "prefill")):
+            record[f"{ratio}_over_dense"] = record[field] / dense[field] if dense else None
+        over = [record["speed_over_dense"] or np.nan, record["prefill_over_dense"] or np.nan]
         print(
-            f"{record['density']:7.2f}  {record['tokens_per_second']:8.1f}  {ratio:8.2f}  "
-            f"{1e3 * record['prefill_seconds']:10.1f}  {record['weight_bytes'] / 1e9:10.2f}  "
-            f"{peak / 1e9:7.2f}"
+            f"{record['density']:7.2f}  {record['tokens_per_second']:8.1f}  {over[0]:8.2f}  "
+            f"{1e3 * record['prefill_seconds']:10.1f}  {over[1]:8.2f}  "
+            f"{record['weight_bytes'] / 1e9:10.2f}  {(record['peak_bytes'] or np.nan) / 1e9:7.2f}"
         )
-    name = f"decode_{CONFIG.value}_{device.device_kind.replace(' ', '_')}.json"
-    out = pathlib.Path(OUT.value or pathlib.Path("docs") / "results" / name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    described = {
-        "config": {"name": CONFIG.value} | dataclasses.asdict(chosen_config()),
+
+
+def describe(device, records):
+    return {
+        "config": {"name": CONFIG.value} | dataclasses.asdict(chosen_config())
+        if not CHECKPOINT.value else None,
         "dtype": chosen_dtype().name,
         "batch": BATCH.value,
         "prompt": PROMPT.value,
@@ -296,12 +310,34 @@ def main(_):
         "repeats": REPEATS.value,
         "seed": SEED.value,
         "device": device.device_kind,
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(
+            ["python -m examples.benchmark_decode"]
+            + [argument for argument in sys.argv[1:] if not argument.startswith("--out")]
+        ),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "results": records,
-    }
-    temporary.write_text(json.dumps(described, indent=2) + "\n")
-    temporary.replace(out)
+    }  # fmt: skip
+
+
+def main(_):
+    device = jax.devices()[0]
+    what = "checkpoints" if CHECKPOINT.value else CONFIG.value
+    print(
+        f"{what}, {chosen_dtype()}, batch {BATCH.value}, prompt {PROMPT.value}, on "
+        f"{device.device_kind}",
+        flush=True,
+    )
+    name = f"decode_{what}_{device.device_kind.replace(' ', '_')}.json"
+    out = pathlib.Path(OUT.value or pathlib.Path("docs") / "results" / name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    records = []
+    for model in models():
+        records.append(measure(*model))
+        checkpoint.write_json(out, describe(device, records))
+    print_table(records)
+    checkpoint.write_json(out, describe(device, records))
     print(f"written: {out}")
 
 

@@ -295,6 +295,22 @@ def load_block(directory, index, abstract_block, *, unpack=False):
     return macko_jax.flax_nnx.from_pure_dict(block, decompressed(stored) if unpack else stored)
 
 
+def density(directory):
+    """Non-zeros over all weights of the decoder's linear layers; 1 for a dense model."""
+    if not is_packed(directory):
+        return 1.0
+    nonzeros = size = 0
+    config = load_config(directory)
+    model = abstract_model(config, dtype=jnp.float32, param_dtype=jnp.float32)
+    for i, block in enumerate(model.layers):
+        size += sum(p.size for path, p in _parameters(block) if path[-1] == "kernel")
+        stored = jax.tree.leaves(macko_jax.load(part_file(directory, i)), is_leaf=_is_matrix)
+        nonzeros += sum(
+            leaf.nnz if _is_matrix(leaf) else leaf.size if leaf.ndim > 1 else 0 for leaf in stored
+        )
+    return nonzeros / size
+
+
 def decompressed(tree):
     """Nested dicts with a Flax kernel [in, out] in the place of each MackoMatrix [out, in]."""
     return jax.tree.map(
