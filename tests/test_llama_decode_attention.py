@@ -16,6 +16,7 @@ HAS_GPU = any(device.platform == "gpu" for device in jax.local_devices())
 CASES = {
     "one": (2, 2, 64, 1, None),
     "grouped": (8, 2, 96, 77, None),
+    "seven": (14, 2, 96, 50, None),
     "full": (2, 1, 64, 64, None),
     "windowed": (2, 1, 128, 110, 19),
     "short of its window": (2, 1, 64, 7, 19),
@@ -42,18 +43,18 @@ def expected(row, rotation, cache, position, heads, window):
     query = llama._rotate(query, tuple(a.reshape(1, 1, 1, -1) for a in rotation))
     live = int(position[0]) + 1
     cache = cache[:, :, :live].astype(jnp.float32)
-    return llama._attention(query, cache, position[None], window).reshape(1, -1)
+    with jax.default_matmul_precision("highest"):
+        return llama._attention(query, cache, position[None], window).reshape(1, -1)
 
 
 def emulate(row, rotation, cache, position, heads, window):
     plan = decode_attention.Plan(heads, cache.shape[1], cache.shape[2], window, cache.dtype)
-    blocks = plan.kv_heads * plan.splits
-    size = heads * DIM if plan.splits == 1 else blocks * plan.group * plan.width
+    size = heads * DIM if plan.splits == 1 else plan.blocks * plan.group * plan.width
     arrays = {"query": row, "cos": rotation[0], "sin": rotation[1], "cache": cache,
               "position": position, "out": np.full(size, np.nan, np.float32)}  # fmt: skip
     ops = emulation.NumpyLanes(
-        {name: np.array(array) for name, array in arrays.items()}, blocks=blocks,
-        threads=32 * decode_attention.WARPS, shared_slots=plan.shared_slots,
+        {name: np.array(array) for name, array in arrays.items()}, blocks=plan.blocks,
+        threads=32 * plan.warps, shared_slots=plan.shared_slots,
     )  # fmt: skip
     with np.errstate(under="ignore"):
         decode_attention.program(ops, plan)

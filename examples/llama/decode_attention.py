@@ -1,10 +1,11 @@
 """Attention of one token over its cache, in one GPU kernel: rotation, scores, softmax and mixing.
 
-A block serves one key-value head. Its warps take slots in turn, a row of the head's keys and values
-spread over the lanes, and hold a running softmax (Milakov and Gimelshein, arXiv 1805.02867) for
-each query head of the group; at the end they meet in shared memory. Only live slots are read, so
-the work follows the live length whatever the size of the cache. Long caches are shared out among
-several blocks, whose partial results are joined by XLA (flash-decoding).
+A block serves the query heads of one key-value head, at most four. Eight lanes of a warp share a
+slot and each holds 16 elements of its key and value, so that a warp has four slots at a time, or a
+multiple, each with a running softmax (Milakov and Gimelshein, arXiv 1805.02867). At the end these
+meet by shuffles and in shared memory. Only live slots are read, so the work follows the live length
+whatever the size of the cache. Long caches are shared out among several blocks, whose partial
+results XLA joins (flash-decoding).
 """
 
 import dataclasses
@@ -16,10 +17,12 @@ import jax.numpy as jnp
 from macko_jax.kernels import lanes
 
 HEAD_DIM = 128
-PER_LANE = HEAD_DIM // lanes.WARP  # elements of a head that a lane holds
-WARPS = 16
-UNROLL = 4  # slots that a warp has in flight
-SLOTS_PER_BLOCK = 1024  # cache slots for which one block is enough
+LANES = 8  # that share a slot
+TOGETHER = lanes.WARP // LANES  # slots that a warp reads at once
+CHUNK = 8  # consecutive elements in the 16 bytes of one load; a lane has two such chunks of a head
+CHUNKS = HEAD_DIM // CHUNK
+MOST_HEADS = 4  # query heads of a block: each takes 32 registers
+SLOTS_PER_BLOCK = 1024  # cache slots for which one block is enough, over its query heads
 NEVER = -1e30  # score of a slot that is not visible; finite, so that differences are numbers
 
 
@@ -42,13 +45,33 @@ class Plan:
 
     @property
     def group(self):
-        """Query heads that share a key-value head."""
-        return self.heads // self.kv_heads
+        """Query heads of a block."""
+        shared = self.heads // self.kv_heads
+        return next(size for size in range(MOST_HEADS, 0, -1) if shared % size == 0)
+
+    @property
+    def parts(self):
+        """Blocks among which the query heads of a key-value head are shared out."""
+        return self.heads // self.kv_heads // self.group
 
     @property
     def splits(self):
-        """Blocks of a key-value head, a power of two."""
-        return 1 << max(0, math.ceil(math.log2(self.slots / SLOTS_PER_BLOCK)))
+        """Blocks among which slots are shared out, a power of two."""
+        return 1 << max(0, math.ceil(math.log2(self.slots * self.group / SLOTS_PER_BLOCK)))
+
+    @property
+    def blocks(self):
+        return self.kv_heads * self.parts * self.splits
+
+    @property
+    def warps(self):
+        """Of a block: as many as leave each lane registers for its query heads."""
+        return 16 if self.group <= 2 else 8
+
+    @property
+    def unroll(self):
+        """Rounds of slots that a warp has in flight."""
+        return max(1, 4 // self.group)
 
     @property
     def width(self):
@@ -57,7 +80,7 @@ class Plan:
 
     @property
     def shared_slots(self):
-        return WARPS * self.group * self.width
+        return self.warps * self.group * self.width
 
 
 def fits(query_row, cache):
@@ -87,19 +110,19 @@ def attend(query_row, rotation, cache, position, *, heads, window):
     plan = Plan(heads, cache.shape[1], cache.shape[2], window, cache.dtype)
     cos, sin = (a.reshape(HEAD_DIM // 2) for a in rotation)
     alone = plan.splits == 1
-    shape = (heads * HEAD_DIM,) if alone else (plan.kv_heads * plan.splits * plan.group * plan.width,)
+    shape = (heads * HEAD_DIM if alone else plan.blocks * plan.group * plan.width,)
     out = lanes.run(
         lambda ops: program(ops, plan), ("query", "cos", "sin", "cache", "position", "out"),
         (query_row.reshape(-1), cos, sin, cache.reshape(-1), position),
         jax.ShapeDtypeStruct(shape, query_row.dtype if alone else jnp.float32),
-        blocks=plan.kv_heads * plan.splits, warps=WARPS, shared_slots=plan.shared_slots,
+        blocks=plan.blocks, warps=plan.warps, shared_slots=plan.shared_slots,
     )  # fmt: skip
     return (out if alone else join(out, plan).astype(query_row.dtype)).reshape(1, -1)
 
 
 def join(partial, plan):
     """Of the blocks' partial results, the mixture of all slots: [H * D] float32."""
-    partial = partial.reshape(plan.kv_heads, plan.splits, plan.group, plan.width)
+    partial = partial.reshape(-1, plan.splits, plan.group, plan.width)
     mixed, largest, weight = jnp.split(partial, [HEAD_DIM, HEAD_DIM + 1], axis=-1)
     share = jnp.exp2(largest - largest.max(axis=1, keepdims=True))
     return ((share * mixed).sum(1) / (share * weight).sum(1)).reshape(-1)
@@ -109,42 +132,39 @@ def program(ops, plan: Plan):
     """The lane program on query, cos, sin, cache, position and out, all flat."""
     thread, block = ops.thread(), ops.block()
     lane, warp = thread & (lanes.WARP - 1), thread >> 5
-    shift = plan.splits.bit_length() - 1
-    head, split = block >> shift, block & (plan.splits - 1)
+    chunk, place = lane & (LANES - 1), lane >> 3  # of the slot, and the slot of the warp's four
+    heads, split = block >> (plan.splits.bit_length() - 1), block & (plan.splits - 1)
+    # heads / parts: exact while heads * parts < 2**16.
+    kv_head = (heads * -(-(2**16) // plan.parts)) >> 16
     live = ops.load_integer("position", ops.integer(0)) + 1
     oldest = ops.integer(0)
     if plan.window is not None:
         oldest = ops.select(live >= plan.window, live - plan.window, oldest)
-    queries = [_rotated_query(ops, plan, head * plan.group + j, lane) for j in range(plan.group)]
+    turn = _angles(ops, chunk)
+    queries = [
+        _rotated_query(ops, plan, heads * plan.group + j, chunk, turn) for j in range(plan.group)
+    ]
 
     def read(slot):
-        """A lane's part of the keys and values of a slot, as words."""
-        row = (head * plan.slots + slot) * 2
+        """A lane's part of the key and value of a slot, as words."""
+        row = (kv_head * plan.slots + slot) * 2
         where = (slot >= oldest) & (slot < live)
-        return where, [
-            ops.load_words("cache", (row + i) * lanes.WARP + lane, PER_LANE // 2, where)
-            for i in (0, 1)
-        ]
+        return where, [_load_head(ops, "cache", row + i, chunk, where) for i in (0, 1)]
 
-    def numbers(words):
-        return [number for word in words for number in ops.pair(word, plan.dtype)]
-
-    stride = plan.splits * WARPS  # warps of all blocks of a head
+    swept = plan.warps * TOGETHER * plan.unroll * plan.splits  # slots, by all blocks in a step
 
     def step(state):
         first, softmaxes = state
-        rows = [read(first + i * stride) for i in range(UNROLL)]
-        keys = [numbers(key) for _, (key, _) in rows]
-        values = [numbers(value) for _, (_, value) in rows]
+        rows = [read(first + (i * TOGETHER) + place) for i in range(plan.unroll)]
+        keys = [_numbers(ops, plan, key) for _, (key, _) in rows]
+        values = [_numbers(ops, plan, value) for _, (_, value) in rows]
         updated = []
         for query, (largest, weight, mixed) in zip(queries, softmaxes):
             scores = [
-                ops.select(where, _warp_sum(ops, _dot(ops, query, key)), ops.real(NEVER))
+                ops.select(where, _sum(ops, _dot(ops, query, key), LANES), ops.real(NEVER))
                 for (where, _), key in zip(rows, keys)
             ]
-            new = largest
-            for score in scores:
-                new = ops.maximum(new, score)
+            new = _maximum(ops, [largest, *scores])
             kept = ops.exp2(largest - new)
             weight, mixed = weight * kept, [m * kept for m in mixed]
             for score, value in zip(scores, values):
@@ -152,71 +172,105 @@ def program(ops, plan: Plan):
                 weight = weight + share
                 mixed = [ops.fma(share, v, m) for v, m in zip(value, mixed)]
             updated.append((new, weight, mixed))
-        return first + UNROLL * stride, updated
+        return first + swept, updated
 
-    empty = [(ops.real(NEVER), ops.real(0), [ops.real(0)] * PER_LANE) for _ in queries]
-    start = split * WARPS + warp
-    if plan.window is not None:  # the first slot of this warp's that is visible, or little before
-        start = start + (oldest & (0xFFFFFFFF - (stride - 1)))
-    _, softmaxes = ops.loop(lambda state: state[0] < live, step, (start, empty))
-
-    for j, (largest, weight, mixed) in enumerate(softmaxes):
+    empty = (ops.real(NEVER), ops.real(0), [ops.real(0)] * (2 * CHUNK))
+    start = (split * plan.warps + warp) * (TOGETHER * plan.unroll)
+    if plan.window is not None:  # whole steps before the first visible slot are left out
+        start = start + (oldest & (2**32 - swept))
+    _, softmaxes = ops.loop(
+        lambda state: state[0] < live, step, (start, [empty for _ in queries])
+    )
+    for j, softmax in enumerate(softmaxes):
+        largest, weight, mixed = _join_places(ops, softmax)
         base = (warp * plan.group + j) * plan.width
         for i, m in enumerate(mixed):
-            ops.store_shared(base + lane * PER_LANE + i, m, lane < lanes.WARP)
+            element = (i // CHUNK) * (HEAD_DIM // 2) + i % CHUNK
+            ops.store_shared(base + chunk * CHUNK + element, m, place == 0)
         ops.store_shared(base + HEAD_DIM, largest, lane == 0)
-        ops.store_shared(base + HEAD_DIM + 1, weight, lane == 0)
+        ops.store_shared(base + (HEAD_DIM + 1), weight, lane == 0)
     ops.barrier()
     _join_warps(ops, plan, thread, block)
 
 
+def _join_places(ops, softmax):
+    """Adds up the softmaxes of a warp's four slots; every lane has the result of its elements."""
+    distance = LANES
+    while distance < lanes.WARP:
+        largest, weight, mixed = softmax
+        new = ops.maximum(largest, ops.exchange(largest, distance))
+        kept = ops.exp2(largest - new)
+        scaled = [value * kept for value in (weight, *mixed)]
+        weight, *mixed = [value + ops.exchange(value, distance) for value in scaled]
+        softmax = new, weight, mixed
+        distance *= 2
+    return softmax
+
+
 def _join_warps(ops, plan, thread, block):
     """Adds up the warps' softmaxes; a thread does one element of one head at a time."""
-    threads = WARPS * lanes.WARP
-    for first in range(0, plan.group * HEAD_DIM, threads):
+    elements, threads = plan.group * HEAD_DIM, plan.warps * lanes.WARP
+    for first in range(0, elements, threads):
         element = thread + first
-        inside = element < plan.group * HEAD_DIM
+        inside = element < elements
         element = ops.select(inside, element, ops.integer(0))
         j, d = element >> 7, element & (HEAD_DIM - 1)
 
         def at(warp, offset):
-            return ops.load_shared(((j + warp * plan.group) * plan.width + offset) * 4, 1)[0]
+            row = j + warp * plan.group
+            return ops.load_shared((row * plan.width + offset) * 4, 1)[0]
 
-        scores = [at(warp, ops.integer(HEAD_DIM)) for warp in range(WARPS)]
-        largest = scores[0]
-        for score in scores[1:]:
-            largest = ops.maximum(largest, score)
+        scores = [at(warp, HEAD_DIM) for warp in range(plan.warps)]
+        largest = _maximum(ops, scores)
         weight, mixed = ops.real(0), ops.real(0)
         for warp, score in enumerate(scores):
             share = ops.exp2(score - largest)
-            weight = ops.fma(share, at(warp, ops.integer(HEAD_DIM + 1)), weight)
+            weight = ops.fma(share, at(warp, HEAD_DIM + 1), weight)
             mixed = ops.fma(share, at(warp, d), mixed)
         if plan.splits == 1:
-            place = block * plan.group * HEAD_DIM + element
-            ops.store_real("out", place, mixed * ops.reciprocal(weight), inside)
+            out = block * elements + element
+            ops.store_real("out", out, mixed * ops.reciprocal(weight), inside)
             continue
         base = (block * plan.group + j) * plan.width
         ops.store_real("out", base + d, mixed, inside)
         ops.store_real("out", base + HEAD_DIM, largest, inside & (d == 0))
-        ops.store_real("out", base + HEAD_DIM + 1, weight, inside & (d == 0))
+        ops.store_real("out", base + (HEAD_DIM + 1), weight, inside & (d == 0))
 
 
-def _rotated_query(ops, plan, head, lane):
+def _load_head(ops, name, row, chunk, where):
+    """A lane's two chunks of a row of `HEAD_DIM` elements, half a head apart, as words."""
+    return [
+        word
+        for half in (0, CHUNKS // 2)
+        for word in ops.load_words(name, row * CHUNKS + (chunk + half), CHUNK // 2, where)
+    ]
+
+
+def _numbers(ops, plan, words):
+    return [number for word in words for number in ops.pair(word, plan.dtype)]
+
+
+def _angles(ops, chunk):
+    """cos and sin of the angles by which a lane's elements turn, `CHUNK` each."""
+    everywhere = chunk < LANES
+    return [
+        [
+            ops.as_real(word)
+            for i in (0, 1)
+            for word in ops.load_words(name, chunk * 2 + i, CHUNK // 2, everywhere)
+        ]
+        for name in ("cos", "sin")
+    ]
+
+
+def _rotated_query(ops, plan, head, chunk, turn):
     """A lane's elements of a rotated query head, scaled for scores in powers of two."""
-    words = ops.load_words("query", head * lanes.WARP + lane, PER_LANE // 2, lane < lanes.WARP)
-    query = [number for word in words for number in ops.pair(word, plan.dtype)]
-    # Elements d and d + D / 2 turn by one angle; their lanes are half a warp apart.
-    half = lanes.WARP // 2
-    later = lane >= half
-    everywhere = lane < lanes.WARP
-    rotated = []
-    for i, mine in enumerate(query):
-        angle = (lane & (half - 1)) * PER_LANE + i
-        cos, sin = (ops.load_real(name, angle, everywhere) for name in ("cos", "sin"))
-        sin = ops.select(later, sin, ops.real(0) - sin)
-        turned = ops.fma(ops.exchange(mine, half), sin, mine * cos)
-        rotated.append(turned * (math.log2(math.e) / math.sqrt(HEAD_DIM)))
-    return rotated
+    query = _numbers(ops, plan, _load_head(ops, "query", head, chunk, chunk < LANES))
+    first, second = query[:CHUNK], query[CHUNK:]  # the elements that turn together
+    scale = math.log2(math.e) / math.sqrt(HEAD_DIM)
+    rotated = [a * c - b * s for a, b, c, s in zip(first, second, *turn)]
+    rotated += [b * c + a * s for a, b, c, s in zip(first, second, *turn)]
+    return [element * scale for element in rotated]
 
 
 def _dot(ops, a, b):
@@ -226,8 +280,16 @@ def _dot(ops, a, b):
     return total
 
 
-def _warp_sum(ops, value):
-    distance = lanes.WARP // 2
+def _maximum(ops, values):
+    largest = values[0]
+    for value in values[1:]:
+        largest = ops.maximum(largest, value)
+    return largest
+
+
+def _sum(ops, value, count):
+    """Over `count` neighbouring lanes, a power of two."""
+    distance = count // 2
     while distance:
         value = value + ops.exchange(value, distance)
         distance //= 2
