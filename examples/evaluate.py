@@ -1,6 +1,6 @@
-"""Perplexity and bits per byte of a dense, pruned or packed model on a text file.
+"""Perplexity and bits per byte of dense, pruned and packed models on a text file.
 
-    python -m examples.evaluate --checkpoint=DIR --text=FILE
+    python -m examples.evaluate --checkpoint=DENSE --checkpoint=PACKED --pruned --text=FILE
 
 Windowing: the text is cut into windows of --length tokens, each --stride tokens behind the one
 before, and only the last --stride predictions of a window count (all of them in the first), so
@@ -26,6 +26,9 @@ CHECKPOINT = flags.DEFINE_multi_string(
     [str(pathlib.Path(__file__).parent / "llama" / "checkpoint")],
     "Directory of a dense or packed model; repeatable.",
 )
+PRUNED = flags.DEFINE_bool(
+    "pruned", False, "Evaluate packed models once more with their matrices decompressed."
+)
 TEXT = flags.DEFINE_string(
     "text", None, "Text file, in UTF-8; by default the held-out standard library modules."
 )
@@ -33,6 +36,7 @@ LENGTH = flags.DEFINE_integer("length", None, "Window; by default the model's, a
 STRIDE = flags.DEFINE_integer("stride", None, "Step between windows; by default half a window.")
 WINDOWS = flags.DEFINE_integer("windows", None, "Take at most this many, spread over the text.")
 BATCH = flags.DEFINE_integer("batch", 4, "Windows per call.", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "File of the results, in JSON; by default none.")
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "What to compute in."
 )
@@ -44,31 +48,58 @@ def read_text():
     return "\0".join(text.decode() for text in stdlib_text.read_modules().values())
 
 
+def models():
+    """(directory, "dense", "packed" or "pruned", model), loaded one after the other."""
+    dtype = jnp.dtype(DTYPE.value)
+    for directory in CHECKPOINT.value:
+        packed = checkpoint.is_packed(directory)
+        yield directory, "packed" if packed else "dense", checkpoint.load_any(directory, dtype=dtype)
+        if packed and PRUNED.value:
+            pruned = checkpoint.load_packed(directory, dtype=dtype, unpack=True)
+            yield directory, "pruned", pruned
+
+
+def windowing(config):
+    """The length of a window and the stride between two."""
+    length = LENGTH.value or min(2048, config.max_position_embeddings)
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"--length={length} exceeds the model's {config.max_position_embeddings} positions"
+        )
+    return length, STRIDE.value or max(length // 2, 1)
+
+
+def evaluate(directory, kind, model, text):
+    """Evaluates a model and prints a line; what it found."""
+    tokenizer = tokenizers.load_tokenizer(directory, model.config.vocab_size)
+    tokens = np.array(tokenizer.encode(text))
+    length, stride = windowing(model.config)
+    with jax.default_matmul_precision("highest"):
+        nats, count = evaluation.total_nats(
+            model, tokens, length=length, stride=stride, batch=BATCH.value, limit=WINDOWS.value
+        )
+    # Bytes per token of the whole text, should only some of its windows have been read.
+    size = len(text.encode()) / (len(tokens) - 1)
+    result = {
+        "checkpoint": directory, "kind": kind, "perplexity": math.exp(nats / count),
+        "bits_per_byte": nats / count / math.log(2) / size, "tokens": count,
+        "length": length, "stride": stride,
+    }  # fmt: skip
+    print(
+        f"{directory}, {kind}: perplexity {result['perplexity']:.4f} per token, "
+        f"{result['bits_per_byte']:.4f} bits per byte, {count} tokens, windows of {length} with "
+        f"stride {stride}",
+        flush=True,
+    )
+    return result
+
+
 def main(_):
     text = read_text()
-    for directory in CHECKPOINT.value:
-        model = checkpoint.load_any(directory, dtype=jnp.dtype(DTYPE.value))
-        tokenizer = tokenizers.load_tokenizer(directory, model.config.vocab_size)
-        tokens = np.array(tokenizer.encode(text))
-        length = LENGTH.value or min(2048, model.config.max_position_embeddings)
-        stride = STRIDE.value or max(length // 2, 1)
-        if length > model.config.max_position_embeddings:
-            raise ValueError(
-                f"--length={length} exceeds the {model.config.max_position_embeddings} positions "
-                f"of {directory}"
-            )
-        with jax.default_matmul_precision("highest"):
-            nats, count = evaluation.total_nats(
-                model, tokens, length=length, stride=stride, batch=BATCH.value, limit=WINDOWS.value
-            )
-        # Bytes per token of the whole text, should only some of its windows have been read.
-        size = len(text.encode()) / (len(tokens) - 1)
-        print(
-            f"{directory}: perplexity {math.exp(nats / count):.4f} per token, "
-            f"{nats / count / math.log(2) / size:.4f} bits per byte, {count} tokens, "
-            f"windows of {length} with stride {stride}",
-            flush=True,
-        )
+    results = [evaluate(*model, text) for model in models()]
+    if OUT.value:
+        described = {"text": TEXT.value, "windows": WINDOWS.value, "dtype": DTYPE.value}
+        checkpoint.write_json(pathlib.Path(OUT.value), described | {"results": results})
 
 
 if __name__ == "__main__":
