@@ -46,7 +46,8 @@ DENSITY = flags.DEFINE_multi_float(
 )  # fmt: skip
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"],
-    "Of weights and computation; by default float16, on a CPU float32.",
+    "Of weights and computation; by default float16, or as a checkpoint is stored; on a CPU "
+    "float32.",
 )  # fmt: skip
 PROMPT = flags.DEFINE_integer("prompt", 512, "Tokens of the prompt.", lower_bound=1)
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Tokens per generation.", lower_bound=1)
@@ -202,7 +203,12 @@ def kernel_times(decoder):
 
 
 def chosen_dtype():
-    return jnp.dtype(DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "float16"))
+    default = "float16"
+    if jax.default_backend() == "cpu":
+        default = "float32"
+    elif CHECKPOINT.value:
+        default = checkpoint.stored_dtype(CHECKPOINT.value[0])
+    return jnp.dtype(DTYPE.value or default)
 
 
 def chosen_config():

@@ -35,7 +35,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 CHUNK = flags.DEFINE_integer("chunk", 32, "Tokens between two visits to the host.", lower_bound=1)
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"],
-    "What to compute in; by default bfloat16 on an accelerator and float32 on a CPU.",
+    "What to compute in; by default what the weights are stored in, on a CPU float32.",
 )  # fmt: skip
 
 
@@ -53,8 +53,9 @@ def settled(text):
 
 
 def main(_):
-    fast = jax.default_backend() != "cpu"
-    dtype = jnp.dtype(DTYPE.value or ("bfloat16" if fast else "float32"))
+    on_cpu = jax.default_backend() == "cpu"
+    default = "float32" if on_cpu else checkpoint.stored_dtype(CHECKPOINT.value)
+    dtype = jnp.dtype(DTYPE.value or default)
     sampling = llama.Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
     model = checkpoint.load_any(CHECKPOINT.value, dtype=dtype)
     tokenizer = tokenizers.load_tokenizer(CHECKPOINT.value, model.config.vocab_size)

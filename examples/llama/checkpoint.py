@@ -170,7 +170,7 @@ class Checkpoint:
     def dtype(self):
         """Of the stored embedding, and so in practice of every tensor."""
         (name,) = stored_names(("embed", "embedding"))
-        return self._owner[name].get_slice(name)[:1].dtype
+        return _dtype_of(self._owner[name], name)
 
     def _check_names(self):
         """Refuses a set of tensors that is not exactly the model's."""
@@ -201,6 +201,19 @@ class Checkpoint:
                 f"{name} in {self.directory} has shape {array.shape}; config.json asks for {shape}"
             )
         return array
+
+
+def _dtype_of(file, name):
+    return file.get_slice(name)[:1].dtype
+
+
+def stored_dtype(directory):
+    """The dtype of a dense or packed model's weights, from its embedding."""
+    if is_packed(directory):
+        with safetensors.safe_open(part_file(directory, "embed"), framework="np") as file:
+            return _dtype_of(file, "embedding")
+    with Checkpoint(directory) as stored:
+        return stored.dtype()
 
 
 # Packed models: one file that `macko_jax.save` writes for each part, and config.json, which comes
