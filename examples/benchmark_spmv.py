@@ -7,6 +7,7 @@ a cache; printed and saved are medians and percentiles. With --read_floor, on a 
 only reads as many bytes shows what memory allows.
 """
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from absl import app, flags
 import jax
 import jax.numpy as jnp
 from jax.experimental import sparse
+import numpy as np
 
 import macko_jax
 from macko_jax import benchmark
@@ -24,6 +26,9 @@ from macko_jax import benchmark
 SHAPES = flags.DEFINE_list("shapes", ["4096x4096"], "Matrices, rows x cols.")
 DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.3", "0.1"], "Shares of non-zeros.")
 DTYPES = flags.DEFINE_list("dtypes", ["float16"], "Of matrix and vector.")
+PRODUCT = flags.DEFINE_enum(
+    "product", "forward", ["forward", "transposed", "by_values"],
+    "y = A x, or one of its derivatives: x = A^T y, and y x^T where A has values.")
 BATCHES = flags.DEFINE_list("batches", ["1"], "Numbers of vectors.")
 IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations", ["macko", "dense"],
@@ -58,6 +63,34 @@ MAKERS = {
 }
 
 
+# product name -> from the forward product, a function of (matrix, x, y)
+PRODUCTS = {
+    "forward": lambda product: lambda m, x, y: product(m, x),
+    "transposed": lambda product: lambda m, x, y: jax.vjp(lambda x: product(m, x), x)[1](y)[0],
+    "by_values": lambda product: lambda m, x, y: values_of(
+        jax.vjp(lambda m: product(m, x), m)[1](y)[0]),
+}
+
+
+def values_of(matrix):
+    """Of the gradient of a matrix, the part that is not about positions."""
+    return matrix.values if isinstance(matrix, macko_jax.MackoMatrix) else matrix
+
+
+def error_of(result, dense, x, y, matrix) -> float:
+    """Relative error of a result against float64."""
+    if PRODUCT.value == "forward":
+        return benchmark.relative_error(result, dense, x)
+    if PRODUCT.value == "transposed":
+        return benchmark.relative_error(result, dense.T, y)
+    kept = np.asarray(dense) != 0
+    if isinstance(matrix, macko_jax.MackoMatrix):
+        result = macko_jax.decompress(dataclasses.replace(matrix, values=result))
+    exact = np.atleast_2d(y).astype(np.float64).T @ np.atleast_2d(x).astype(np.float64) * kept
+    difference = np.asarray(result, np.float64) * kept - exact
+    return float(np.linalg.norm(difference) / np.linalg.norm(exact))
+
+
 def nbytes(matrix) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(matrix))
 
@@ -69,7 +102,6 @@ def distinct(matrix, count: int) -> list:
 
 def time_torch(dense, x):
     """(bytes, result, timing) of cuBLAS through torch, in a CUDA graph."""
-    import numpy as np
     import torch
 
     kind = getattr(torch, x.dtype.name)
@@ -107,16 +139,17 @@ def time_read(count: int) -> float:
     return benchmark.time_products(read.read, arrays, repeats=REPEATS.value).median
 
 
-def measure(name, dense, x) -> dict:
+def measure(name, dense, x, y) -> dict:
     """Checks one implementation, then times it."""
     if name == "torch":
-        size, result, timing = time_torch(dense, x)
+        matrix, (size, result, timing) = None, time_torch(dense, x)
     else:
         matrix, product = MAKERS[name](dense)
-        size, result = nbytes(matrix), jax.jit(product)(matrix, x)
+        product = PRODUCTS[PRODUCT.value](product)
+        size, result = nbytes(matrix), jax.jit(product)(matrix, x, y)
         matrices = distinct(matrix, benchmark.copies(size))
-        timing = benchmark.time_products(product, matrices, x, repeats=REPEATS.value)
-    error = benchmark.relative_error(result, dense, x)
+        timing = benchmark.time_products(product, matrices, x, y, repeats=REPEATS.value)
+    error = error_of(result, dense, x, y, matrix)
     if not error < TOLERANCE[x.dtype.name]:
         raise AssertionError(f"{name} is wrong: relative error {error:.1e}")
     record = {
@@ -166,10 +199,11 @@ def main(_):
         rows, cols = map(int, shape.split("x"))
         dense = benchmark.random_sparse(rows, cols, float(density), dtype)
         x = jax.random.normal(jax.random.key(1), (int(batch), cols), dtype)
-        x = x[0] if batch == "1" else x
+        y = jax.random.normal(jax.random.key(2), (int(batch), rows), dtype)
+        x, y = (x[0], y[0]) if batch == "1" else (x, y)
         case = {"rows": rows, "cols": cols, "density": float(density), "dtype": dtype,
-                "batch": int(batch)}
-        group = [case | measure(name, dense, x) for name in IMPLEMENTATIONS.value]
+                "batch": int(batch), "product": PRODUCT.value}
+        group = [case | measure(name, dense, x, y) for name in IMPLEMENTATIONS.value]
         rivals = [r["microseconds"] for r in group if r["implementation"] in ("dense", "torch")]
         for record in group:
             if rivals:

@@ -34,11 +34,9 @@ class Implementation:
 
     Attributes:
       why_not: None, or the reason why it cannot serve a problem.
-      rather_not: None, or the reason why another is faster, where it can serve.
       function: what computes the problem's product; see reference.py for the signatures.
     """
     why_not: Callable[[Problem], str | None]
-    rather_not: Callable[[Problem], str | None]
     function: Callable[[Problem], Callable]
 
 
@@ -49,32 +47,28 @@ def _xla(problem: Problem) -> Callable:
     return getattr(reference, problem.product)
 
 
-def _kernel():
-    from macko_jax.kernels import spmv  # half a second of imports that only GPUs need
-    return spmv
+def _kernels():
+    from macko_jax.kernels import products  # half a second of imports that only GPUs need
+    return products
 
 
 def _no_kernel(problem: Problem) -> str | None:
     if problem.platform != "cuda":
-        return f"the kernel needs platform cuda, and this is lowered for {problem.platform}"
-    return _kernel().why_not(problem)
+        return f"the kernels need platform cuda, and this is lowered for {problem.platform}"
+    return _kernels().why_not(problem)
 
 
 # In order of preference.
 IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(
-        why_not=_no_kernel,
-        rather_not=lambda problem: _kernel().rather_not(problem),
-        function=lambda problem: _kernel().spmv),
-    "xla": Implementation(
-        why_not=lambda problem: None, rather_not=lambda problem: None, function=_xla),
+        why_not=_no_kernel, function=lambda problem: _kernels().choose(problem)),
+    "xla": Implementation(why_not=lambda problem: None, function=_xla),
 }
 
 
 def explain(problem: Problem) -> dict[str, str | None]:
     """For every implementation in order of preference: None if it fits, or why it does not."""
-    return {name: i.why_not(problem) or i.rather_not(problem)
-            for name, i in IMPLEMENTATIONS.items()}
+    return {name: i.why_not(problem) for name, i in IMPLEMENTATIONS.items()}
 
 
 def choose(problem: Problem, implementation: str | None) -> Callable:

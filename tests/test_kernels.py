@@ -1,4 +1,5 @@
 """The GPU kernel: its program executed on the CPU, its lowering for CUDA, and its results on a GPU."""
+import dataclasses
 import itertools
 
 import jax
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 
 import macko_jax
-from macko_jax import dispatch
-from macko_jax.kernels import config, emulation, strips
+from macko_jax import dispatch, reference
+from macko_jax.kernels import by_values, config, decode, emulation, strips, transposed
 from macko_jax.kernels import spmv as kernel
 
 HAS_GPU = any(d.platform == "gpu" for d in jax.local_devices())
@@ -25,8 +26,9 @@ def sparse(rows, cols, density, dtype, seed=0):
     return np.asarray(jnp.asarray(dense, dtype))
 
 
-def vectors(batch, cols, seed=1):
-    return np.random.default_rng(seed).standard_normal((batch, cols)).astype(np.float32)
+def vectors(batch, cols, seed=1, dtype=np.float32):
+    x = np.random.default_rng(seed).standard_normal((batch, cols))
+    return x.astype(jnp.dtype(dtype))
 
 
 def abstract(matrix):
@@ -34,16 +36,26 @@ def abstract(matrix):
         matrix.shape, matrix.encoding, matrix.lanes, matrix.stored, matrix.dtype)
 
 
-def emulate(matrix, x, settings):
-    plan = kernel.Plan(abstract(matrix), len(x), settings)
-    arrays = {name: np.asarray(getattr(matrix, name))
-              for name in ("values", "codes", "row_offsets", "starts")}
-    unwritten = np.full((len(x), matrix.shape[0]), np.nan, np.float32)
+def execute(program, plan, arrays, out, *, blocks, warps, slots):
+    """The result of a lane program, by the emulation."""
     ops = emulation.NumpyLanes(
-        arrays | {"x": x, "y": unwritten}, blocks=plan.blocks, threads=32 * settings.warps,
-        shared_slots=plan.shared_slots)
-    kernel.program(ops, plan)
-    return ops.arrays["y"].reshape(len(x), -1)
+        arrays | out, blocks=blocks, threads=32 * warps, shared_slots=slots)
+    program(ops, plan)
+    [name] = out
+    return ops.arrays[name].reshape(out[name].shape)
+
+
+def arrays_of(matrix, *names):
+    return {name: np.asarray(getattr(matrix, name)) for name in names}
+
+
+def emulate(matrix, x, settings):
+    plan = kernel.Plan(abstract(matrix), x.dtype, len(x), settings)
+    y = np.full((len(x), matrix.shape[0]), np.nan, np.float32)
+    return execute(
+        kernel.program, plan,
+        arrays_of(matrix, "values", "codes", "row_offsets", "starts") | {"x": x}, {"y": y},
+        blocks=plan.blocks, warps=settings.warps, slots=plan.x.slots)
 
 
 def assert_product(y, dense, x):
@@ -67,15 +79,54 @@ def test_program_on_shapes(rows, cols, density, lanes, encoding):
 
 @pytest.mark.parametrize("encoding", ["delta4", "bitmask"])
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("batch,per_pass,unroll,stage_x", [
-    (3, 2, 1, True), (5, 4, 3, True), (2, 1, 2, False)])
-def test_program_on_types_and_batches(batch, per_pass, unroll, stage_x, dtype, encoding):
+@pytest.mark.parametrize("batch,x_dtype,per_pass,unroll,stage_x", [
+    (3, "float32", 2, 1, True), (5, "float32", 4, 3, True), (2, "float16", 1, 2, False),
+    (3, "float16", 2, 1, True), (9, "bfloat16", 8, 1, True), (4, "float16", 4, 2, True)])
+def test_program_on_types_and_batches(
+        batch, x_dtype, per_pass, unroll, stage_x, dtype, encoding):
     dense = sparse(23, 410, 0.4, dtype)
     matrix = macko_jax.compress(dense, encoding=encoding)
-    x = vectors(batch, 410)
+    x = vectors(batch, 410, dtype=x_dtype)
     settings = config.Settings(
         blocks=2, warps=4, unroll=unroll, vectors=per_pass, stage_x=stage_x)
     assert_product(emulate(matrix, x, settings), dense, x)
+
+
+@pytest.mark.parametrize("rows,cols,density,dtype,lanes,encoding", [
+    (1, 1, 1.0, jnp.float16, 4, "delta4"), (5, 1, 0.6, jnp.float32, 1, "bitmask"),
+    (9, 33, 1.0, jnp.float16, 4, "bitmask"), (37, 300, 0.5, jnp.bfloat16, 32, "delta4"),
+    (7, 94, 0.5, jnp.float16, 8, "delta4"), (40, 1000, 0.02, jnp.float32, 16, "delta4")])
+def test_other_programs(rows, cols, density, dtype, lanes, encoding):
+    """The dense decode, the transposed product and the gradient by the values."""
+    dense = sparse(rows, cols, density, dtype)
+    matrix = macko_jax.compress(dense, encoding=encoding, lanes=lanes)
+    packed = arrays_of(matrix, "values", "codes", "row_offsets", "starts")
+    static = abstract(matrix)
+
+    plan = decode.Plan(static, blocks=2, warps=4)
+    out = execute(decode.program, plan, packed, {"y": np.full_like(dense, np.nan)},
+                  blocks=2, warps=4, slots=plan.shared_slots)
+    np.testing.assert_array_equal(out, dense)
+
+    y = vectors(2, rows, dtype=dtype)
+    plan = transposed.Plan(static, batch=2, share=3, warps=4)
+    partial = execute(transposed.program, plan, packed | {"y": y},
+                      {"x": np.full((2, 3, cols), np.nan, np.float32)},
+                      blocks=plan.blocks, warps=4, slots=plan.shared_slots)
+    assert_product(partial.sum(1, dtype=np.float32), dense.T, y)
+
+    x = vectors(2, cols, dtype=dtype)
+    settings = config.Settings(blocks=3, warps=4, unroll=2, vectors=2, stage_x=True)
+    plan = by_values.Plan(static, x.dtype, 2, settings)
+    names = "codes", "row_offsets", "starts"
+    out = execute(by_values.program, plan, arrays_of(matrix, *names) | {"x": x, "y": y},
+                  {"values": np.full(matrix.stored, np.nan, dtype)},
+                  blocks=3, warps=4, slots=plan.shared_slots)
+    exact = reference.spmv_values(
+        x, y, *(jnp.asarray(packed[n]) for n in names), shape=matrix.shape, encoding=encoding, lanes=lanes,
+        stored=matrix.stored, out_dtype="float32")
+    rounding = 2 * jnp.finfo(dtype).eps  # of the sum, and of its rounding to the values' type
+    np.testing.assert_allclose(out.astype(np.float32), exact, rtol=rounding, atol=rounding)
 
 
 def test_program_reads_only_its_own_rows():
@@ -92,11 +143,17 @@ def test_program_reads_only_its_own_rows():
     assert_product(emulate(matrix, x, SETTINGS), dense, x)
 
 
-def lowered(implementation, platform, batch=1):
+def lowered(implementation, platform, batch=1, differentiate=False):
     matrix = macko_jax.compress(sparse(64, 96, 0.5, jnp.float16))
     x = jnp.ones((batch, 96), jnp.float16)
-    product = jax.jit(lambda m, x: macko_jax.spmv(m, x, implementation=implementation))
-    return product.trace(matrix, x).lower(lowering_platforms=(platform,)).as_text()
+
+    def product(values, x):
+        m = dataclasses.replace(matrix, values=values)
+        y = macko_jax.spmv(m, x, implementation=implementation)
+        return y if not differentiate else y.astype(jnp.float32).sum()
+
+    function = jax.jit(jax.grad(product, (0, 1)) if differentiate else product)
+    return function.trace(matrix.values, x).lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_lowers_to_the_kernel_for_cuda_alone():
@@ -109,9 +166,17 @@ def test_lowers_to_the_kernel_for_cuda_alone():
 
 
 def test_many_vectors_go_through_a_dense_decode():
-    assert "mosaic_gpu" in lowered(None, "cuda", config.BREAK_EVEN_BATCH)
-    assert "mosaic_gpu" not in lowered(None, "cuda", config.BREAK_EVEN_BATCH + 1)
-    assert "mosaic_gpu" in lowered("mosaic_gpu", "cuda", config.BREAK_EVEN_BATCH + 1)
+    limit = config.BREAK_EVEN["spmv"]
+    assert "dot_general" not in lowered(None, "cuda", limit)
+    many = lowered(None, "cuda", limit + 1)
+    assert "mosaic_gpu" in many and "dot_general" in many
+
+
+def test_derivatives_lower_to_kernels():
+    text = lowered(None, "cuda", differentiate=True)
+    assert text.count("mosaic_gpu") >= 2 and "dot_general" not in text and "gather" not in text
+    text = lowered(None, "cuda", config.BREAK_EVEN["spmv_transposed"] + 1, differentiate=True)
+    assert "mosaic_gpu" in text and "dot_general" in text
 
 
 def test_explains_why_not():
@@ -135,9 +200,9 @@ def test_settings_are_checked(wrong):
 def test_chosen_settings_fit_the_device(rows, cols, density, batch):
     stored = int(rows * cols * density) // 8 * 8
     matrix = strips.Matrix((rows, cols), "delta4", 32, stored, np.dtype("float16"))
-    settings = config.choose(matrix, batch)
-    plan = kernel.Plan(matrix, batch, settings)
-    assert 4 * plan.shared_slots <= 227 * 1024
+    settings = config.choose(matrix, "float32", batch)
+    plan = kernel.Plan(matrix, "float32", batch, settings)
+    assert 4 * plan.x.slots <= 227 * 1024
     assert settings.blocks <= rows
 
 
@@ -159,6 +224,43 @@ def test_on_gpu(encoding, dtype, shape, batch):
     y = np.asarray(product(matrix, x))
     assert_product(y, dense, x)
     np.testing.assert_array_equal(y, product(matrix, x))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("encoding,dtype,shape", itertools.product(
+    ["delta4", "bitmask"], [jnp.float16, jnp.bfloat16, jnp.float32],
+    [*SHAPES, (300, 2051, 0.3), (33, 70000, 0.02), (1500, 4096, 0.5)]))
+def test_other_products_on_gpu(encoding, dtype, shape):
+    """Derivatives with few vectors, and all products with many, which decode the matrix."""
+    rows, cols, density = shape
+    dense = sparse(rows, cols, density, dtype)
+    matrix = macko_jax.compress(dense, encoding=encoding)
+
+    @jax.jit
+    def products(matrix, x, y):
+        forward = lambda values, x: macko_jax.spmv(
+            dataclasses.replace(matrix, values=values), x, implementation="mosaic_gpu")
+        out, transpose = jax.vjp(forward, matrix.values, x)
+        return out, *transpose(y.astype(out.dtype))
+
+    for batch in (1, 3):
+        x, y = vectors(batch, cols), vectors(batch, rows, seed=2)
+        out, by_values, by_x = products(matrix, x, y)
+        assert_product(np.asarray(out), dense, x)
+        assert_product(np.asarray(by_x), dense.T, y)
+        kept = np.asarray(macko_jax.decompress(dataclasses.replace(matrix, values=by_values)))
+        exact = (y.T.astype(np.float64) @ x) * (dense != 0)
+        rounding = 2 * float(jnp.finfo(dtype).eps) * np.abs(exact).max() + 1e-5
+        np.testing.assert_allclose(np.where(dense != 0, kept, 0).astype(np.float64), exact,
+                                   atol=rounding)
+
+    x, y = vectors(40, cols, dtype=dtype), vectors(40, rows, seed=2, dtype=dtype)
+    many = jax.jit(lambda m, x: macko_jax.spmv(m, x))
+    exact = x.astype(np.float64) @ dense.astype(np.float64).T
+    scale = np.abs(x.astype(np.float64)) @ np.abs(dense.astype(np.float64)).T + 1e-30
+    error = np.abs(np.asarray(many(matrix, x)).astype(np.float64) - exact) / scale
+    assert error.max() <= float(jnp.finfo(dtype).eps) + (cols + 1) * 2.0**-24
 
 
 @pytest.mark.gpu

@@ -3,11 +3,13 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
+from macko_jax.kernels.vectors import Vectors
 from macko_jax.layout import GROUP
 
 WARPGROUP = 4  # warps; `lanes.WARPGROUP`, without its imports
-BREAK_EVEN_BATCH = 32  # vectors; with more, a dense decode and product are faster
+BREAK_EVEN = {"spmv": 8, "spmv_transposed": 2}  # vectors; with more, a dense decode is faster
 SHARED_BYTES = 220 * 1024  # of a Hopper multiprocessor's 227 KiB; the rest is the kernel's own
 
 
@@ -19,7 +21,7 @@ class Settings:
       blocks: thread blocks that share the rows; one for each multiprocessor.
       warps: warps of a block, a multiple of 4.
       unroll: groups of eight elements that a lane loads ahead.
-      vectors: vectors (1, 2 or 4) that are multiplied in one pass over the matrix.
+      vectors: vectors (1, 2, 4 or 8) that are multiplied in one pass over the matrix.
       stage_x: whether x is kept in shared memory, or gathered from global memory.
     """
     blocks: int
@@ -31,8 +33,8 @@ class Settings:
     def __post_init__(self):
         if self.warps % WARPGROUP or not 0 < self.warps <= 32:
             raise ValueError(f"warps must be a multiple of {WARPGROUP} up to 32, got {self.warps}")
-        if self.vectors not in (1, 2, 4):
-            raise ValueError(f"vectors must be 1, 2 or 4, got {self.vectors}")
+        if self.vectors not in (1, 2, 4, 8):
+            raise ValueError(f"vectors must be 1, 2, 4 or 8, got {self.vectors}")
         if self.blocks < 1 or self.unroll < 1:
             raise ValueError(f"blocks and unroll must be positive, got {self}")
 
@@ -44,20 +46,26 @@ def multiprocessors() -> int:
     return getattr(gpus[0], "core_count", 132) if gpus else 132
 
 
-def choose(matrix, batch: int) -> Settings:
-    """The settings for a product of a `strips.Matrix` with `batch` vectors."""
-    rows, cols = matrix.shape
-    vectors = next(v for v in (4, 2, 1) if v == 1 or (v <= batch and _fits(cols, v)))
+def choose(matrix, x_dtype, batch: int) -> Settings:
+    """The settings for a product of a `strips.Matrix` with `batch` vectors of type `x_dtype`."""
+    rows = matrix.shape[0]
+    most = 8 if jnp.dtype(x_dtype).itemsize == 2 else 4  # of one vector load from shared memory
+    vectors = min(most, 1 << (batch - 1).bit_length())
+    while vectors > 1 and not _fits(matrix, x_dtype, vectors):
+        vectors //= 2
     blocks = min(multiprocessors(), rows)
     tasks = -(-rows // blocks) * matrix.lanes // 32  # of a block's warps
     groups_per_lane = matrix.stored / GROUP / rows / matrix.lanes
     return Settings(
-        blocks=blocks, warps=_warps(tasks), unroll=2 if groups_per_lane > 2.5 else 1,
-        vectors=vectors, stage_x=_fits(cols, vectors))
+        blocks=blocks, warps=_warps(tasks),
+        unroll=2 if groups_per_lane > 2.5 and vectors < 8 else 1,
+        vectors=vectors, stage_x=_fits(matrix, x_dtype, vectors))
 
 
-def _fits(cols: int, vectors: int) -> bool:
-    return (cols + 64) * vectors * 4 <= SHARED_BYTES
+def _fits(matrix, x_dtype, vectors: int) -> bool:
+    staged = Vectors(x_dtype, length=matrix.shape[1], slack=matrix.slack, count=vectors,
+                     batch=vectors, staged=True)
+    return 4 * staged.slots <= SHARED_BYTES
 
 
 def _warps(tasks: int) -> int:

@@ -21,8 +21,8 @@ class NumpyLanes:
     def __init__(self, arrays, *, blocks, threads, shared_slots):
         self.arrays = {name: a.reshape(-1) for name, a in arrays.items()}
         self._blocks, self._threads = blocks, threads
-        self._shared = np.zeros((blocks, shared_slots), np.float32)
-        self._written = np.zeros((blocks, shared_slots), bool)
+        self._shared = np.zeros((blocks, 2 * shared_slots), np.uint16)
+        self._written = np.zeros(self._shared.shape, bool)
         self._active = np.ones(blocks * threads, bool)
         self._lane_block = np.repeat(np.arange(blocks, dtype=np.uint32), threads)
 
@@ -54,7 +54,12 @@ class NumpyLanes:
         halves = np.ascontiguousarray(word).view(jnp.dtype(dtype)).astype(np.float32)
         return halves[0::2], halves[1::2]
 
+    def pack(self, low, high, dtype):
+        rounded = np.stack([low, high], axis=-1).astype(jnp.dtype(dtype))
+        return rounded.view(np.uint32).reshape(-1)
+
     def as_real(self, word): return word.view(np.float32)
+    def as_word(self, real): return real.view(np.uint32)
 
     # Warp
 
@@ -65,12 +70,18 @@ class NumpyLanes:
         return np.repeat(reduce(condition.reshape(-1, WARP), axis=1), WARP)
 
     def exchange(self, value, distance):
-        warps = self._active.reshape(-1, WARP)
-        assert (warps.all(1) | ~warps.any(1)).all(), "shuffle in a warp with inactive lanes"
+        self._whole_warps()
         return value.reshape(-1, WARP)[:, np.arange(WARP) ^ distance].reshape(-1)
 
     def barrier(self):
         assert self._active.all(), "barrier that not every lane reaches"
+
+    def warp_barrier(self):
+        self._whole_warps()
+
+    def _whole_warps(self):
+        warps = self._active.reshape(-1, WARP)
+        assert (warps.all(1) | ~warps.any(1)).all(), "a warp with inactive lanes"
 
     # Memory
 
@@ -98,18 +109,51 @@ class NumpyLanes:
         assert np.unique(at).size == at.size, f"two lanes store the same element of {name}"
         array[at] = value[where].astype(array.dtype)
 
+    def store_words(self, name, index, words, where):
+        array, where = self.arrays[name].view(np.uint32), where & self._active
+        at = index.astype(np.int64) * len(words)
+        at = self._in_range(name, at, where, array.size - len(words) + 1)[where]
+        assert np.unique(at).size == at.size, f"two lanes store the same words of {name}"
+        for i, word in enumerate(words):
+            array[at + i] = word[where]
+
+    def store_half(self, name, index, word, where):
+        array, where = self.arrays[name].view(np.uint16), where & self._active
+        at = self._in_range(name, index.astype(np.int64), where, array.size)[where]
+        array[at] = word[where] & 0xFFFF
+
+    # Shared memory
+
+    def load_shared_words(self, offset, count):
+        at = self._shared_at(offset, 4 * count, self._active)[:, None] + np.arange(2 * count)
+        block = self._lane_block[:, None]
+        assert self._written[block, at][self._active].all(), "shared slot never written"
+        return list(np.ascontiguousarray(self._shared[block, at]).view(np.uint32).T)
+
     def load_shared(self, offset, count):
-        assert (offset % (4 * count) == 0)[self._active].all(), "misaligned shared load"
-        at = offset.astype(np.int64) // 4
-        at = self._in_range("shared", at, self._active, self._shared.shape[1] - count + 1)
-        assert self._written[self._lane_block, at][self._active].all(), "shared slot never written"
-        return [self._shared[self._lane_block, at + i] for i in range(count)]
+        return [np.ascontiguousarray(w).view(np.float32)
+                for w in self.load_shared_words(offset, count)]
+
+    def store_shared_words(self, offset, words, where):
+        halves = np.stack(words, axis=1).view(np.uint16)
+        self._store_shared(offset, 4 * len(words), halves, where)
+
+    def store_shared_half(self, offset, word, where):
+        self._store_shared(offset, 2, (word & 0xFFFF).astype(np.uint16)[:, None], where)
 
     def store_shared(self, index, value, where):
+        self.store_shared_words(4 * index, [value.view(np.uint32)], where)
+
+    def _store_shared(self, offset, size, halves, where):
         where = where & self._active
-        at = self._in_range("shared", index.astype(np.int64), where, self._shared.shape[1])
-        place = self._lane_block[where], at[where]
-        self._shared[place], self._written[place] = value[where], True
+        at = self._shared_at(offset, size, where)[where][:, None] + np.arange(size // 2)
+        place = self._lane_block[where][:, None], at
+        self._shared[place], self._written[place] = halves[where], True
+
+    def _shared_at(self, offset, size, where):
+        assert (offset % size == 0)[where].all(), "misaligned access of shared memory"
+        return self._in_range(
+            "shared", offset.astype(np.int64) // 2, where, self._shared.shape[1] - size // 2 + 1)
 
     @staticmethod
     def _in_range(name, index, where, size):

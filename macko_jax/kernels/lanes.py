@@ -129,6 +129,17 @@ class MosaicLanes:
                 for i in (0, 1))
         return self.as_real(word << 16), self.as_real(word & 0xFFFF0000)
 
+    def pack(self, low, high, dtype):
+        """The 32-bit word of two float32 rounded to a 16-bit type."""
+        kind = _float_type(dtype)
+        halves = [arith.extui(_i32(), arith.bitcast(_i16(), arith.truncf(kind, a.value)))
+                  for a in (low, high)]
+        return Register(halves[0]) | (Register(halves[1]) << 16)
+
+    def as_word(self, real):
+        """The bits of a float32."""
+        return Register(arith.bitcast(_i32(), real.value))
+
     def as_real(self, word):
         """The float32 with the bits of `word`."""
         return Register(arith.bitcast(ir.F32Type.get(), word.value))
@@ -149,6 +160,7 @@ class MosaicLanes:
             _constant(_i32(), WARP - 1), nvvm.ShflKind.bfly))
 
     def barrier(self): gpu.barrier()
+    def warp_barrier(self): nvvm.bar_warp_sync(_constant(_i32(), FULL_WARP))
 
     # Memory
 
@@ -199,20 +211,64 @@ class MosaicLanes:
             rounded = value.value if kind == ir.F32Type.get() else arith.truncf(kind, value.value)
             llvm.store(rounded, self._address(self._pointers[name], index, kind))
 
+    def store_words(self, name, index, words, where):
+        """Writes consecutive 32-bit words at word index `index * len(words)`, where `where` holds."""
+        value, kind = self._vector(words)
+        with mosaic.when(where.value):
+            llvm.store(value, self._address(self._pointers[name], index, kind),
+                       alignment=4 * len(words))
+
+    def store_half(self, name, index, word, where):
+        """Writes the lower 16 bits of `word` as element `index` of a 16-bit array."""
+        with mosaic.when(where.value):
+            llvm.store(arith.trunci(_i16(), word.value),
+                       self._address(self._pointers[name], index, _i16()))
+
+    # Shared memory, by byte offsets
+
+    def load_shared_words(self, offset, count):
+        """`count` (1, 2 or 4) consecutive 32-bit words at an offset that is a multiple of 4 * count."""
+        return [Register(r) for r in self._load_shared(_i32(), offset, count)]
+
     def load_shared(self, offset, count):
-        """`count` (1, 2 or 4) consecutive float32 at a byte offset, a multiple of 4 * count."""
-        kind = ir.F32Type.get()
-        if count > 1:
-            kind = ir.VectorType.get((count,), kind)
-        address = self._address(self._shared, offset, ir.IntegerType.get_signless(8))
-        loaded = llvm.load(kind, address, alignment=4 * count)
+        """The same as float32."""
+        return [Register(r) for r in self._load_shared(ir.F32Type.get(), offset, count)]
+
+    def _load_shared(self, kind, offset, count):
+        vector = ir.VectorType.get((count,), kind) if count > 1 else kind
+        loaded = llvm.load(vector, self._shared_at(offset), alignment=4 * count)
         if count == 1:
-            return [Register(loaded)]
-        return [Register(llvm.extractelement(loaded, _constant(_i32(), i))) for i in range(count)]
+            return [loaded]
+        return [llvm.extractelement(loaded, _constant(_i32(), i)) for i in range(count)]
+
+    def store_shared_words(self, offset, words, where):
+        """Writes 1, 2 or 4 words at an offset that is a multiple of their bytes."""
+        value, _ = self._vector(words)
+        with mosaic.when(where.value):
+            llvm.store(value, self._shared_at(offset), alignment=4 * len(words))
+
+    def store_shared_half(self, offset, word, where):
+        """Writes the lower 16 bits of `word` at an even offset."""
+        with mosaic.when(where.value):
+            llvm.store(arith.trunci(_i16(), word.value), self._shared_at(offset))
 
     def store_shared(self, index, value, where):
+        """Writes a float32 at the offset 4 * index."""
         with mosaic.when(where.value):
             llvm.store(value.value, self._address(self._shared, index, ir.F32Type.get()))
+
+    def _shared_at(self, offset):
+        return self._address(self._shared, offset, ir.IntegerType.get_signless(8))
+
+    @staticmethod
+    def _vector(words):
+        if len(words) == 1:
+            return words[0].value, _i32()
+        kind = ir.VectorType.get((len(words),), _i32())
+        vector = llvm.mlir_undef(kind)
+        for i, word in enumerate(words):
+            vector = llvm.insertelement(vector, word.value, _constant(_i32(), i))
+        return vector, kind
 
     @staticmethod
     def _flag(condition):

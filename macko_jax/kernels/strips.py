@@ -153,6 +153,7 @@ class Walk:
 
     Attributes:
       part: which strip of its row the lane owns.
+      first_row: of the block's share.
       end_row: row after the block's share.
     """
 
@@ -164,14 +165,14 @@ class Walk:
         self.chunks = GROUP * jnp.dtype(matrix.dtype).itemsize // 16 if read_values else 0
         rows_per_warp = WARP // matrix.lanes
         share, rest = divmod(matrix.shape[0], blocks)
-        first_row = block * share + ops.select(block < rest, block, ops.integer(rest))
-        self.end_row = first_row + share + ops.select(
+        self.first_row = block * share + ops.select(block < rest, block, ops.integer(rest))
+        self.end_row = self.first_row + share + ops.select(
             block < rest, ops.integer(1), ops.integer(0))
         thread = ops.thread()
         lane = thread & (WARP - 1)
         self.part = lane & (matrix.lanes - 1)
         shift = matrix.lanes.bit_length() - 1
-        self._first = first_row + (thread >> 5) * rows_per_warp + (lane >> shift)
+        self._first = self.first_row + (thread >> 5) * rows_per_warp + (lane >> shift)
         self._stride = warps * rows_per_warp
 
     def _open(self, row) -> Strip:

@@ -1,0 +1,82 @@
+"""Times the settings of the GPU kernel, to find the best for a device.
+
+    python -m examples.tune_spmv --shapes=4096x4096,22016x4096 --densities=0.5,0.1
+
+Every number of lanes a row (fixed when a matrix is packed) is tried with every pair of warps and
+unroll. Printed and saved are the times, the best first, beside those of the default rule in
+macko_jax/kernels/config.py, where a better rule would go.
+"""
+import itertools
+import json
+import pathlib
+
+from absl import app, flags
+import jax
+import jax.numpy as jnp
+
+import macko_jax
+from macko_jax import benchmark
+from macko_jax.kernels import config, spmv, strips
+
+SHAPES = flags.DEFINE_list("shapes", ["4096x4096", "11008x4096"], "Matrices, rows x cols.")
+DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.3", "0.1"], "Shares of non-zeros.")
+DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "bfloat16"], "Of matrix and vector.")
+LANES = flags.DEFINE_multi_integer("lanes", [8, 16, 32], "Lanes that share a row.")
+SETTINGS = flags.DEFINE_list(
+    "settings", ["32x1", "32x2", "32x4", "28x2", "24x2", "24x4", "16x4"],
+    "Warps of a block x groups that a lane loads ahead.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Passes over all matrices.", lower_bound=1)
+OUT = flags.DEFINE_string("out", "runs/tune_spmv.json", "Where the record goes.")
+
+
+def time_settings(matrices, x, settings) -> float:
+    """Median microseconds of a product."""
+    def product(m, x):
+        static = strips.Matrix(m.shape, m.encoding, m.lanes, m.stored, m.dtype)
+        plan = spmv.Plan(static, x.dtype, 1, settings or config.choose(static, x.dtype, 1))
+        return spmv.run(plan, x.dtype, m.values, m.codes, m.row_offsets, m.starts, x[None])
+
+    return 1e6 * benchmark.time_products(product, matrices, x, repeats=REPEATS.value).median
+
+
+def tune(rows: int, cols: int, density: float) -> list[dict]:
+    """The times of all settings for one matrix, the fastest first."""
+    dense = benchmark.random_sparse(rows, cols, density, DTYPE.value)
+    x = jax.random.normal(jax.random.key(1), cols, DTYPE.value)
+    default = macko_jax.compress(dense).lanes
+    blocks = min(config.multiprocessors(), rows)
+    out = []
+    for lanes in LANES.value:
+        matrix = macko_jax.compress(dense, lanes=lanes)
+        matrices = [jax.tree.map(jnp.copy, matrix) for _ in range(benchmark.copies(matrix.nbytes))]
+        for pair in ["default"] * (lanes == default) + SETTINGS.value:
+            settings = None
+            if pair != "default":
+                warps, unroll = map(int, pair.split("x"))
+                settings = config.Settings(
+                    blocks=blocks, warps=warps, unroll=unroll, vectors=1, stage_x=True)
+            out.append({"lanes": lanes, "settings": pair,
+                        "microseconds": time_settings(matrices, x, settings)})
+    return sorted(out, key=lambda row: row["microseconds"])
+
+
+def main(_):
+    record = {**benchmark.environment(), "dtype": DTYPE.value, "cases": []}
+    for shape, density in itertools.product(SHAPES.value, DENSITIES.value):
+        rows, cols = map(int, shape.split("x"))
+        times = tune(rows, cols, float(density))
+        default = next(t for t in times if t["settings"] == "default")
+        best = "  ".join(f"{t['lanes']}:{t['settings']} {t['microseconds']:.2f}" for t in times[:4])
+        print(f"{shape:>12} {density}: default {default['lanes']} lanes "
+              f"{default['microseconds']:.2f} us; best {best}", flush=True)
+        record["cases"].append({"rows": rows, "cols": cols, "density": float(density),
+                                "times": times})
+        path = pathlib.Path(OUT.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.replace(path)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,141 @@
+"""The lane program that writes a matrix out densely, for products with many vectors.
+
+A warp scatters the elements of a row into a buffer of its own in shared memory, then writes the
+row out in 16-byte pieces, so that global memory sees whole sectors only.
+"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from macko_jax.kernels import config, lanes, strips
+from macko_jax.kernels.lanes import WARP
+
+PIECE = 16  # bytes that a lane moves at a time
+UNROLL = 2  # groups that a lane loads ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one matrix is decoded."""
+    matrix: strips.Matrix
+    blocks: int
+    warps: int
+
+    @property
+    def buffers(self) -> int:
+        """Row buffers of a warp: one for each row it works on at a time."""
+        return WARP // self.matrix.lanes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of one row with its slack, in whole pieces."""
+        size = (self.matrix.shape[1] + self.matrix.slack) * jnp.dtype(self.matrix.dtype).itemsize
+        return -(-size // PIECE) * PIECE
+
+    @property
+    def shared_slots(self) -> int:
+        return self.warps * self.buffers * self.buffer_bytes // 4
+
+
+def plan(matrix: strips.Matrix) -> Plan | None:
+    """As many warps as shared memory has row buffers for; None if not even one warpgroup fits."""
+    blocks = min(config.multiprocessors(), matrix.shape[0])
+    one = Plan(matrix, blocks, 1)
+    warps = config.SHARED_BYTES // (4 * one.shared_slots) // config.WARPGROUP * config.WARPGROUP
+    return Plan(matrix, blocks, min(warps, 32)) if warps else None
+
+
+def program(ops, plan: Plan) -> None:
+    """Writes y [rows, cols] from the arrays values, codes, row_offsets, starts."""
+    matrix, size = plan.matrix, jnp.dtype(plan.matrix.dtype).itemsize
+    row_bytes = matrix.shape[1] * size
+    walk = strips.Walk(
+        ops, matrix, block=ops.block(), blocks=plan.blocks, warps=plan.warps, unroll=UNROLL,
+        scale=size)
+    thread = ops.thread()
+    part, always = walk.part, thread >= 0
+    buffer = (thread >> (matrix.lanes.bit_length() - 1)) * plan.buffer_bytes
+    zeros = [ops.integer(0)] * (PIECE // 4)
+
+    def pieces(visit):
+        """Calls visit(byte offset in the row) for the lane's pieces of its row buffer."""
+        def step(offset):
+            visit(offset)
+            return offset + matrix.lanes * PIECE
+
+        ops.loop(lambda offset: offset < plan.buffer_bytes, step, part * PIECE)
+
+    def clear(offset):
+        ops.store_shared_words(buffer + offset, zeros, always)
+
+    def scatter(state, group):
+        for column, bits in zip(group.columns, _bits(group.values, size)):
+            if size == 2:
+                ops.store_shared_half(buffer + column, bits, group.live)
+            else:
+                ops.store_shared_words(buffer + column, [bits], group.live)
+        return state
+
+    def write(row, state):
+        del state
+        inside = row < walk.end_row
+
+        def move(offset):
+            words = ops.load_shared_words(buffer + offset, PIECE // 4)
+            _store_piece(ops, row, offset, row_bytes, words, inside)
+            clear(offset)
+
+        ops.warp_barrier()
+        pieces(move)
+        ops.warp_barrier()
+
+    started = walk.start()
+    pieces(clear)
+    ops.warp_barrier()
+    walk.run(started, lambda: (), scatter, write)
+
+
+def _bits(words, size: int) -> list:
+    """The eight values of a group; of 16-bit values, each in the lower half of a word."""
+    if size == 4:
+        return words
+    return [half for word in words for half in (word, word >> 16)]
+
+
+def _store_piece(ops, row, offset, row_bytes: int, words, where) -> None:
+    """Stores the part of a piece that lies in the row, in the largest units that stay aligned."""
+    if row_bytes % PIECE == 0:
+        ops.store_words("y", (row * row_bytes + offset) >> 4, words, where & (offset < row_bytes))
+    elif row_bytes % 4 == 0:
+        for i, word in enumerate(words):
+            inside = where & (offset + 4 * i < row_bytes)
+            ops.store_words("y", (row * row_bytes + offset + 4 * i) >> 2, [word], inside)
+    else:
+        for i, half in enumerate(_bits(words, 2)):
+            inside = where & (offset + 2 * i < row_bytes)
+            ops.store_half("y", (row * row_bytes + offset + 2 * i) >> 1, half, inside)
+
+
+def why_not(matrix: strips.Matrix) -> str | None:
+    """None if the kernel decodes the matrix, or the reason why it does not."""
+    rows, cols = matrix.shape
+    if plan(matrix) is None:
+        return f"shared memory has no room for four rows of {cols} columns"
+    if rows * cols * jnp.dtype(matrix.dtype).itemsize >= 2**32:
+        return "the dense matrix is too large for 32-bit addresses"
+    return None
+
+
+def decode(values, codes, row_offsets, starts, *, shape, encoding, lanes, stored):
+    """The dense matrix [rows, cols] of the values' dtype, on the GPU."""
+    return run(plan(strips.Matrix(shape, encoding, lanes, stored, values.dtype)),
+               values, codes, row_offsets, starts)
+
+
+def run(plan: Plan, *operands):
+    """The dense matrix by a given plan, of the arrays values, codes, row_offsets and starts."""
+    return lanes.run(
+        lambda ops: program(ops, plan), ("values", "codes", "row_offsets", "starts", "y"),
+        operands, jax.ShapeDtypeStruct(plan.matrix.shape, plan.matrix.dtype),
+        blocks=plan.blocks, warps=plan.warps, shared_slots=plan.shared_slots)

@@ -1,0 +1,72 @@
+"""Which kernel computes which product of a `dispatch.Problem`; functions as in `reference.py`."""
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from macko_jax.kernels import by_values, config, decode, spmv, strips, transposed
+from macko_jax.layout import words_per_row
+
+FLOATS = ("float16", "bfloat16", "float32")
+
+
+def why_not(problem) -> str | None:
+    """None if a kernel serves the problem, or the reason why none does."""
+    for dtype in (*problem.dtypes, problem.out_dtype):
+        if jnp.dtype(dtype).name not in FLOATS:
+            return f"the kernels take {', '.join(FLOATS)}, not {jnp.dtype(dtype).name}"
+    if problem.stored == 0 or 0 in problem.shape or problem.batch == 0:
+        return "the matrix or the batch is empty"
+    rows, cols = problem.shape
+    if max(rows * words_per_row(cols), problem.batch * max(rows, cols), problem.stored) >= 2**31:
+        return "the arrays are too large for 32-bit indices"
+    if problem.product == "spmv_values":
+        return by_values.why_not(_matrix(problem), problem.dtypes[0], problem.batch)
+    if problem.product == "spmv_transposed" and _by_decode(problem):
+        return decode.why_not(_matrix(problem))
+    return None
+
+
+def choose(problem) -> Callable:
+    """The function that serves a problem that `why_not` has no objection to."""
+    if problem.product == "spmv_values":
+        return by_values.spmv_values
+    if problem.product == "spmv":
+        return _spmv_by_decode if _by_decode(problem) else spmv.spmv
+    return _transposed_by_decode if _by_decode(problem) else transposed.spmv_transposed
+
+
+def _by_decode(problem) -> bool:
+    """Whether a dense decode and a dense product are faster, or the only way."""
+    matrix = _matrix(problem)
+    if problem.product == "spmv_transposed" and transposed.why_not(matrix, problem.batch):
+        return True
+    many = problem.batch > config.BREAK_EVEN[problem.product]
+    return many and decode.why_not(matrix) is None
+
+
+def _matrix(problem) -> strips.Matrix:
+    """What the kernels know of the problem's matrix; its values are an operand or the result."""
+    dtype = problem.out_dtype if problem.product == "spmv_values" else problem.dtypes[0]
+    return strips.Matrix(
+        problem.shape, problem.encoding, problem.lanes, problem.stored, jnp.dtype(dtype))
+
+
+def _spmv_by_decode(values, x, codes, row_offsets, starts, *, out_dtype, **static):
+    dense = decode.decode(values, codes, row_offsets, starts, **static)
+    return _matmul("kc,rc->kr", x, dense, out_dtype)
+
+
+def _transposed_by_decode(values, y, codes, row_offsets, starts, *, out_dtype, **static):
+    dense = decode.decode(values, codes, row_offsets, starts, **static)
+    return _matmul("kr,rc->kc", y, dense, out_dtype)
+
+
+def _matmul(subscripts, a, b, out_dtype) -> jax.Array:
+    """A dense product with float32 sums; 16-bit operands go to tensor cores as they are."""
+    if a.dtype != b.dtype:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    precision = "highest" if a.dtype == jnp.float32 else None
+    product = jnp.einsum(
+        subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
+    return product.astype(out_dtype)

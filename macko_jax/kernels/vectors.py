@@ -1,0 +1,108 @@
+"""Vectors in the shared memory of a block: x, gathered by column, and the block's share of y."""
+import jax.numpy as jnp
+
+AHEAD = 8  # elements per thread and vector that are in flight while they are staged
+
+
+class Vectors:
+    """`count` vectors side by side in shared memory, or gathered from global memory.
+
+    Staged 16-bit vectors keep their type, two to a word, so that a gather of two of them costs what
+    one of a float32 costs; an odd one, and other types, become float32. Gathering from shared
+    memory is what limits the products, not converting.
+
+    Attributes:
+      scale: what columns are multiplied by in `at`: bytes between two of them in shared memory.
+      slots: 32-bit words of shared memory that they take.
+    """
+
+    def __init__(self, dtype, *, length: int, slack: int, count: int, batch: int, staged: bool):
+        self.dtype, self.length, self.count, self.batch = jnp.dtype(dtype), length, count, batch
+        self.staged, self._columns = staged, length + slack
+        self.packed = staged and self.dtype.itemsize == 2 and count % 2 == 0
+        self._words = count // 2 if self.packed else count
+        self.scale = 4 * self._words if staged else 1
+        self.slots = self._columns * self._words if staged else 1
+
+    def begin(self, ops, name, first, threads: int):
+        """Issues the first loads of the array `name` [batch, length], from vector `first` on."""
+        self.ops, self.name, self.first, self.threads = ops, name, first, threads
+        self._head = self._read(ops.thread()) if self.staged else []
+
+    def finish(self):
+        """Fills shared memory; the block's barrier has to follow."""
+        self._write(self._head)
+        if not self.staged:
+            return
+
+        def copy(column):
+            self._write(self._read(column))
+            return column + AHEAD * self.threads
+
+        start = self.ops.thread() + AHEAD * self.threads
+        self.ops.loop(lambda column: column < self._columns, copy, start)
+
+    def at(self, column) -> list:
+        """The elements of all vectors at a column times `scale`, as float32."""
+        ops = self.ops
+        if self.packed:
+            words = ops.load_shared_words(column, self._words)
+            return [half for word in words for half in ops.pair(word, self.dtype)]
+        if self.staged:
+            return ops.load_shared(column, self.count)
+        return [ops.load_real(self.name, (self.first + k) * self.length + column,
+                              (column < self.length) & (self.first + k < self.batch))
+                for k in range(self.count)]
+
+    def _read(self, column):
+        """The loads of a thread for `AHEAD` rounds: [(column, values of all vectors)]."""
+        ops, out = self.ops, []
+        for i in range(min(AHEAD, -(-self._columns // self.threads))):
+            at = column + i * self.threads
+            out.append((at, [
+                ops.load_real(self.name, (self.first + k) * self.length + at,
+                              (at < self.length) & (self.first + k < self.batch))
+                for k in range(self.count)]))
+        return out
+
+    def _write(self, loaded):
+        ops = self.ops
+        for column, values in loaded:
+            if self.packed:
+                words = [ops.pack(a, b, self.dtype) for a, b in zip(values[::2], values[1::2])]
+            else:
+                words = [ops.as_word(value) for value in values]
+            ops.store_shared_words(column * self.scale, words, column < self._columns)
+
+
+class Share:
+    """The elements of `count` vectors [batch, rows] that belong to a block's rows, as float32.
+
+    Attributes:
+      slots: 32-bit words of shared memory that they take.
+    """
+
+    def __init__(self, *, rows: int, blocks: int, count: int, batch: int):
+        self.rows, self.count, self.batch = rows, count, batch
+        self.size = -(-rows // blocks)
+        self.slots = self.size * count
+
+    def stage(self, ops, name, walk, *, first_vector, first_slot: int, threads: int):
+        """Copies the share of `walk`'s block; the block's barrier has to follow."""
+        self.ops, self.walk, self.first_slot = ops, walk, first_slot
+
+        def copy(index):
+            row = walk.first_row + index
+            for k in range(self.count):
+                inside = (row < walk.end_row) & (first_vector + k < self.batch)
+                value = ops.load_real(name, (first_vector + k) * self.rows + row, inside)
+                ops.store_shared(index + (first_slot + k * self.size), value, index < self.size)
+            return index + threads
+
+        ops.loop(lambda index: index < self.size, copy, ops.thread())
+
+    def at(self, row, where) -> list:
+        """The elements of all vectors at a row of the block; anything where not `where`."""
+        index = self.ops.select(where, row - self.walk.first_row, self.ops.integer(0))
+        return [self.ops.load_shared((index + (self.first_slot + k * self.size)) * 4, 1)[0]
+                for k in range(self.count)]
