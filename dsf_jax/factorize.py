@@ -43,7 +43,8 @@ class Options:
       search_mask_steps: See `search_steps`.
       search_ridge: Ridge on the normalised least-squares problems of the search.
       refine_rounds: Rounds with the full G.
-      refine_rho: Penalty of the first and of the last of them; it rises geometrically.
+      refine_rho: Penalty of the first and of the last of them; it rises geometrically. None chooses
+        it by density, see `choose_rho`.
       refine_steps: As `search_steps`.
       refine_mask_steps: As `search_mask_steps`.
       refine_ridge: As `search_ridge`.
@@ -66,15 +67,15 @@ class Options:
     search_steps: int = 5
     search_mask_steps: int = 2
     search_ridge: float = 0.01
-    refine_rounds: int = 160
-    refine_rho: tuple[float, float] = (0.1, 1.0)
-    refine_steps: int = 3
+    refine_rounds: int = 320
+    refine_rho: tuple[float, float] | None = None
+    refine_steps: int = 2
     refine_mask_steps: int = 1
     refine_ridge: float = 1e-3
-    refine_cg_steps: int = 8
+    refine_cg_steps: int = 6
     finalize_steps: int = 0
     refit_steps: int = 10
-    damping: float = 0.0
+    damping: float = 0.01
     compare_single: bool = True
     precision: str = "high"
     seed: int = 0
@@ -89,6 +90,7 @@ PRESETS = {
         refine_rounds=0,
         finalize_steps=20,
         refit_steps=0,
+        damping=0.0,
         compare_single=False,
     ),
 }
@@ -187,8 +189,8 @@ def factorize(
     options = choose_options(preset, overrides)
     weight, gram = check_layer(weight, gram, name)
     plan = _plan(weight.shape, check_density(density, name), options)
-    left, right = _factorize(weight, gram, *plan.nonzeros, options.seed, plan.inner, _static(options))
-    return _keep_better(weight, gram, left, right, sum(plan.nonzeros), options)
+    left, right = _factorize(weight, gram, plan.numbers, plan.inner, _static(options))
+    return _keep_better(weight, gram, left, right, plan.nonzeros, options)
 
 
 def factorize_stack(
@@ -217,10 +219,8 @@ def factorize_stack(
                          f"{', '.join(str(weight.shape) for weight, _ in layers)}")
     plan = _plan(layers[0][0].shape, check_density(density), options)
     stacked = (jnp.stack(arrays) for arrays in zip(*layers))
-    lefts, rights = _factorize_stack(
-        *stacked, *plan.nonzeros, options.seed, plan.inner, _static(options)
-    )
-    return [_keep_better(*layer, left, right, sum(plan.nonzeros), options)
+    lefts, rights = _factorize_stack(*stacked, plan.numbers, plan.inner, _static(options))
+    return [_keep_better(*layer, left, right, plan.nonzeros, options)
             for layer, left, right in zip(layers, lefts, rights)]
 
 
@@ -244,16 +244,40 @@ def choose_options(preset: str, overrides: dict) -> Options:
     return options
 
 
+def choose_rho(density: float) -> tuple[float, float]:
+    """First and last penalty of the refinement for a density.
+
+    A low first penalty lets most of the masks be found anew, which pays at high densities; at low
+    ones, where few non-zeros fall on an inner dimension, dimensions die out while the penalty is
+    low. From about 0.7 on, masks hardly move.
+    """
+    return min(0.03 / density, 0.5), 0.8
+
+
+class _Numbers(NamedTuple):
+    """What changes from call to call without another program being compiled."""
+
+    left_nonzeros: int
+    right_nonzeros: int
+    rho: tuple[float, float]
+    seed: int
+
+
 class _Plan(NamedTuple):
-    nonzeros: tuple[int, int]
+    numbers: _Numbers
     inner: int
+
+    @property
+    def nonzeros(self):
+        return self.numbers.left_nonzeros + self.numbers.right_nonzeros
 
 
 def _plan(shape, density, options):
     width = choose_width(density, shape) if options.width is None else options.width
     inner = max(min(shape), round(width * min(shape)))
-    nonzeros = count_nonzeros(density, shape)
-    return _Plan(split_nonzeros(nonzeros, shape, inner, options.split), inner)
+    nonzeros = split_nonzeros(count_nonzeros(density, shape), shape, inner, options.split)
+    rho = choose_rho(density) if options.refine_rho is None else options.refine_rho
+    return _Plan(_Numbers(*nonzeros, rho, options.seed), inner)
 
 
 class _Pair(NamedTuple):
@@ -271,19 +295,19 @@ class _Pair(NamedTuple):
 
 def _static(options):
     """The options that shape the program; one compiled for another seed or comparison serves."""
-    return replace(options, seed=0, compare_single=False)
+    return replace(options, seed=0, refine_rho=None, compare_single=False)
 
 
-def _solve(weight, gram, left_nonzeros, right_nonzeros, seed, inner, options):
+def _solve(weight, gram, numbers, inner, options):
+    budgets = numbers.left_nonzeros, numbers.right_nonzeros
     with jax.default_matmul_precision(options.precision):
         problem = normalize(weight, gram, options.damping)
-        budgets = left_nonzeros, right_nonzeros
-        pair = _start(problem, *budgets, inner, seed)
+        pair = _start(problem, *budgets, inner, numbers.seed)
         pair = _search(problem, pair, *budgets, options)
         if options.refine_rounds:
-            pair, problem = _refine(problem, pair.without_duals(), *budgets, options)
+            pair, problem = _refine(problem, pair.without_duals(), *budgets, numbers.rho, options)
     with jax.default_matmul_precision("highest"):
-        pair = _finalize(problem, pair, left_nonzeros, options)
+        pair = _finalize(problem, pair, numbers.left_nonzeros, options)
         return _restore(problem, pair)
 
 
@@ -294,11 +318,10 @@ _factorize = _compile(_solve)
 
 
 @_compile
-def _factorize_stack(weights, grams, left_nonzeros, right_nonzeros, seed, inner, options):
-    def solve(weight, gram):
-        return _solve(weight, gram, left_nonzeros, right_nonzeros, seed, inner, options)
-
-    return jax.vmap(solve)(weights, grams)
+def _factorize_stack(weights, grams, numbers, inner, options):
+    return jax.vmap(lambda weight, gram: _solve(weight, gram, numbers, inner, options))(
+        weights, grams
+    )
 
 
 def _start(problem, left_nonzeros, right_nonzeros, inner, seed):
@@ -356,13 +379,13 @@ def _search(problem, pair, left_nonzeros, right_nonzeros, options):
     return _alternate(pair, improve_left, improve_right, options.search_rounds, tall)
 
 
-def _refine(problem, pair, left_nonzeros, right_nonzeros, options):
+def _refine(problem, pair, left_nonzeros, right_nonzeros, rho, options):
     values, vectors = jnp.linalg.eigh(problem.gram)
     # What is negative is rounding, of the Gram matrix or of its storage.
     values = jnp.maximum(values, 0)
     gram = jnp.matmul(vectors * values, vectors.T, precision="highest")
     correlation = jnp.matmul(problem.weight, gram, precision="highest")
-    first, last = options.refine_rho
+    first, last = rho
 
     def schedule(t, cg_steps=0):
         rho = first * (last / first) ** (t / max(options.refine_rounds - 1, 1))

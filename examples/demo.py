@@ -55,38 +55,18 @@ DENSITY = flags.DEFINE_multi_float(
 PROMPT = flags.DEFINE_string(
     "prompt", "def read_lines(path, encoding='utf-8'):\n    ", "Text to continue."
 )
-NEW_BYTES = flags.DEFINE_integer("new_bytes", 120, "Length of the continuation.", lower_bound=1)
+NEW_BYTES = flags.DEFINE_integer("new_bytes", 80, "Length of the continuation.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.3, "Of the continuation; 0 is greedy.")
 WINDOWS = flags.DEFINE_integer(
-    "windows", 16, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
+    "windows", 8, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
 )
 CALIBRATION_WINDOWS = flags.DEFINE_integer(
-    "calibration_windows", 8, "Windows to calibrate on.", lower_bound=1
+    "calibration_windows", 4, "Windows to calibrate on.", lower_bound=1
 )
 OUT = flags.DEFINE_string("out", "runs/demo", "Directory for packed checkpoints and results.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the continuation.")
 
 BATCH = 4  # windows per call
-
-
-def read_text(path, modules):
-    """Tokens of a file, or of modules of the standard library: START, then bytes."""
-    if path is None:
-        documents = stdlib_text.read_modules(modules).values()
-    else:
-        documents = [pathlib.Path(path).read_bytes()]
-    return stdlib_text.join(documents)
-
-
-def calibration_batches(tokens, length, count):
-    """`count` windows [length], spread over a text, in batches."""
-    if len(tokens) < length:
-        raise ValueError(
-            f"the calibration text has {len(tokens)} bytes; at least {length} are needed"
-        )
-    starts = np.linspace(0, len(tokens) - length, count).round().astype(int)
-    windows = jnp.asarray(tokens[starts[:, None] + np.arange(length)], jnp.int32)
-    return [windows[first : first + BATCH] for first in range(0, count, BATCH)]
 
 
 def show(line, done=True):
@@ -162,7 +142,7 @@ def check_agreement(found, wanted, dtype):
     return difference
 
 
-def run_method(model, method, density, batches, bench, out):
+def run_method(model, method, density, batches, grams, bench, out):
     """Prunes, packs, checks, saves, reloads, evaluates and times one model; a row of the table."""
 
     def report(progress):
@@ -171,11 +151,10 @@ def run_method(model, method, density, batches, bench, out):
     # Both encodings run everywhere; programs with bitmasks compile three times faster for CPUs.
     encoding = "bitmask" if jax.default_backend() == "cpu" else None
     began = time.perf_counter()
-    if method == "magnitude":  # which looks at no input: the shortest will do
-        batches = [batches[0][:1, :1]]
     pruned = dsf_jax.compress_model(
-        model, batches, method=method, density=density, calibration="one-pass", callback=report
-    )
+        model, batches[:1], method=method, density=density, calibration="one-pass", grams=grams,
+        callback=report,
+    )  # fmt: skip
     pruned_at = time.perf_counter()
     packed, packing = export.pack(pruned.model, Rule(".*", encoding=encoding))
     packed_at = time.perf_counter()
@@ -188,7 +167,7 @@ def run_method(model, method, density, batches, bench, out):
     directory = out / f"{method}-{density:g}"
     size = checkpoint.save_packed(directory, packed)
     loaded = checkpoint.load_packed(directory, dtype=model.dtype)
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), nnx.state(loaded), nnx.state(packed))
+    same = jax.tree.map(np.array_equal, nnx.state(loaded), nnx.state(packed))
     if not all(jax.tree.leaves(same)):
         raise SystemExit(f"{directory} holds other arrays than the model that was saved there")
     show(
@@ -247,10 +226,12 @@ def main(_):
             "model, of 256"
         )
     length = model.config.max_position_embeddings
-    tokens = read_text(TEXT.value, stdlib_text.HELD_OUT)
-    calibration = read_text(CALIBRATION.value, stdlib_text.CALIBRATION)
-    batches = calibration_batches(calibration, length, CALIBRATION_WINDOWS.value)
+    tokens = stdlib_text.read_tokens(TEXT.value)
+    calibration = stdlib_text.read_tokens(CALIBRATION.value, stdlib_text.CALIBRATION)
+    batches = stdlib_text.spread_windows(calibration, length, CALIBRATION_WINDOWS.value, BATCH)
     bench = Bench(tokens, length)
+    show(f"calibrating on {CALIBRATION_WINDOWS.value} windows of {length} bytes", done=False)
+    grams = dsf_jax.gram_matrices(model, batches)
     methods = METHODS if "all" in METHOD.value else tuple(dict.fromkeys(METHOD.value))
     runs = [(method, density) for density in DENSITY.value for method in methods]
     out = pathlib.Path(OUT.value)
@@ -271,7 +252,7 @@ def main(_):
     for i, (method, density) in enumerate(runs):
         left = (time.perf_counter() - began) / (i + 1) * (len(runs) - i)
         show(f"[{i + 2}/{len(runs) + 1}] {method}, density {density:g}; about {left:.0f} s left")
-        rows.append(run_method(model, method, density, batches, bench, out))
+        rows.append(run_method(model, method, density, batches, grams, bench, out))
 
     seconds = time.perf_counter() - began
     results = {

@@ -71,6 +71,34 @@ def read_modules(modules=HELD_OUT, library=None):
     return documents
 
 
+def read_tokens(path=None, modules=HELD_OUT):
+    """Tokens of a file, or of modules of the standard library: START, then bytes."""
+    if path is None:
+        return join(read_modules(modules).values())
+    return join([pathlib.Path(path).read_bytes()])
+
+
+def spread_windows(tokens, length, count, batch):
+    """`count` windows [length], spread over a text, in batches: what layers are calibrated on.
+
+    Args:
+      tokens: [N] token ids, at least `length`.
+      length: tokens of a window.
+      count: how many windows.
+      batch: windows of a batch.
+
+    Returns:
+      A list of int32 arrays [at most batch, length].
+    """
+    if len(tokens) < length:
+        raise ValueError(
+            f"the calibration text has {len(tokens)} bytes; at least {length} are needed"
+        )
+    starts = np.linspace(0, len(tokens) - length, count).round().astype(int)
+    windows = np.asarray(tokens, np.int32)[starts[:, None] + np.arange(length)]
+    return [windows[first : first + batch] for first in range(0, count, batch)]
+
+
 def is_held_out(path):
     """Whether a path inside a standard library belongs to a held-out module or its tests."""
     for part in path.with_suffix("").parts:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import dsf_jax
 from dsf_jax import budget, problem
 from dsf_jax.admm import Schedule, improve_factor, refit_coupled, refit_rows, solve_rows
-from dsf_jax.factorize import _factorize, choose_options
+from dsf_jax.factorize import _factorize, _Numbers, choose_options
 from tests.dsf_cases import hard_layers, real_layer, reference, small_layer
 
 # Enough to exercise every step where the error itself is not the point. One width and mostly one
@@ -159,7 +159,7 @@ def test_program_does_not_grow_with_rounds():
     def length(rounds):
         weight, gram = small_layer(20, 12)
         options = choose_options("quality", dict(search_rounds=rounds, refine_rounds=rounds))
-        return len(_factorize.lower(weight, gram, 30, 30, 0, 18, options).as_text())
+        return len(_factorize.lower(weight, gram, _Numbers(30, 30, (0.1, 1.0), 0), 18, options).as_text())
 
     assert length(100) < 1.01 * length(2)
 

@@ -39,7 +39,10 @@ class Plan:
 
 
 def program(ops, plan: Plan) -> None:
-    """Computes values [stored] from the arrays codes, row_offsets, starts, x, y."""
+    """Computes values [stored] from the arrays codes, row_offsets, starts, x, y.
+
+    Groups beyond the last row are spare capacity and get zeros.
+    """
     matrix, settings, x, y = plan.matrix, plan.settings, plan.x, plan.y
     end, threads = matrix.shape[1] * x.scale, settings.warps * WARP
     walk = strips.Walk(
@@ -56,13 +59,19 @@ def program(ops, plan: Plan) -> None:
         _store_group(ops, group.index, products, matrix.dtype, group.live)
         return state
 
-    first = ops.integer(0)
+    first, groups = ops.integer(0), matrix.stored // GROUP
+    def clear(group):
+        _store_group(ops, group, [ops.real(0)] * GROUP, matrix.dtype, group < groups)
+        return group + settings.blocks * threads
+
     x.begin(ops, "x", first, threads)
     started = walk.start()
     y.stage(ops, "y", walk, first_vector=first, first_slot=x.slots, threads=threads)
     x.finish()
     ops.barrier()
     walk.run(started, lambda: (), outer, lambda row, state: None)
+    spare = ops.load_integer("row_offsets", ops.integer(matrix.shape[0]))
+    ops.loop(lambda group: group < groups, clear, spare + ops.block() * threads + ops.thread())
 
 
 def _store_group(ops, index, reals, dtype, where) -> None:
@@ -94,10 +103,7 @@ def why_not(matrix: strips.Matrix, x_dtype, batch: int) -> str | None:
 def spmv_values(x, y, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype):
     """[batch, cols], [batch, rows] -> [stored], on the GPU; as `reference.spmv_values`."""
     matrix = strips.Matrix(shape, encoding, lanes, stored, jnp.dtype(out_dtype))
-    out = run(plan(matrix, x.dtype, x.shape[0]), codes, row_offsets, starts, x, y)
-    # Groups beyond the last row are spare capacity that no lane writes.
-    slot = jax.lax.broadcasted_iota(jnp.int32, (stored,), 0)
-    return jnp.where(slot < GROUP * row_offsets[-1], out, 0)
+    return run(plan(matrix, x.dtype, x.shape[0]), codes, row_offsets, starts, x, y)
 
 
 def run(plan: Plan, *operands):

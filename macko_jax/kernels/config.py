@@ -10,6 +10,7 @@ from macko_jax.layout import GROUP
 
 WARPGROUP = 4  # warps; `lanes.WARPGROUP`, without its imports
 BREAK_EVEN = {"spmv": 8, "spmv_transposed": 2}  # vectors; with more, a dense decode is faster
+GROUPS_IN_FLIGHT = 48  # of a multiprocessor's warps together, for each lane
 SHARED_BYTES = 220 * 1024  # of a Hopper multiprocessor's 227 KiB; the rest is the kernel's own
 
 
@@ -44,6 +45,26 @@ def multiprocessors() -> int:
     """Of the first GPU here; of an H200 where there is none (the count only affects speed)."""
     gpus = [d for d in jax.local_devices() if d.platform == "gpu"]
     return getattr(gpus[0], "core_count", 132) if gpus else 132
+
+
+def row_buffers(matrix, buffer_bytes: int, other_bytes: int = 0) -> tuple[int, int] | None:
+    """Warps, and rows that each works on at a time, where every such row needs a shared buffer.
+
+    None if not even one row for each warp of a warpgroup fits beside the `other_bytes`.
+    """
+    rows_per_warp = 32 // matrix.lanes
+    while rows_per_warp:
+        warps = (SHARED_BYTES - other_bytes) // (rows_per_warp * buffer_bytes)
+        warps = min(32, warps // WARPGROUP * WARPGROUP)
+        if warps * rows_per_warp >= 8 or (warps and rows_per_warp == 1):
+            return warps, rows_per_warp
+        rows_per_warp //= 2
+    return None
+
+
+def unroll(warps: int) -> int:
+    """Groups that each lane of so few warps loads ahead, to keep enough of them in flight."""
+    return max(2, GROUPS_IN_FLIGHT // warps)
 
 
 def choose(matrix, x_dtype, batch: int) -> Settings:

@@ -12,7 +12,6 @@ from macko_jax.kernels import config, lanes, strips
 from macko_jax.kernels.lanes import WARP
 
 PIECE = 16  # bytes that a lane moves at a time
-UNROLL = 2  # groups that a lane loads ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,29 +20,23 @@ class Plan:
     matrix: strips.Matrix
     blocks: int
     warps: int
-
-    @property
-    def buffers(self) -> int:
-        """Row buffers of a warp: one for each row it works on at a time."""
-        return WARP // self.matrix.lanes
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Of one row with its slack, in whole pieces."""
-        size = (self.matrix.shape[1] + self.matrix.slack) * jnp.dtype(self.matrix.dtype).itemsize
-        return -(-size // PIECE) * PIECE
+    rows_per_warp: int
 
     @property
     def shared_slots(self) -> int:
-        return self.warps * self.buffers * self.buffer_bytes // 4
+        return self.warps * self.rows_per_warp * buffer_bytes(self.matrix) // 4
+
+
+def buffer_bytes(matrix: strips.Matrix) -> int:
+    """Of one row with its slack, in whole pieces."""
+    size = (matrix.shape[1] + matrix.slack) * jnp.dtype(matrix.dtype).itemsize
+    return -(-size // PIECE) * PIECE
 
 
 def plan(matrix: strips.Matrix) -> Plan | None:
-    """As many warps as shared memory has row buffers for; None if not even one warpgroup fits."""
-    blocks = min(config.multiprocessors(), matrix.shape[0])
-    one = Plan(matrix, blocks, 1)
-    warps = config.SHARED_BYTES // (4 * one.shared_slots) // config.WARPGROUP * config.WARPGROUP
-    return Plan(matrix, blocks, min(warps, 32)) if warps else None
+    """With as many row buffers as shared memory has room for; None if for less than four."""
+    fitting = config.row_buffers(matrix, buffer_bytes(matrix))
+    return fitting and Plan(matrix, min(config.multiprocessors(), matrix.shape[0]), *fitting)
 
 
 def program(ops, plan: Plan) -> None:
@@ -51,11 +44,10 @@ def program(ops, plan: Plan) -> None:
     matrix, size = plan.matrix, jnp.dtype(plan.matrix.dtype).itemsize
     row_bytes = matrix.shape[1] * size
     walk = strips.Walk(
-        ops, matrix, block=ops.block(), blocks=plan.blocks, warps=plan.warps, unroll=UNROLL,
-        scale=size)
-    thread = ops.thread()
-    part, always = walk.part, thread >= 0
-    buffer = (thread >> (matrix.lanes.bit_length() - 1)) * plan.buffer_bytes
+        ops, matrix, block=ops.block(), blocks=plan.blocks, warps=plan.warps,
+        unroll=config.unroll(plan.warps), scale=size, rows_per_warp=plan.rows_per_warp)
+    bytes_each, part = buffer_bytes(matrix), walk.part
+    buffer, mine = walk.buffer * bytes_each, walk.busy
     zeros = [ops.integer(0)] * (PIECE // 4)
 
     def pieces(visit):
@@ -64,10 +56,10 @@ def program(ops, plan: Plan) -> None:
             visit(offset)
             return offset + matrix.lanes * PIECE
 
-        ops.loop(lambda offset: offset < plan.buffer_bytes, step, part * PIECE)
+        ops.loop(lambda offset: mine & (offset < bytes_each), step, part * PIECE)
 
     def clear(offset):
-        ops.store_shared_words(buffer + offset, zeros, always)
+        ops.store_shared_words(buffer + offset, zeros, mine)
 
     def scatter(state, group):
         for column, bits in zip(group.columns, _bits(group.values, size)):

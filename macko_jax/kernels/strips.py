@@ -155,15 +155,20 @@ class Walk:
       part: which strip of its row the lane owns.
       first_row: of the block's share.
       end_row: row after the block's share.
+      busy: whether the lane works on rows at all.
+      buffer: which of the rows that the block works on at a time is the lane's, if it is busy.
     """
 
     def __init__(self, ops, matrix: Matrix, *, block, blocks: int, warps: int, unroll: int,
-                 scale: int = 1, read_values: bool = True):
-        """`block` of `blocks` is the lane's share of the rows; columns come multiplied by `scale`."""
+                 scale: int = 1, read_values: bool = True, rows_per_warp: int | None = None):
+        """`block` of `blocks` is the lane's share of the rows; columns come multiplied by `scale`.
+
+        A warp works on `rows_per_warp` rows at a time, by default as many as it has lanes for.
+        """
         self.ops, self.matrix, self.unroll, self.scale = ops, matrix, unroll, scale
         self.decoder = DECODERS[matrix.encoding](ops, matrix)
         self.chunks = GROUP * jnp.dtype(matrix.dtype).itemsize // 16 if read_values else 0
-        rows_per_warp = WARP // matrix.lanes
+        rows_per_warp = rows_per_warp or WARP // matrix.lanes
         share, rest = divmod(matrix.shape[0], blocks)
         self.first_row = block * share + ops.select(block < rest, block, ops.integer(rest))
         self.end_row = self.first_row + share + ops.select(
@@ -171,8 +176,10 @@ class Walk:
         thread = ops.thread()
         lane = thread & (WARP - 1)
         self.part = lane & (matrix.lanes - 1)
-        shift = matrix.lanes.bit_length() - 1
-        self._first = self.first_row + (thread >> 5) * rows_per_warp + (lane >> shift)
+        slot = lane >> (matrix.lanes.bit_length() - 1)
+        self.busy = slot < rows_per_warp
+        self.buffer = (thread >> 5) * rows_per_warp + slot
+        self._first = ops.select(self.busy, self.first_row + self.buffer, self.end_row)
         self._stride = warps * rows_per_warp
 
     def _open(self, row) -> Strip:

@@ -16,8 +16,6 @@ from macko_jax.kernels import config, lanes, strips
 from macko_jax.kernels.lanes import WARP
 from macko_jax.kernels.vectors import Share
 
-GROUPS_IN_FLIGHT = 48  # of a multiprocessor's warps together, per lane
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -26,6 +24,7 @@ class Plan:
     batch: int
     share: int  # blocks that share the rows
     warps: int
+    rows_per_warp: int
 
     @property
     def blocks(self) -> int:
@@ -39,7 +38,7 @@ class Plan:
     @property
     def buffers(self) -> int:
         """Rows of columns that a block adds into: one for each row that its warps are at."""
-        return self.warps * (WARP // self.matrix.lanes)
+        return self.warps * self.rows_per_warp
 
     @property
     def columns(self) -> int:
@@ -51,13 +50,11 @@ class Plan:
 
 
 def plan(matrix: strips.Matrix, batch: int) -> Plan | None:
-    """As many warps as shared memory has columns for; None if not even one warpgroup fits."""
+    """With as many sums as shared memory has room for; None if for less than four rows."""
     share = min(config.multiprocessors(), matrix.shape[0])
-    for warps in range(32, 0, -config.WARPGROUP):
-        fitting = Plan(matrix, batch, share, warps)
-        if 4 * fitting.shared_slots <= config.SHARED_BYTES:
-            return fitting
-    return None
+    none = Plan(matrix, batch, share, 0, 0)
+    fitting = config.row_buffers(matrix, 4 * none.columns, 4 * none.shared_slots)
+    return fitting and dataclasses.replace(none, warps=fitting[0], rows_per_warp=fitting[1])
 
 
 def program(ops, plan: Plan) -> None:
@@ -72,8 +69,8 @@ def program(ops, plan: Plan) -> None:
         vector = ops.select(later, ops.integer(i), vector)
     walk = strips.Walk(
         ops, matrix, block=block, blocks=plan.share, warps=plan.warps,
-        unroll=max(2, GROUPS_IN_FLIGHT // plan.warps), scale=4)
-    columns = (thread >> (matrix.lanes.bit_length() - 1)) * (4 * plan.columns)
+        unroll=config.unroll(plan.warps), scale=4, rows_per_warp=plan.rows_per_warp)
+    columns = ops.select(walk.busy, walk.buffer, ops.integer(0)) * (4 * plan.columns)
     y, sums_end = plan.y, plan.buffers * plan.columns
 
     def each(count, visit):
