@@ -110,14 +110,16 @@ def load(directory, *, dtype=jnp.float32, param_dtype=None):
       FileNotFoundError: config.json or the tensors are missing.
       ValueError: an unknown architecture, or missing, surplus or misshapen tensors, by name.
     """
-    with Checkpoint(directory) as stored:
-        model = abstract_model(stored.config, dtype=dtype, param_dtype=param_dtype or dtype)
-        stored.fill(model)
+    stored = Checkpoint(directory)
+    model = abstract_model(stored.config, dtype=dtype, param_dtype=param_dtype or dtype)
+    stored.fill(model)
     return model
 
 
 class Checkpoint:
     """A dense model directory, whose tensors are read when they are asked for.
+
+    Files are open only while they are read, so that what was read leaves memory.
 
     Args:
       directory: holds config.json and one or more safetensors files.
@@ -137,16 +139,11 @@ class Checkpoint:
             raise FileNotFoundError(
                 f"{self.directory} holds no .safetensors file; convert the checkpoint to safetensors"
             )
-        self._files = [safetensors.safe_open(path, framework="np") for path in paths]
-        self._owner = {name: file for file in self._files for name in file.keys()}
+        self._owner = {}
+        for path in paths:
+            with _open(path) as file:
+                self._owner |= dict.fromkeys(file.keys(), path)
         self._check_names()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for file in self._files:
-            file.__exit__(None, None, None)
 
     def fill(self, module, prefix=()):
         """Gives an abstract module its parameters.
@@ -155,17 +152,24 @@ class Checkpoint:
           module: a `Llama` or a part of one, with shapes in the place of arrays.
           prefix: path of the part in the model, such as ("layers", "3").
         """
-        for path, param in _parameters(module):
-            path = (*prefix, *path)
-            turn = path[-1] == "kernel"
-            sizes = _sizes(self.config, path, param.shape)
-            rest = param.shape[:-1] if turn else param.shape[1:]
-            parts = [
-                self._read(name, (size, *rest)) for name, size in zip(stored_names(path), sizes)
-            ]
-            joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
-            joined = jnp.asarray(joined, param.dtype)
-            param.set_value(joined.T if turn else joined)
+        parameters = [((*prefix, *path), param) for path, param in _parameters(module)]
+        names = [name for path, _ in parameters for name in stored_names(path)]
+        with contextlib.ExitStack() as stack:
+            files = {
+                path: stack.enter_context(_open(path))
+                for path in sorted({self._owner[name] for name in names})
+            }
+            for path, param in parameters:
+                turn = path[-1] == "kernel"
+                sizes = _sizes(self.config, path, param.shape)
+                rest = param.shape[:-1] if turn else param.shape[1:]
+                parts = [
+                    self._read(files, name, (size, *rest))
+                    for name, size in zip(stored_names(path), sizes)
+                ]
+                joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
+                joined = jnp.asarray(joined, param.dtype)
+                param.set_value(joined.T if turn else joined)
 
     def dtype(self):
         """Of the stored embedding, and so in practice of every tensor."""
@@ -193,9 +197,9 @@ class Checkpoint:
                 + "; ".join(problems)
             )
 
-    def _read(self, name, shape):
+    def _read(self, files, name, shape):
         """One tensor as a NumPy array of the expected shape."""
-        array = self._owner[name].get_tensor(name)
+        array = files[self._owner[name]].get_tensor(name)
         if array.shape != shape:
             raise ValueError(
                 f"{name} in {self.directory} has shape {array.shape}; config.json asks for {shape}"
@@ -203,17 +207,20 @@ class Checkpoint:
         return array
 
 
-def _dtype_of(file, name):
-    return file.get_slice(name)[:1].dtype
+def _open(path):
+    return safetensors.safe_open(path, framework="np")
+
+
+def _dtype_of(path, name):
+    with _open(path) as file:
+        return file.get_slice(name)[:1].dtype
 
 
 def stored_dtype(directory):
     """The dtype of a dense or packed model's weights, from its embedding."""
     if is_packed(directory):
-        with safetensors.safe_open(part_file(directory, "embed"), framework="np") as file:
-            return _dtype_of(file, "embedding")
-    with Checkpoint(directory) as stored:
-        return stored.dtype()
+        return _dtype_of(part_file(directory, "embed"), "embedding")
+    return Checkpoint(directory).dtype()
 
 
 # Packed models: one file that `macko_jax.save` writes for each part, and config.json, which comes

@@ -72,32 +72,32 @@ def compress_checkpoint(
     began = time.perf_counter()
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with checkpoint.Checkpoint(source) as stored:
-        record = _Record(out / "report.json", {
-            "checkpoint": str(stored.directory),
-            "files": {path.name: path.stat().st_size for path in sorted(stored.directory.iterdir())
-                      if path.suffix in (".safetensors", ".json")},
-            "method": method, "density": density, "dtype": jnp.dtype(dtype).name,
-            "encoding": encoding, "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
-            "windows": list(windows.shape),
-        })  # fmt: skip
-        progress = _Progress(stored.config, callback)
-        model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
-        save = functools.partial(_save_part, out, stored, model)
-        embed = save("embed")
-        hidden = [np.asarray(embed(part)) for part in np.split(windows, _batches(windows, batch))]
-        del embed
-        for i, abstract in enumerate(model.layers):
-            if checkpoint.part_file(out, i).is_file():
-                progress.resumed(record.block(i))
-            else:
-                _compress_block(out, stored, abstract, i, hidden, record, progress,
-                                method=method, density=density, encoding=encoding)  # fmt: skip
-            if i + 1 < len(model.layers):
-                block = checkpoint.load_block(out, i, abstract, unpack=True)
-                hidden = [_advance(block, stored.config, part) for part in hidden]
-        for name in ("norm",) if model.head is None else ("norm", "head"):
-            save(name)
+    stored = checkpoint.Checkpoint(source)
+    record = _Record(out / "report.json", {
+        "checkpoint": str(stored.directory),
+        "files": {path.name: path.stat().st_size for path in sorted(stored.directory.iterdir())
+                  if path.suffix in (".safetensors", ".json")},
+        "method": method, "density": density, "dtype": jnp.dtype(dtype).name,
+        "encoding": encoding, "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
+        "windows": list(windows.shape),
+    })  # fmt: skip
+    progress = _Progress(stored.config, callback)
+    model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
+    save = functools.partial(_save_part, out, stored, model)
+    embed = save("embed")
+    hidden = [np.asarray(embed(part)) for part in np.split(windows, _batches(windows, batch))]
+    del embed
+    for i, abstract in enumerate(model.layers):
+        if checkpoint.part_file(out, i).is_file():
+            progress.resumed(record.block(i))
+        else:
+            _compress_block(out, stored, abstract, i, hidden, record, progress,
+                            method=method, density=density, encoding=encoding)  # fmt: skip
+        if i + 1 < len(model.layers):
+            block = checkpoint.load_block(out, i, abstract, unpack=True)
+            hidden = [_advance(block, stored.config, part) for part in hidden]
+    for name in ("norm",) if model.head is None else ("norm", "head"):
+        save(name)
     for name in COPIED:
         if (stored.directory / name).is_file():
             shutil.copy(stored.directory / name, out)
