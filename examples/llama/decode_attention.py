@@ -71,7 +71,7 @@ class Plan:
     @property
     def unroll(self):
         """Rounds of slots that a warp has in flight."""
-        return max(1, 4 // self.group)
+        return 2 if self.group == 1 else 1
 
     @property
     def width(self):
