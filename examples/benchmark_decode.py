@@ -130,32 +130,36 @@ def program_bytes(compiled):
 
 
 class Decoder:
-    """A model as `nnx.split` leaves it, with a prompt to continue."""
+    """A model taken apart, with a prompt to continue."""
 
     def __init__(self, model):
-        self.graph, self.state = nnx.split(model)
+        self.model = llama.Structure.of(model)
         rng = np.random.default_rng(SEED.value)
         shape = (BATCH.value, PROMPT.value)
-        self.prompt = jnp.asarray(rng.integers(0, model.config.vocab_size, shape), jnp.int32)
-        self.lengths = jnp.full(BATCH.value, PROMPT.value, jnp.int32)
+        self.prompt = rng.integers(0, model.config.vocab_size, shape).astype(np.int32)
+        self.lengths = np.full(BATCH.value, PROMPT.value, np.int32)
         self.key = jax.random.key(SEED.value)
         self.sampling = llama.Sampling()
 
     def draw(self):
         return llama.draw(
-            self.graph, self.state, self.prompt, self.lengths, NEW_TOKENS.value + 1, self.key,
-            self.sampling, CHUNK.value,
+            *self.model, self.prompt, self.lengths, NEW_TOKENS.value + 1, self.key, self.sampling,
+            CHUNK.value,
         )  # fmt: skip
 
     def prefill_arguments(self):
-        return self.graph, self.state, self.prompt, self.lengths, self.key, self.sampling
+        return *self.model, self.prompt, self.lengths, self.key, self.sampling
 
     def decode_arguments(self):
         """Those of the last call of a generation, with its widest cache."""
-        token, cache = llama.prefill(*self.prefill_arguments())
-        cache = llama.widen(cache, llama.final_slots(PROMPT.value, NEW_TOKENS.value + 1, CHUNK.value))
-        cache = dataclasses.replace(cache, lengths=self.lengths + NEW_TOKENS.value - CHUNK.value)
-        return self.graph, self.state, token, cache, self.key, CHUNK.value, self.sampling
+        generation = llama.prefill(*self.prefill_arguments())
+        slots = llama.final_slots(PROMPT.value, NEW_TOKENS.value + 1, CHUNK.value)
+        cache = dataclasses.replace(
+            llama.widen(generation.cache, slots),
+            lengths=jnp.asarray(self.lengths + NEW_TOKENS.value - CHUNK.value),
+        )
+        generation = dataclasses.replace(generation, cache=cache)
+        return *self.model, generation, CHUNK.value, self.sampling
 
 
 def time_generations(decoder):
@@ -180,7 +184,8 @@ def kernel_times(decoder):
 
     Read from the trace that JAX's profiler writes; empty where it has no rows of a GPU.
     """
-    call = jax.block_until_ready(decoder.decode_arguments())
+    call = decoder.decode_arguments()
+    jax.block_until_ready(call[2])
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             jax.block_until_ready(llama.decode(*call))

@@ -17,6 +17,7 @@ import math
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,49 +398,106 @@ class Sampling:
         return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "sampling"))
-def prefill(graph, state, tokens, lengths, key, sampling):
-    """Reads the prompts and draws the first token after each.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structure:
+    """What a model is but its arrays, as a static argument of jitted functions.
 
-    Args:
-      graph, state: the model, from `nnx.split`.
-      tokens: [B, T] prompts, padded at the end.
-      lengths: [B] true lengths.
-
-    Returns:
-      The first tokens [B], and a cache of T slots.
+    Every call of such a function asks for the hash, which for the graph of a deep model takes
+    milliseconds; here it is computed once.
     """
-    model = nnx.merge(graph, state)
-    hidden, cache = model.hidden(tokens)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return sampling(key, model.logits(last)), dataclasses.replace(cache, lengths=lengths)
+
+    graph: nnx.GraphDef
+    tree: jax.tree_util.PyTreeDef
+
+    @classmethod
+    def of(cls, model):
+        """The structure of a model, and its arrays."""
+        graph, state = nnx.split(model)
+        arrays, tree = jax.tree.flatten(state)
+        return cls(graph, tree), tuple(arrays)
+
+    def build(self, arrays):
+        """The model again."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, arrays))
+
+    def __eq__(self, other):
+        return self is other or (
+            isinstance(other, Structure) and self.graph == other.graph and self.tree == other.tree
+        )
+
+    @functools.cached_property
+    def _hash(self):
+        return hash((self.graph, self.tree))
+
+    def __hash__(self):
+        return self._hash
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graph", "steps", "sampling"), donate_argnames="cache"
+    jax.tree_util.register_dataclass, data_fields=["token", "cache", "key", "drawn"],
+    meta_fields=[],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Where a generation stands.
+
+    token: [B] the last tokens drawn, not yet in the cache.
+    cache: keys and values of everything before.
+    key: of all draws; the i-th uses `fold_in(key, i)`, however draws are shared out to calls.
+    drawn: int32, how many tokens have been drawn for each prompt.
+    """
+
+    token: jax.Array
+    cache: Cache
+    key: jax.Array
+    drawn: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "sampling"))
+def prefill(structure, arrays, tokens, lengths, key, sampling):
+    """Reads the prompts and draws the first token after each.
+
+    Args:
+      structure, arrays: the model, from `Structure.of`.
+      tokens: [B, T] prompts, padded at the end.
+      lengths: [B] true lengths.
+      key, sampling: how tokens are drawn.
+
+    Returns:
+      A `Generation` with a cache of T slots.
+    """
+    model = structure.build(arrays)
+    hidden, cache = model.hidden(tokens)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    token = sampling(jax.random.fold_in(key, 0), model.logits(last))
+    return Generation(token, dataclasses.replace(cache, lengths=lengths), key, jnp.int32(1))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("structure", "steps", "sampling"), donate_argnames="generation"
 )
-def decode(graph, state, token, cache, key, steps, sampling):
+def decode(structure, arrays, generation, steps, sampling):
     """Draws `steps` further tokens on the device, without a visit to the host.
 
     Args:
-      graph, state: the model, from `nnx.split`.
-      token: [B] the last token drawn, not yet in the cache.
-      cache: keys and values of everything before; it is consumed.
+      structure, arrays: the model, from `Structure.of`.
+      generation: where to go on, with `steps` free slots at least; it is consumed.
+      steps, sampling: how many tokens are drawn, and how.
 
     Returns:
-      Tokens [B, steps], and the cache.
+      Tokens [B, steps], and the `Generation` after them.
     """
 
-    def step(carry, key):
-        token, cache = carry
-        # Merged inside the loop: the modules are then traced at the loop's own level.
-        model = nnx.merge(graph, state)
-        hidden, cache = model.hidden(token[:, None], cache)
+    def step(now, _):
+        # Built inside the loop: the modules are then traced at the loop's own level.
+        model = structure.build(arrays)
+        hidden, cache = model.hidden(now.token[:, None], now.cache)
+        key = jax.random.fold_in(now.key, now.drawn)
         token = sampling(key, model.logits(hidden[:, 0]))
-        return (token, cache), token
+        return Generation(token, cache, now.key, now.drawn + 1), token
 
-    (_, cache), tokens = jax.lax.scan(step, (token, cache), jax.random.split(key, steps))
-    return tokens.T, cache
+    generation, tokens = jax.lax.scan(step, generation, length=steps)
+    return tokens.T, generation
 
 
 def generate(model, prompts, new_tokens, *, sampling=Sampling(), seed=0, chunk=32):
@@ -456,39 +514,39 @@ def generate(model, prompts, new_tokens, *, sampling=Sampling(), seed=0, chunk=3
     Yields:
       [B, n] int32 arrays on the host, `new_tokens` columns in all: one column, then chunks.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    if not lengths or min(lengths) < 1:
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not len(lengths) or lengths.min() < 1:
         raise ValueError("generate needs at least one prompt, each of at least one token")
     if new_tokens < 1:
         raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
-    longest = max(lengths)
+    longest = int(lengths.max())
     if longest + new_tokens > model.config.max_position_embeddings:
         raise ValueError(
             f"the longest prompt ({longest} tokens) and {new_tokens} new tokens exceed the "
             f"model's {model.config.max_position_embeddings} positions; shorten one of them"
         )
-    width = _round_up(longest)
-    padded = jnp.array([list(p) + [0] * (width - len(p)) for p in prompts], jnp.int32)
-    key = jax.random.key(seed)
+    padded = np.zeros((len(prompts), _round_up(longest)), np.int32)
+    for row, prompt in zip(padded, prompts):
+        row[: len(prompt)] = prompt
+    calls = draw(
+        *Structure.of(model), padded, lengths, new_tokens, jax.random.key(seed), sampling, chunk
+    )
     left = new_tokens
-    waiting = None
-    for tokens in draw(
-        *nnx.split(model), padded, jnp.array(lengths), new_tokens, key, sampling, chunk
-    ):
+    waiting = next(calls)
+    for tokens in calls:
         # The device is a chunk ahead of the host, and never waits for it.
-        if waiting is not None:
-            yield jax.device_get(waiting)
-        waiting = tokens[:, :left]
-        left -= tokens.shape[1]
-    yield jax.device_get(waiting)
+        yield jax.device_get(waiting)
+        left -= waiting.shape[1]
+        waiting = tokens
+    yield jax.device_get(waiting)[:, :left]
 
 
-def draw(graph, state, tokens, lengths, new_tokens, key, sampling, chunk):
+def draw(structure, arrays, tokens, lengths, new_tokens, key, sampling, chunk):
     """The calls of the device behind `generate`.
 
     Args:
-      graph, state: the model, from `nnx.split`.
-      tokens, lengths: prompts [B, T], padded at the end, and their true lengths [B].
+      structure, arrays: the model, from `Structure.of`.
+      tokens, lengths: prompts [B, T], padded at the end, and their true lengths [B], NumPy arrays.
       new_tokens: how many tokens are wanted; the last chunk may hold more.
       key, sampling: how tokens are drawn.
       chunk: tokens per call.
@@ -498,16 +556,14 @@ def draw(graph, state, tokens, lengths, new_tokens, key, sampling, chunk):
     """
     live = int(lengths.max())
     full = final_slots(live, new_tokens, chunk)
-    key, first = jax.random.split(key)
-    token, cache = prefill(graph, state, tokens, lengths, first, sampling)
-    yield token[:, None]
+    generation = prefill(structure, arrays, tokens, lengths, key, sampling)
+    yield generation.token[:, None]
     for _ in range(0, new_tokens - 1, chunk):
-        if cache.slots < live + chunk:
-            cache = widen(cache, min(cache_slots(live + chunk), full))
+        if generation.cache.slots < live + chunk:
+            wider = widen(generation.cache, min(cache_slots(live + chunk), full))
+            generation = dataclasses.replace(generation, cache=wider)
         live += chunk
-        key, now = jax.random.split(key)
-        drawn, cache = decode(graph, state, token, cache, now, chunk, sampling)
-        token = drawn[:, -1]
+        drawn, generation = decode(structure, arrays, generation, chunk, sampling)
         yield drawn
 
 
@@ -519,8 +575,8 @@ def final_slots(prompt, new_tokens, chunk):
 def cache_slots(live):
     """Slots to hold `live` tokens: 64, 96, 128, 192, 256, ..., of which a third may be empty.
 
-    Attention passes over every slot, so its work follows the live length, and few sizes mean few
-    compilations.
+    Where attention passes over every slot its work then follows the live length, and few sizes mean
+    few compilations.
     """
     octave = 64
     while octave < live:
