@@ -28,14 +28,13 @@ CONFIG = llama.Config(
     head_dim=16,
     max_position_embeddings=96,
 )
+# Every option in one of them.
 VARIANTS = {
     "llama": {},
     "multi_head": {"num_key_value_heads": 4},
     "qwen2": {"qkv_bias": True, "tie_word_embeddings": True},
-    "qwen3": {"qk_norm": True},
-    "windows": {"sliding_windows": (5, None)},
-    "linear_rope": {"rope_scaling": llama.RopeScaling("linear", 2.0)},
-    "llama3_rope": {"rope_scaling": llama.RopeScaling("llama3", 8.0, 1.0, 4.0, 32)},
+    "qwen3": {"qk_norm": True, "rope_scaling": llama.RopeScaling("llama3", 8.0, 1.0, 4.0, 32)},
+    "windows": {"sliding_windows": (5, None), "rope_scaling": llama.RopeScaling("linear", 2.0)},
 }
 
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import pathlib
+import subprocess
+import sys
 
 import dsf_jax
 from dsf_jax import export
@@ -16,6 +19,7 @@ from examples.llama import checkpoint
 from examples.llama import compression
 from examples.llama import model as llama
 
+ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = llama.Config(
     vocab_size=61,
     hidden_size=32,
@@ -175,6 +179,32 @@ def test_memory_does_not_grow_with_the_number_of_blocks(windows, tmp_path):
 
 def live_bytes():
     return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_scripts_compress_and_evaluate(tmp_path):
+    save_model(tmp_path / "dense", vocab_size=256, num_hidden_layers=1)
+    text = tmp_path / "text.txt"
+    text.write_text("def read(path):\n    return open(path).read()\n" * 20)
+    out = tmp_path / "packed"
+    compressed = run("compress_llm", f"--checkpoint={tmp_path / 'dense'}", f"--out={out}",
+                     "--method=magnitude", "--density=0.4", f"--calibration={text}",
+                     "--windows=3", "--length=32")  # fmt: skip
+    assert "[4/4] layers/0/mlp/down 32 x 32" in compressed and "packed model:" in compressed
+    found = tmp_path / "found.json"
+    run("evaluate", f"--checkpoint={tmp_path / 'dense'}", f"--checkpoint={out}", "--pruned",
+        f"--text={text}", "--length=32", "--windows=4", f"--out={found}")  # fmt: skip
+    results = json.loads(found.read_text())["results"]
+    assert [result["kind"] for result in results] == ["dense", "packed", "pruned"]
+    dense, packed, pruned = (result["perplexity"] for result in results)
+    assert abs(packed / pruned - 1) < 1e-4 < abs(dense / pruned - 1)
+
+
+def run(script, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", f"examples.{script}", *arguments], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    return done.stdout
 
 
 def test_short_texts_are_refused():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from examples.llama import decode_attention
-from examples.llama import model as llama
 
 HAS_GPU = any(device.platform == "gpu" for device in jax.local_devices())
 # heads, key-value heads, slots, live tokens, window; more than 1024 slots take several blocks
@@ -39,12 +38,18 @@ def make(heads, kv_heads, slots, live, dtype=jnp.float16):
 
 
 def expected(row, rotation, cache, position, heads, window):
-    query = row[:, : heads * DIM].astype(jnp.float32).reshape(1, 1, heads, DIM)
-    query = llama._rotate(query, tuple(a.reshape(1, 1, 1, -1) for a in rotation))
+    """The same in float64: [1, H * D]."""
     live = int(position[0]) + 1
-    cache = cache[:, :, :live].astype(jnp.float32)
-    with jax.default_matmul_precision("highest"):
-        return llama._attention(query, cache, position[None], window).reshape(1, -1)
+    first = 0 if window is None else max(0, live - window)
+    query = np.asarray(row[0, : heads * DIM], np.float64).reshape(heads, 2, DIM // 2)
+    cos, sin = (np.asarray(a, np.float64) for a in rotation)
+    early, late = query[:, 0], query[:, 1]
+    query = np.concatenate([early * cos - late * sin, late * cos + early * sin], axis=1)
+    cache = np.asarray(cache[0, :, first:live], np.float64).repeat(heads // cache.shape[1], axis=0)
+    scores = np.einsum("hd,hsd->hs", query, cache[:, :, 0]) / math.sqrt(DIM)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.einsum("hs,hsd->hd", weights, cache[:, :, 1]).reshape(1, -1)
 
 
 def emulate(row, rotation, cache, position, heads, window):
