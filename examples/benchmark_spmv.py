@@ -32,7 +32,8 @@ PRODUCT = flags.DEFINE_enum(
 BATCHES = flags.DEFINE_list("batches", ["1"], "Numbers of vectors.")
 IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations", ["macko", "dense"],
-    "Of macko, macko_bitmask, macko_xla, dense, bcsr, bcoo, torch (cuBLAS, where torch is).")
+    "Of macko, macko_bitmask, macko_int8, macko_fp8, macko_xla, dense, bcsr, bcoo, torch (cuBLAS, "
+    "where torch is).")
 REPEATS = flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)
 READ_FLOOR = flags.DEFINE_bool("read_floor", True, "Time a plain read of the same bytes (GPU).")
 OUT = flags.DEFINE_string("out", "runs/spmv", "Records go to <out>.json and <out>.csv.")
@@ -41,10 +42,10 @@ OUT = flags.DEFINE_string("out", "runs/spmv", "Records go to <out>.json and <out
 TOLERANCE = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 5e-2}
 
 
-def macko(encoding=None, implementation=None):
+def macko(implementation=None, **options):
     def make(dense):
         product = lambda m, x: macko_jax.spmv(m, x, implementation=implementation)
-        return macko_jax.compress(dense, encoding=encoding), product
+        return macko_jax.compress(dense, **options), product
     return make
 
 
@@ -56,6 +57,8 @@ def jax_sparse(kind):
 MAKERS = {
     "macko": macko(),
     "macko_bitmask": macko(encoding="bitmask"),
+    "macko_int8": macko(dtype="int8"),
+    "macko_fp8": macko(dtype="float8_e4m3fn"),
     "macko_xla": macko(implementation="xla"),
     "dense": lambda dense: (dense, lambda m, x: x @ m.T if x.ndim > 1 else m @ x),
     "bcsr": jax_sparse(sparse.BCSR),
@@ -78,7 +81,9 @@ def values_of(matrix):
 
 
 def error_of(result, dense, x, y, matrix) -> float:
-    """Relative error of a result against float64."""
+    """Relative error of a result against float64, apart from the rounding of 8-bit values."""
+    if isinstance(matrix, macko_jax.MackoMatrix):
+        dense = macko_jax.decompress(matrix)
     if PRODUCT.value == "forward":
         return benchmark.relative_error(result, dense, x)
     if PRODUCT.value == "transposed":

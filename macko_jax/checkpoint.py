@@ -33,7 +33,7 @@ from macko_jax.format import MackoMatrix, validate
 FORMAT = "macko_jax"
 VERSION = "1"
 
-MATRIX_ARRAYS = ("values", "codes", "row_offsets", "starts")
+MATRIX_ARRAYS = ("values", "codes", "row_offsets", "starts", "scales")
 
 NATIVE_DTYPES = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
@@ -167,7 +167,7 @@ def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
         return {
             "matrix": {
                 name: _encode_array(np.asarray(getattr(node, name)), f"{place}.{name}", tensors)
-                for name in MATRIX_ARRAYS
+                for name in MATRIX_ARRAYS if getattr(node, name) is not None
             },
             "shape": list(node.shape),
             "encoding": node.encoding,

@@ -114,11 +114,13 @@ def partition(tree: Any) -> tuple[Any, Any]:
         tree: any pytree, such as packed parameters.
 
     Returns:
-        Two trees of the same structure: one with the floating-point leaves, which of a packed
-        kernel are its values, and one with the other leaves; None stands for the rest.
+        Two trees of the same structure: one with the floating-point leaves of 16 bits and more,
+        which of a packed kernel are its values, or the scales of 8-bit values, and one with the
+        other leaves; None stands for the rest.
     """
     def is_trained(leaf) -> bool:
-        return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        dtype = jnp.result_type(leaf)
+        return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
 
     return (jax.tree.map(lambda leaf: leaf if is_trained(leaf) else None, tree),
             jax.tree.map(lambda leaf: None if is_trained(leaf) else leaf, tree))

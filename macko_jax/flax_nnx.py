@@ -21,10 +21,11 @@ Model = TypeVar("Model")
 Layer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
 
 INDEX_NAMES = ("codes", "row_offsets", "starts")
+ARRAY_NAMES = ("values", *INDEX_NAMES, "scales")
 
 
 class MackoIndex(nnx.Variable):
-    """The integer arrays of a MackoLinear; no gradient and no optimizer touches them."""
+    """The arrays of 8 bits and of integers of a MackoLinear; no gradient and no optimizer touches them."""
 
 
 class MackoLinear(nnx.Module):
@@ -33,8 +34,8 @@ class MackoLinear(nnx.Module):
     It computes y = x W^T + b as the `nnx.Linear` or `nnx.LinearGeneral` that it replaces, with the
     same promotion of dtypes; sums are accumulated in float32 whatever the layer's `precision`.
     `values` is an `nnx.Param`: `nnx.grad` differentiates it and `nnx.Optimizer` updates it, and
-    since there is no entry for a zero, the pattern of non-zeros stays as it is. The other arrays
-    are `MackoIndex` variables. In a vmapped or scanned stack all of them have the stack's leading
+    since there is no entry for a zero, the pattern of non-zeros stays as it is. 8-bit values are
+    fixed, and their `scales` are the `nnx.Param`. The other arrays are `MackoIndex` variables. In a vmapped or scanned stack all of them have the stack's leading
     axes, so a `nnx.StateAxes` that names `nnx.Param` has to name `MackoIndex` as well.
 
     Args:
@@ -64,7 +65,9 @@ class MackoLinear(nnx.Module):
                 f"The matrix has shape {matrix.shape}; a layer from {in_features} to "
                 f"{out_features} features needs [out, in] = {expected}"
             )
-        self.values = nnx.Param(matrix.values)
+        scaled = matrix.scales is not None
+        self.values = (MackoIndex if scaled else nnx.Param)(matrix.values)
+        self.scales = nnx.data(nnx.Param(matrix.scales) if scaled else None)
         self.codes = MackoIndex(matrix.codes)
         self.row_offsets = MackoIndex(matrix.row_offsets)
         self.starts = MackoIndex(matrix.starts)
@@ -87,6 +90,7 @@ class MackoLinear(nnx.Module):
             shape=self.shape,
             encoding=self.encoding,
             lanes=self.lanes,
+            scales=None if self.scales is None else self.scales[...],
         )
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
@@ -181,8 +185,8 @@ def to_pure_dict(model: Any) -> dict:
     for path, layer in nnx.iter_modules(model):
         if isinstance(layer, MackoLinear):
             node = functools.reduce(operator.getitem, path, tree)
-            for name in ("values", *INDEX_NAMES):
-                del node[name]
+            for name in ARRAY_NAMES:
+                node.pop(name, None)
             node["kernel"] = layer.matrix
     return tree
 

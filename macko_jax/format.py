@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from macko_jax import layout, packing
+from macko_jax import layout, packing, quantization
 from macko_jax.layout import GROUP, WORD
 from macko_jax.packing import ENCODINGS, LANES
 
 DTYPES = tuple(jnp.dtype(t) for t in (jnp.float16, jnp.bfloat16, jnp.float32))
+QUANTIZED = tuple(quantization.LARGEST)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "codes", "row_offsets", "starts"),
+    data_fields=("values", "codes", "row_offsets", "starts", "scales"),
     meta_fields=("shape", "encoding", "lanes"))
 @dataclasses.dataclass(frozen=True)
 class MackoMatrix:
@@ -41,7 +42,7 @@ class MackoMatrix:
     Any leaf may carry the same leading axes (a stack of matrices, for `vmap` and `scan`).
 
     Attributes:
-      values: [8 * groups] float16, bfloat16 or float32.
+      values: [8 * groups] float16, bfloat16 or float32; or int8 or float8_e4m3fn, times `scales`.
       codes: uint32; bitmask: [rows * ceil(cols / 32)], bit b of a row's word w is column 32 w + b;
         delta4: [groups], eight deltas in order from the low bits.
       row_offsets: [rows + 1] int32, each row's first group.
@@ -49,6 +50,7 @@ class MackoMatrix:
       shape: (rows, cols).
       encoding: "bitmask" or "delta4".
       lanes: 1, 2, 4, 8, 16 or 32.
+      scales: [rows] factors of 8-bit values, float16, bfloat16 or float32; None for other values.
 
     References:
       MACKO: Sparse Matrix-Vector Multiplication for Low Sparsity, arXiv 2511.13061.
@@ -60,11 +62,12 @@ class MackoMatrix:
     shape: tuple[int, int]
     encoding: str
     lanes: int
+    scales: jax.Array | None = None
 
     @property
     def dtype(self):
-        """Type of the values."""
-        return self.values.dtype
+        """Type of the matrix's elements: of the values, or of the scales of 8-bit values."""
+        return (self.values if self.scales is None else self.scales).dtype
 
     @property
     def stored(self) -> int:
@@ -103,7 +106,7 @@ class MackoMatrix:
                 f"lanes={self.lanes}, stored={getattr(self.values, 'shape', ('?',))[-1]})")
 
 
-def compress(weight, *, encoding: str | None = None, lanes: int | None = None,
+def compress(weight, *, dtype=None, encoding: str | None = None, lanes: int | None = None,
              capacity: int | None = None) -> MackoMatrix:
     """Packs a dense matrix; zeros are dropped.
 
@@ -112,17 +115,20 @@ def compress(weight, *, encoding: str | None = None, lanes: int | None = None,
 
     Args:
       weight: [rows, cols], float16, bfloat16 or float32; anything that `numpy.asarray` takes.
+      dtype: in which the values are stored; None keeps the weight's. int8 and float8_e4m3fn are
+        scaled row by row, see `quantization.quantize`. What it rounds to zero is dropped.
       encoding: "bitmask" or "delta4"; None takes the one of fewer bytes.
       lanes: how many GPU lanes share a row, 1, 2, 4, 8, 16 or 32; None chooses by row length.
       capacity: room for this many groups of eight, so that matrices with different numbers of
         elements stack; None takes just what is needed.
 
     Returns:
-      The packed matrix; `decompress` gives the same matrix back.
+      The packed matrix; `decompress` gives the same matrix back, but for the rounding to `dtype`.
 
     Raises:
       TypeError: the weight's type is not one of the three, or it is being traced.
-      ValueError: the weight is not two-dimensional, or an option is out of range.
+      ValueError: the weight is not two-dimensional, an option is out of range, or a weight to be
+        scaled is not finite.
 
     References:
       arXiv 2511.13061, section 3 (the storage format).
@@ -149,9 +155,17 @@ def compress(weight, *, encoding: str | None = None, lanes: int | None = None,
         raise ValueError(f"encoding must be None or one of {list(ENCODINGS)}, got {encoding!r}")
     if lanes is not None and lanes not in LANES:
         raise ValueError(f"lanes must be None or one of {list(LANES)}, got {lanes!r}")
+    scales, dtype = None, jnp.dtype(dtype or weight.dtype)
+    if dtype in QUANTIZED:
+        weight, scales = quantization.quantize(weight, dtype)
+        scales = jnp.asarray(scales)
+    elif dtype in DTYPES:
+        weight = weight.astype(dtype)
+    else:
+        raise ValueError(f"dtype must be None, {_names(DTYPES + QUANTIZED)}, got {dtype}")
     arrays, encoding, lanes = packing.pack(weight, encoding, lanes, capacity)
     rows, cols = map(int, weight.shape)
-    return MackoMatrix(*map(jnp.asarray, arrays), (rows, cols), encoding, lanes)
+    return MackoMatrix(*map(jnp.asarray, arrays), (rows, cols), encoding, lanes, scales)
 
 
 @jax.jit
@@ -166,9 +180,10 @@ def decompress(matrix: MackoMatrix) -> jax.Array:
     """
     if matrix.row_offsets.ndim > 1:
         return jax.vmap(decompress)(matrix)
-    return layout.decode_dense(
+    dense = layout.decode_dense(
         matrix.values, matrix.codes, matrix.row_offsets,
         shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes)
+    return dense if matrix.scales is None else quantization.dequantize(dense, matrix.scales)
 
 
 def validate(matrix: MackoMatrix) -> None:
@@ -183,8 +198,9 @@ def validate(matrix: MackoMatrix) -> None:
     rows, cols = _check_metadata(matrix)
     values, codes, offsets, starts = map(
         np.asarray, (matrix.values, matrix.codes, matrix.row_offsets, matrix.starts))
-    if values.dtype not in DTYPES:
-        raise ValueError(f"values must be {_names(DTYPES)}, got {values.dtype}")
+    if values.dtype not in DTYPES + QUANTIZED:
+        raise ValueError(f"values must be {_names(DTYPES + QUANTIZED)}, got {values.dtype}")
+    _check_scales(matrix.scales, values.dtype, rows)
     if values.ndim != 1 or values.size % GROUP:
         raise ValueError(f"values must be [8 * groups], got shape {list(values.shape)}")
     groups = values.size // GROUP
@@ -219,6 +235,20 @@ def validate(matrix: MackoMatrix) -> None:
         raise ValueError(
             f"starts do not agree with the {'bits' if bitmask else 'deltas'}: row {row} has "
             f"{starts[row].tolist()}, its elements say {expected[row].tolist()}")
+
+
+def _check_scales(scales, dtype, rows: int) -> None:
+    if (scales is not None) != (dtype in QUANTIZED):
+        raise ValueError(f"values of {_names(QUANTIZED)} have scales, others have none; got values "
+                         f"of {dtype} {'without' if scales is None else 'with'} scales")
+    if scales is None:
+        return
+    scales = np.asarray(scales)
+    if scales.shape != (rows,) or scales.dtype not in DTYPES:
+        raise ValueError(f"scales must be [{rows}] of {_names(DTYPES)}, got {scales.dtype} "
+                         f"{list(scales.shape)}")
+    if (wrong := ~np.isfinite(scales.astype(np.float32))).any():
+        raise ValueError(f"the scale of row {int(wrong.argmax())} is {scales[wrong.argmax()]}")
 
 
 def _check_metadata(matrix: MackoMatrix) -> tuple[int, int]:

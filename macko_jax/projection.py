@@ -12,7 +12,7 @@ import numpy as np
 
 from macko_jax.api import spmv
 from macko_jax.format import MackoMatrix, compress
-from macko_jax.rules import VALUE_DTYPES, LayerReport, Rule
+from macko_jax.rules import SCALED_DTYPES, VALUE_DTYPES, LayerReport, Rule
 
 
 def pack_kernel(
@@ -39,7 +39,8 @@ def pack_kernel(
         The matrix, [out, in], its arrays with the leading axes `stack`, or None if the layer is
         skipped; and what to report.
     """
-    dtype = jnp.dtype(kernel.dtype if rule is None or rule.dtype is None else rule.dtype)
+    keeps = rule is None or rule.dtype is None or rule.dtype in SCALED_DTYPES
+    dtype = jnp.dtype(kernel.dtype if keeps else rule.dtype)
     rounded = jnp.asarray(kernel, dtype)
     density = float(jnp.count_nonzero(rounded) / max(kernel.size, 1))
     report = LayerReport(path, layer, kernel.shape, density, kernel.nbytes, kernel.nbytes)
@@ -66,7 +67,7 @@ def pack_kernel(
     matrix = (
         _pack_stack(weights, rule)
         if stack
-        else compress(weights, encoding=rule.encoding, lanes=rule.lanes)
+        else compress(weights, dtype=rule.dtype, encoding=rule.encoding, lanes=rule.lanes)
     )
     return matrix, dataclasses.replace(
         report, bytes_after=matrix.nbytes, encoding=matrix.encoding
@@ -86,12 +87,10 @@ def _pack_stack(weights: jax.Array, rule: Rule) -> MackoMatrix:
     weights = weights.reshape(-1, *weights.shape[-2:])
     # The longest matrix decides for all of them how positions are stored.
     longest = weights[jnp.argmax(jnp.count_nonzero(weights, axis=(1, 2)))]
-    choice = compress(longest, encoding=rule.encoding, lanes=rule.lanes)
-    matrices = [compress(w, encoding=choice.encoding, lanes=choice.lanes) for w in weights]
-    groups = max(matrix.stored for matrix in matrices) // 8
-    matrices = [
-        compress(w, encoding=choice.encoding, lanes=choice.lanes, capacity=groups) for w in weights
-    ]
+    choice = compress(longest, dtype=rule.dtype, encoding=rule.encoding, lanes=rule.lanes)
+    options = {"dtype": rule.dtype, "encoding": choice.encoding, "lanes": choice.lanes}
+    groups = max(compress(w, **options).stored for w in weights) // 8
+    matrices = [compress(w, capacity=groups, **options) for w in weights]
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *matrices)
     return jax.tree.map(lambda array: array.reshape(*stack, *array.shape[1:]), stacked)
 
@@ -113,7 +112,8 @@ def project(
         bias: [*out_features] or None.
         axis: the contracted axes of `inputs`.
         out_features: the layer's output features, which become the last axes of the result.
-        promote: takes the tuple (inputs, values, bias) to the dtype of the computation.
+        promote: takes the tuple (inputs, values, bias) to the dtype of the computation; of a matrix
+            with 8-bit values, their scales in the place of the values.
 
     Returns:
         [*remaining axes of inputs, *out_features], in the dtype of the computation.
@@ -125,11 +125,13 @@ def project(
     kept = x.ndim - len(axis)
     x = x.reshape(*x.shape[:kept], math.prod(x.shape[kept:]))
 
-    x, values, bias = promote((x, matrix.values, bias))
+    name = "values" if matrix.scales is None else "scales"
+    stored = getattr(matrix, name)
+    x, promoted, bias = promote((x, stored, bias))
     # Stored values narrower than the computation are widened by the product itself, exactly and
     # without a wide copy in memory.
-    if jnp.promote_types(matrix.dtype, values.dtype) == values.dtype:
-        values = matrix.values
-    y = spmv(dataclasses.replace(matrix, values=values), x)
+    if jnp.promote_types(stored.dtype, promoted.dtype) != promoted.dtype:
+        matrix = dataclasses.replace(matrix, **{name: promoted})
+    y = spmv(matrix, x)
     y = y.reshape(*y.shape[:-1], *map(int, out_features))
     return y if bias is None else y + bias

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 BREAK_EVEN_DENSITY = 0.8
 
 VALUE_DTYPES = ("float16", "bfloat16", "float32")
+SCALED_DTYPES = ("int8", "float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,9 @@ class Rule:
             by "/", as in `layers/0/attention/query`; the path of the model itself is "".
         skip: leave the layers dense.
         max_density: leave a layer dense whose share of non-zeros is above this; 1.0 packs all.
-        dtype: dtype in which the values are stored: float16, bfloat16 or float32; None keeps the
-            kernel's. Values that the dtype rounds to zero are dropped.
+        dtype: dtype in which the values are stored: float16, bfloat16 or float32, or int8 or
+            float8_e4m3fn with a scale for every row; None keeps the kernel's. Values that the dtype
+            rounds to zero are dropped.
         encoding: how positions are stored, as in `macko_jax.compress`; None chooses.
         lanes: how many GPU lanes share a row, as in `macko_jax.compress`; None chooses.
 
@@ -55,10 +57,10 @@ class Rule:
             )
         if self.dtype is not None:
             name = jnp.dtype(self.dtype).name
-            if name not in VALUE_DTYPES:
+            if name not in VALUE_DTYPES + SCALED_DTYPES:
                 raise ValueError(
                     f"Rule {self.path!r} has dtype={name}; values are stored as "
-                    f"{', '.join(VALUE_DTYPES)}, or None to keep the kernel's dtype"
+                    f"{', '.join(VALUE_DTYPES + SCALED_DTYPES)}, or None to keep the kernel's dtype"
                 )
             object.__setattr__(self, "dtype", name)
 

@@ -33,7 +33,7 @@ def vectors(batch, cols, seed=1, dtype=np.float32):
 
 def abstract(matrix):
     return strips.Matrix(
-        matrix.shape, matrix.encoding, matrix.lanes, matrix.stored, matrix.dtype)
+        matrix.shape, matrix.encoding, matrix.lanes, matrix.stored, matrix.values.dtype)
 
 
 def execute(program, plan, arrays, out, *, blocks, warps, slots):
@@ -129,6 +129,25 @@ def test_other_programs(rows, cols, density, dtype, lanes, encoding):
     np.testing.assert_allclose(out.astype(np.float32), exact, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.parametrize("encoding", ["delta4", "bitmask"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_programs_on_8_bit_values(dtype, encoding):
+    matrix = macko_jax.compress(sparse(21, 300, 0.5, jnp.float32), dtype=dtype, encoding=encoding)
+    unscaled = dataclasses.replace(matrix, scales=None)
+    dense = np.asarray(macko_jax.decompress(unscaled)).astype(np.float32)
+    x, y = vectors(2, 300, dtype=np.float16), vectors(1, 21)
+    settings = dataclasses.replace(SETTINGS, vectors=2)
+    assert_product(emulate(unscaled, x, settings), dense, x)
+
+    plan = transposed.Plan(abstract(unscaled), batch=1, share=2, warps=4, rows_per_warp=1)
+    partial = execute(
+        transposed.program, plan,
+        arrays_of(unscaled, "values", "codes", "row_offsets", "starts") | {"y": y},
+        {"x": np.full((1, 2, 300), np.nan, np.float32)},
+        blocks=plan.blocks, warps=4, slots=plan.shared_slots)
+    assert_product(partial.sum(1, dtype=np.float32), dense.T, y)
+
+
 def test_program_reads_only_its_own_rows():
     """Empty rows between full ones, and spare capacity that holds NaN."""
     dense = sparse(12, 90, 1.0, jnp.float32).copy()
@@ -177,6 +196,14 @@ def test_derivatives_lower_to_kernels():
     assert text.count("mosaic_gpu") >= 2 and "dot_general" not in text and "gather" not in text
     text = lowered(None, "cuda", config.BREAK_EVEN["spmv_transposed"] + 1, differentiate=True)
     assert "mosaic_gpu" in text and "dot_general" in text
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_8_bit_values_lower_to_the_kernels(dtype):
+    matrix = macko_jax.compress(sparse(64, 96, 0.5, jnp.float16), dtype=dtype)
+    loss = lambda x, m: macko_jax.spmv(m, x, implementation="mosaic_gpu").astype(jnp.float32).sum()
+    both = jax.jit(jax.value_and_grad(loss)).trace(jnp.ones((2, 96), jnp.float16), matrix)
+    assert both.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 2
 
 
 def test_explains_why_not():
@@ -258,12 +285,30 @@ def test_other_products_on_gpu(encoding, dtype, shape):
         np.testing.assert_allclose(np.where(dense != 0, kept, 0).astype(np.float64), exact,
                                    atol=rounding)
 
-    x, y = vectors(40, cols, dtype=dtype), vectors(40, rows, seed=2, dtype=dtype)
+    x = vectors(40, cols, dtype=dtype)
     many = jax.jit(lambda m, x: macko_jax.spmv(m, x))
     exact = x.astype(np.float64) @ dense.astype(np.float64).T
     scale = np.abs(x.astype(np.float64)) @ np.abs(dense.astype(np.float64)).T + 1e-30
     error = np.abs(np.asarray(many(matrix, x)).astype(np.float64) - exact) / scale
     assert error.max() <= float(jnp.finfo(dtype).eps) + (cols + 1) * 2.0**-24
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("encoding", ["delta4", "bitmask"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("shape", [(37, 300, 0.5), (300, 2051, 0.3), (1500, 4096, 0.5)], ids=str)
+def test_8_bit_values_on_gpu(shape, dtype, encoding):
+    rows, cols, density = shape
+    matrix = macko_jax.compress(
+        sparse(rows, cols, density, jnp.float32), dtype=dtype, encoding=encoding)
+    dense = np.asarray(macko_jax.decompress(dataclasses.replace(matrix, scales=None)), np.float64)
+    dense *= np.asarray(matrix.scales, np.float64)[:, None]
+    x, y = vectors(3, cols), vectors(1, rows, seed=2)
+    product = jax.jit(lambda m, x: macko_jax.spmv(m, x, implementation="mosaic_gpu"))
+    assert_product(np.asarray(product(matrix, x)), dense, x)
+    transpose = jax.jit(lambda m, y: jax.vjp(lambda x: product(m, x), x[:1])[1](y)[0])
+    assert_product(np.asarray(transpose(matrix, y)), dense.T, y)
 
 
 @pytest.mark.gpu

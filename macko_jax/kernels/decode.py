@@ -112,6 +112,8 @@ def _store_piece(ops, row, offset, row_bytes: int, words, where) -> None:
 def why_not(matrix: strips.Matrix) -> str | None:
     """None if the kernel decodes the matrix, or the reason why it does not."""
     rows, cols = matrix.shape
+    if jnp.dtype(matrix.dtype).itemsize == 1:
+        return "it does not decode 8-bit values"
     if plan(matrix) is None:
         return f"shared memory has no room for four rows of {cols} columns"
     if rows * cols * jnp.dtype(matrix.dtype).itemsize >= 2**32:

@@ -54,6 +54,10 @@ class NumpyLanes:
         halves = np.ascontiguousarray(word).view(jnp.dtype(dtype)).astype(np.float32)
         return halves[0::2], halves[1::2]
 
+    def four(self, word, dtype):
+        bytes_ = np.ascontiguousarray(word).view(jnp.dtype(dtype)).astype(np.float32)
+        return [bytes_[i::4] for i in range(4)]
+
     def pack(self, low, high, dtype):
         rounded = np.stack([low, high], axis=-1).astype(jnp.dtype(dtype))
         return rounded.view(np.uint32).reshape(-1)

@@ -42,6 +42,7 @@ class Register:
     def __mul__(self, other): return self._apply(other, arith.muli, arith.mulf)
     def __and__(self, other): return self._apply(other, arith.andi)
     def __or__(self, other): return self._apply(other, arith.ori)
+    def __xor__(self, other): return self._apply(other, arith.xori)
     def __lshift__(self, other): return self._apply(other, arith.shli)
     def __rshift__(self, other): return self._apply(other, arith.shrui)
     def __lt__(self, other): return self._compare("ult", other)
@@ -128,6 +129,28 @@ class MosaicLanes:
                     halves, _constant(_i32(), i))))
                 for i in (0, 1))
         return self.as_real(word << 16), self.as_real(word & 0xFFFF0000)
+
+    def four(self, word, dtype):
+        """The four int8 or float8_e4m3fn of a 32-bit word, the lowest first, as float32."""
+        if jnp.dtype(dtype) != jnp.int8:
+            halves = [self._narrow(word), self._narrow(word >> 16)]
+            return [a for half in halves for a in self.pair(half, jnp.float16)]
+        # With the sign bit flipped, a byte is the number plus 128; in the lowest bits of 2**23 it
+        # makes a float32 without a conversion.
+        biased, out = word ^ 0x80808080, []
+        for i in range(4):
+            bits = llvm.inline_asm(
+                _i32(), [biased.value], f"prmt.b32 $0, $1, 0x4B000000, {0x7440 + i:#x};", "=r,r",
+                has_side_effects=False)
+            out.append(self.as_real(Register(bits)) - (2.0**23 + 128))
+        return out
+
+    @staticmethod
+    def _narrow(word):
+        """Two float8_e4m3fn in the lower half of a word as two float16."""
+        return Register(llvm.inline_asm(
+            _i32(), [arith.trunci(_i16(), word.value)], "cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h",
+            has_side_effects=False))
 
     def pack(self, low, high, dtype):
         """The 32-bit word of two float32 rounded to a 16-bit type."""

@@ -167,7 +167,8 @@ class Walk:
         """
         self.ops, self.matrix, self.unroll, self.scale = ops, matrix, unroll, scale
         self.decoder = DECODERS[matrix.encoding](ops, matrix)
-        self.chunks = GROUP * jnp.dtype(matrix.dtype).itemsize // 16 if read_values else 0
+        words = GROUP * jnp.dtype(matrix.dtype).itemsize // 4 if read_values else 0
+        self.loads = [min(words, 4)] * (-(-words // 4))  # words of each load of a group's values
         rows_per_warp = rows_per_warp or WARP // matrix.lanes
         share, rest = divmod(matrix.shape[0], blocks)
         self.first_row = block * share + ops.select(block < rest, block, ops.integer(rest))
@@ -201,9 +202,9 @@ class Walk:
             if self.decoder.reads_codes_by_group:
                 [code] = ops.load_words("codes", group, 1, live, stream=True)
             values = []
-            for i in range(self.chunks):
+            for i, words in enumerate(self.loads):
                 values += ops.load_words(
-                    "values", group * self.chunks + i, 4, live, stream=True)
+                    "values", group * len(self.loads) + i, words, live, stream=True)
             out.append((code, values))
         return out
 
@@ -257,6 +258,9 @@ class Walk:
 
 def unpack(ops, words, dtype) -> list:
     """The eight values of a group as float32."""
-    if jnp.dtype(dtype).itemsize == 4:
-        return [ops.as_real(word) for word in words]
-    return [half for word in words for half in ops.pair(word, dtype)]
+    unpack_word = {
+        1: lambda word: ops.four(word, dtype),
+        2: lambda word: ops.pair(word, dtype),
+        4: lambda word: [ops.as_real(word)],
+    }[jnp.dtype(dtype).itemsize]
+    return [real for word in words for real in unpack_word(word)]

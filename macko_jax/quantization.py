@@ -1,0 +1,58 @@
+"""8-bit values with a scale for every row."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Type of the values -> the largest magnitude that a row is scaled to.
+LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+
+
+def quantize(weight, dtype):
+    """8-bit values q and scales s with weight[r, c] ~ s[r] q[r, c].
+
+    s[r] is max_c |weight[r, c]| over the type's largest value, rounded up to the weight's type, and
+    q the nearest value of the type (ties to even). So |weight - s q| is at most s[r] / 2 for int8,
+    and for float8_e4m3fn at most 2**-4 |weight|, or 2**-10 s[r] where that is more.
+
+    Args:
+      weight: [rows, cols] float16, bfloat16 or float32, NumPy or JAX.
+      dtype: int8 or float8_e4m3fn.
+
+    Returns:
+      q [rows, cols] of `dtype` and s [rows] of the weight's type; a row of zeros has scale 0.
+
+    Raises:
+      ValueError: the weight is not finite.
+
+    References:
+      Dettmers et al., LLM.int8(), arXiv 2208.07339, section 2.1 (row-wise absmax quantization);
+      Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433 (e4m3).
+    """
+    xp = jnp if isinstance(weight, jax.Array) else np
+    dtype, largest = jnp.dtype(dtype), LARGEST[jnp.dtype(dtype)]
+    exact = weight.astype(np.float32)
+    peak = xp.max(xp.abs(exact), axis=1, initial=0)
+    if not bool(xp.isfinite(peak).all()):
+        raise ValueError(
+            f"{dtype} values need finite weights, and rows "
+            f"{np.flatnonzero(~np.isfinite(np.asarray(peak)))[:8].tolist()} are not; clean the "
+            "weight, or store it in its own type")
+    scales = _round_up(peak / largest, weight.dtype)
+    ratio = exact / xp.where(scales > 0, scales.astype(np.float32), 1)[:, None]
+    ratio = xp.clip(ratio, -largest, largest)  # the last bit of the division
+    return (xp.round(ratio) if dtype == jnp.int8 else ratio).astype(dtype), scales
+
+
+def _round_up(real, dtype):
+    """float32 rounded to a float type, never down."""
+    xp, info = real.__array_namespace__(), jnp.finfo(dtype)
+    nearest = real.astype(dtype)
+    above = nearest.astype(np.float32) * np.float32(1 + float(info.eps))
+    above = (above + np.float32(info.smallest_subnormal)).astype(dtype)
+    return xp.where(nearest.astype(np.float32) < real, above, nearest)
+
+
+def dequantize(values, scales) -> jax.Array:
+    """[rows, cols] of the scales' type."""
+    exact = values.astype(jnp.float32) * scales.astype(jnp.float32)[:, None]
+    return exact.astype(scales.dtype)
