@@ -11,52 +11,64 @@ import pytest
 from examples.llama import decode_attention
 
 HAS_GPU = any(device.platform == "gpu" for device in jax.local_devices())
-# heads, key-value heads, slots, live tokens, window; more than 1024 slots take several blocks
+# heads, key-value heads, slots, live tokens of each sequence, window; more than 1024 slots take
+# several blocks
 CASES = {
-    "one": (2, 2, 64, 1, None),
-    "grouped": (8, 2, 96, 77, None),
-    "seven": (14, 2, 96, 50, None),
-    "full": (2, 1, 64, 64, None),
-    "windowed": (2, 1, 128, 110, 19),
-    "short of its window": (2, 1, 64, 7, 19),
-    "long": (2, 1, 1100, 1051, None),
-    "long, but few live": (2, 1, 2050, 40, None),
-    "long and windowed": (2, 1, 1100, 1051, 300),
+    "one": (2, 2, 64, [1], None),
+    "grouped": (8, 2, 96, [77], None),
+    "seven": (14, 2, 96, [50], None),
+    "full": (2, 1, 64, [64], None),
+    "windowed": (2, 1, 128, [110], 19),
+    "short of its window": (2, 1, 64, [7], 19),
+    "long": (2, 1, 1100, [1051], None),
+    "long, but few live": (2, 1, 2050, [40], None),
+    "long and windowed": (2, 1, 1100, [1051], 300),
+    "batch": (6, 3, 96, [30, 96, 1, 65], 50),
+    "long batch": (2, 1, 1100, [1051, 3], None),
 }
 DIM = decode_attention.HEAD_DIM
 
 
-def make(heads, kv_heads, slots, live, dtype=jnp.float16):
-    """A projected row [1, n], the angles of its position, a cache and the position."""
+def make(heads, kv_heads, slots, lengths, dtype=jnp.float16):
+    """Projected rows [B, n], the angles of their positions, a cache and the positions."""
     rng = np.random.default_rng(0)
-    row = jnp.asarray(2 * rng.normal(size=(1, (heads + 2 * kv_heads) * DIM)), dtype)
-    cache = np.full((1, kv_heads, slots, 2, DIM), np.nan)  # what is not live is never read
-    cache[:, :, :live] = rng.normal(size=(1, kv_heads, live, 2, DIM))
-    angles = (live - 1) * 10000.0 ** (-np.arange(0, DIM, 2) / DIM)
+    rows = jnp.asarray(2 * rng.normal(size=(len(lengths), (heads + 2 * kv_heads) * DIM)), dtype)
+    cache = rng.normal(size=(len(lengths), kv_heads, slots, 2, DIM))
+    for sequence, live in zip(cache, lengths):
+        sequence[:, live:] = np.nan  # what is not live is never read
+    positions = np.array(lengths) - 1
+    angles = positions[:, None] * 10000.0 ** (-np.arange(0, DIM, 2) / DIM)
     rotation = tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
-    return row, rotation, jnp.asarray(cache, dtype), jnp.array([live - 1], jnp.int32)
+    return rows, rotation, jnp.asarray(cache, dtype), jnp.asarray(positions, jnp.int32)
 
 
-def expected(row, rotation, cache, position, heads, window):
-    """The same in float64: [1, H * D]."""
-    live = int(position[0]) + 1
-    first = 0 if window is None else max(0, live - window)
-    query = np.asarray(row[0, : heads * DIM], np.float64).reshape(heads, 2, DIM // 2)
-    cos, sin = (np.asarray(a, np.float64) for a in rotation)
-    early, late = query[:, 0], query[:, 1]
-    query = np.concatenate([early * cos - late * sin, late * cos + early * sin], axis=1)
-    cache = np.asarray(cache[0, :, first:live], np.float64).repeat(heads // cache.shape[1], axis=0)
-    scores = np.einsum("hd,hsd->hs", query, cache[:, :, 0]) / math.sqrt(DIM)
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    weights /= weights.sum(axis=1, keepdims=True)
-    return np.einsum("hs,hsd->hd", weights, cache[:, :, 1]).reshape(1, -1)
+def expected(rows, rotation, cache, positions, heads, window):
+    """The same in float64: [B, H * D]."""
+    out = []
+    for row, cos, sin, slots, position in zip(
+        *(np.asarray(a, np.float64) for a in (rows, *rotation, cache)), positions
+    ):
+        live = int(position) + 1
+        first = 0 if window is None else max(0, live - window)
+        query = row[: heads * DIM].reshape(heads, 2, DIM // 2)
+        early, late = query[:, 0], query[:, 1]
+        query = np.concatenate([early * cos - late * sin, late * cos + early * sin], axis=1)
+        seen = slots[:, first:live].repeat(heads // len(slots), axis=0)
+        scores = np.einsum("hd,hsd->hs", query, seen[:, :, 0]) / math.sqrt(DIM)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        out.append(np.einsum("hs,hsd->hd", weights, seen[:, :, 1]).reshape(-1))
+    return np.array(out)
 
 
-def emulate(row, rotation, cache, position, heads, window):
-    plan = decode_attention.Plan(heads, cache.shape[1], cache.shape[2], window, cache.dtype)
-    size = heads * DIM if plan.splits == 1 else plan.blocks * plan.group * plan.width
-    arrays = {"query": row, "cos": rotation[0], "sin": rotation[1], "cache": cache,
-              "position": position, "out": np.full(size, np.nan, np.float32)}  # fmt: skip
+def emulate(rows, rotation, cache, positions, heads, window):
+    batch, kv_heads, slots = cache.shape[:3]
+    plan = decode_attention.Plan(
+        batch, heads, kv_heads, rows.shape[1] // DIM, slots, window, cache.dtype
+    )
+    size = batch * heads * DIM if plan.splits == 1 else plan.blocks * plan.group * plan.width
+    arrays = {"query": rows, "cos": rotation[0], "sin": rotation[1], "cache": cache,
+              "position": positions, "out": np.full(size, np.nan, np.float32)}  # fmt: skip
     ops = emulation.NumpyLanes(
         {name: np.array(array) for name, array in arrays.items()}, blocks=plan.blocks,
         threads=32 * plan.warps, shared_slots=plan.shared_slots,
@@ -64,7 +76,8 @@ def emulate(row, rotation, cache, position, heads, window):
     with np.errstate(under="ignore"):
         decode_attention.program(ops, plan)
     out = ops.arrays["out"]
-    return out if plan.splits == 1 else decode_attention.join(jnp.asarray(out), plan)
+    out = out if plan.splits == 1 else decode_attention.join(jnp.asarray(out), plan)
+    return out.reshape(batch, -1)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -72,11 +85,11 @@ def test_program_is_attention(case):
     heads, kv_heads, slots, live, window = case
     arguments = make(heads, kv_heads, slots, live)
     found = emulate(*arguments, heads, window)
-    wanted = expected(*arguments, heads, window)[0]
+    wanted = expected(*arguments, heads, window)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["grouped", "long and windowed"])
+@pytest.mark.parametrize("case", ["grouped", "long batch"])
 def test_kernel_lowers_for_cuda(case):
     heads, kv_heads, slots, live, window = CASES[case]
     attend = jax.jit(decode_attention.attend, static_argnames=("heads", "window"))
@@ -95,5 +108,14 @@ def test_kernel_gives_attention(case, dtype):
     wanted = expected(*arguments, heads, window)
     rounding = 2 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(
-        found.astype(jnp.float32), wanted, rtol=rounding, atol=rounding / math.sqrt(live)
+        found.astype(jnp.float32), wanted, rtol=rounding, atol=rounding / math.sqrt(max(live))
     )
+
+
+@pytest.mark.parametrize("divisor", [1, 3, 7, 32, 40, 64, 2**15])
+@pytest.mark.parametrize("below", [1, 1000, 2**15])
+def test_division_is_exact(divisor, below):
+    numbers = np.arange(below, dtype=np.uint32)  # whose products wrap around, as registers' do
+    found = decode_attention._divide(numbers, divisor, below)
+    assert found.dtype == np.uint32
+    np.testing.assert_array_equal(found, numbers // divisor)

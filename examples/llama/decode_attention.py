@@ -1,4 +1,4 @@
-"""Attention of one token over its cache, in one GPU kernel: rotation, scores, softmax and mixing.
+"""Attention of one token a sequence over its cache, in one GPU kernel: rotation, softmax, mixing.
 
 A block serves the query heads of one key-value head, at most four. Eight lanes of a warp share a
 slot and each holds 16 elements of its key and value, so that a warp has four slots at a time, or a
@@ -23,6 +23,7 @@ CHUNK = 8  # consecutive elements in the 16 bytes of one load; a lane has two su
 CHUNKS = HEAD_DIM // CHUNK
 MOST_HEADS = 4  # query heads of a block: each takes 32 registers
 SLOTS_PER_BLOCK = 1024  # cache slots for which one block is enough, over its query heads
+MOST_ROWS = 2**15  # heads of all sequences; see `_divide`
 NEVER = -1e30  # score of a slot that is not visible; finite, so that differences are numbers
 
 
@@ -31,14 +32,18 @@ class Plan:
     """What is known of a call when it is compiled.
 
     Attributes:
+      batch: sequences.
       heads, kv_heads: query and key-value heads.
+      row: how many times `HEAD_DIM` elements lie between two sequences' queries.
       slots: of the cache.
       window: how many tokens back are visible, or None.
       dtype: of the query row and the cache.
     """
 
+    batch: int
     heads: int
     kv_heads: int
+    row: int
     slots: int
     window: int | None
     dtype: object
@@ -61,7 +66,7 @@ class Plan:
 
     @property
     def blocks(self):
-        return self.kv_heads * self.parts * self.splits
+        return self.batch * self.kv_heads * self.parts * self.splits
 
     @property
     def warps(self):
@@ -83,45 +88,48 @@ class Plan:
         return self.warps * self.group * self.width
 
 
-def fits(query_row, cache):
-    """Whether the kernel serves a row [1, ...] and a cache [1, K, S, 2, D] on the default device."""
+def fits(query_rows, cache):
+    """Whether the kernel serves rows [B, n] and a cache [B, K, S, 2, D] on the default device."""
     return (
         jax.default_backend() == "gpu"
-        and cache.shape[0] == 1
         and cache.shape[-1] == HEAD_DIM
-        and query_row.dtype == cache.dtype
+        and query_rows.shape[-1] % HEAD_DIM == 0
+        and query_rows.size // HEAD_DIM <= MOST_ROWS
+        and query_rows.dtype == cache.dtype
         and cache.dtype in (jnp.float16, jnp.bfloat16)
     )
 
 
-def attend(query_row, rotation, cache, position, *, heads, window):
-    """Attention of the query heads of one token over the live slots of a cache.
+def attend(query_rows, rotation, cache, positions, *, heads, window):
+    """Attention of the query heads of one token a sequence over the live slots of a cache.
 
     Args:
-      query_row: [1, n], which begins with the H query heads of D elements, not yet rotated.
-      rotation: (cos, sin) of the token's angles, each of D / 2 elements, float32.
-      cache: [1, K, S, 2, D]: keys and values, the token's own among them.
-      position: [1] int32, the token's position; slots up to it are live.
+      query_rows: [B, n], each beginning with the H query heads of D elements, not yet rotated.
+      rotation: (cos, sin) of the tokens' angles, each of B * D / 2 elements, float32.
+      cache: [B, K, S, 2, D]: keys and values, the tokens' own among them.
+      positions: [B] int32, the tokens' positions; slots up to them are live.
       heads, window: H, and how many tokens back are visible (None: all).
 
     Returns:
-      [1, H * D] in the dtype of the query row.
+      [B, H * D] in the dtype of the query rows.
     """
-    plan = Plan(heads, cache.shape[1], cache.shape[2], window, cache.dtype)
-    cos, sin = (a.reshape(HEAD_DIM // 2) for a in rotation)
+    batch, kv_heads, slots = cache.shape[:3]
+    row = query_rows.shape[-1] // HEAD_DIM
+    plan = Plan(batch, heads, kv_heads, row, slots, window, cache.dtype)
     alone = plan.splits == 1
-    shape = (heads * HEAD_DIM if alone else plan.blocks * plan.group * plan.width,)
+    size = batch * heads * HEAD_DIM if alone else plan.blocks * plan.group * plan.width
+    operands = (query_rows, *rotation, cache, positions)
     out = lanes.run(
         lambda ops: program(ops, plan), ("query", "cos", "sin", "cache", "position", "out"),
-        (query_row.reshape(-1), cos, sin, cache.reshape(-1), position),
-        jax.ShapeDtypeStruct(shape, query_row.dtype if alone else jnp.float32),
+        [operand.reshape(-1) for operand in operands],
+        jax.ShapeDtypeStruct((size,), query_rows.dtype if alone else jnp.float32),
         blocks=plan.blocks, warps=plan.warps, shared_slots=plan.shared_slots,
     )  # fmt: skip
-    return (out if alone else join(out, plan).astype(query_row.dtype)).reshape(1, -1)
+    return (out if alone else join(out, plan).astype(query_rows.dtype)).reshape(batch, -1)
 
 
 def join(partial, plan):
-    """Of the blocks' partial results, the mixture of all slots: [H * D] float32."""
+    """Of the blocks' partial results, the mixture of all slots: [B * H * D] float32."""
     partial = partial.reshape(-1, plan.splits, plan.group, plan.width)
     mixed, largest, weight = jnp.split(partial, [HEAD_DIM, HEAD_DIM + 1], axis=-1)
     share = jnp.exp2(largest - largest.max(axis=1, keepdims=True))
@@ -133,16 +141,19 @@ def program(ops, plan: Plan):
     thread, block = ops.thread(), ops.block()
     lane, warp = thread & (lanes.WARP - 1), thread >> 5
     chunk, place = lane & (LANES - 1), lane >> 3  # of the slot, and the slot of the warp's four
+    # Blocks in the order of sequences, key-value heads, their parts, and shares of the slots.
     heads, split = block >> (plan.splits.bit_length() - 1), block & (plan.splits - 1)
-    # heads / parts: exact while heads * parts < 2**16.
-    kv_head = (heads * -(-(2**16) // plan.parts)) >> 16
-    live = ops.load_integer("position", ops.integer(0)) + 1
+    count = plan.blocks // plan.splits
+    kv_head = _divide(heads, plan.parts, count)  # of all sequences
+    sequence = _divide(heads, plan.parts * plan.kv_heads, count)
+    live = ops.load_integer("position", sequence) + 1
     oldest = ops.integer(0)
     if plan.window is not None:
         oldest = ops.select(live >= plan.window, live - plan.window, oldest)
-    turn = _angles(ops, chunk)
+    turn = _angles(ops, sequence, chunk)
+    first_query = heads * plan.group + sequence * (plan.row - plan.heads)
     queries = [
-        _rotated_query(ops, plan, heads * plan.group + j, chunk, turn) for j in range(plan.group)
+        _rotated_query(ops, plan, first_query + j, chunk, turn) for j in range(plan.group)
     ]
 
     def read(slot):
@@ -191,6 +202,17 @@ def program(ops, plan: Plan):
         ops.store_shared(base + (HEAD_DIM + 1), weight, lane == 0)
     ops.barrier()
     _join_warps(ops, plan, thread, block)
+
+
+def _divide(number, divisor, below):
+    """number // divisor for a number < below <= 2**15, by a product and a shift.
+
+    The reciprocal 2**shift / divisor is rounded up by less than 1, so the quotient is too large by
+    less than below / 2**shift < 1 / divisor, which changes no integer part; and the product stays
+    below 2 * (2 * below**2) <= 2**32.
+    """
+    shift = (below * divisor).bit_length()
+    return (number * -(-(2**shift) // divisor)) >> shift
 
 
 def _join_places(ops, softmax):
@@ -250,14 +272,16 @@ def _numbers(ops, plan, words):
     return [number for word in words for number in ops.pair(word, plan.dtype)]
 
 
-def _angles(ops, chunk):
+def _angles(ops, sequence, chunk):
     """cos and sin of the angles by which a lane's elements turn, `CHUNK` each."""
     everywhere = chunk < LANES
     return [
         [
             ops.as_real(word)
             for i in (0, 1)
-            for word in ops.load_words(name, chunk * 2 + i, CHUNK // 2, everywhere)
+            for word in ops.load_words(
+                name, sequence * CHUNKS + (chunk * 2 + i), CHUNK // 2, everywhere
+            )
         ]
         for name in ("cos", "sin")
     ]

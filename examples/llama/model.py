@@ -120,11 +120,12 @@ class Attention(nnx.Module):
                 mixed = _attention(query, layer_cache, positions, self.window)
         else:
             layer_cache = _write(layer_cache, new, positions)
-            row = (qkv if self.query_norm is None else query).reshape(batch, -1)
-            if length == 1 and _fits_decode_kernel(row, layer_cache):
+            rows = (qkv if self.query_norm is None else query).reshape(batch, -1)
+            if length == 1 and _fits_decode_kernel(rows, layer_cache):
                 mixed = _decode_kernel().attend(
-                    row, rotary, layer_cache, positions[0], heads=self.heads, window=self.window
-                )
+                    rows, rotary, layer_cache, positions[:, 0], heads=self.heads,
+                    window=self.window,
+                )  # fmt: skip
             else:
                 mixed = _attention(_rotate(query, rotary), layer_cache, positions, self.window)
         return self.out(mixed.reshape(batch, length, self.heads * self.head_dim)), layer_cache
@@ -296,8 +297,8 @@ def _decode_kernel():
     return decode_attention
 
 
-def _fits_decode_kernel(row, layer_cache):
-    return jax.default_backend() == "gpu" and _decode_kernel().fits(row, layer_cache)
+def _fits_decode_kernel(rows, layer_cache):
+    return jax.default_backend() == "gpu" and _decode_kernel().fits(rows, layer_cache)
 
 
 def _attention(query, layer_cache, positions, window):
