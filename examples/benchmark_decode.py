@@ -4,9 +4,10 @@
     python -m examples.benchmark_decode --config=tiny --new_tokens=32
     python -m examples.benchmark_decode --checkpoint=DENSE --checkpoint=PACKED
 
-Without checkpoints, weights are random and made on the device, layer by layer: the speed of a product depends on where
-the non-zeros are, not on what they are. Masks are random. Embedding and output head stay dense. Memory is what the compiled programs of
-prefill and decode take: arguments, results and temporaries.
+Without checkpoints, weights are random and made on the device, layer by layer: the speed of a
+product depends on where the non-zeros are, not on what they are. Masks are random. Embedding and
+output head stay dense. Memory is what the compiled programs of prefill and decode take: arguments,
+results and temporaries.
 """
 
 import dataclasses
@@ -38,8 +39,9 @@ from examples.llama.configs import CONFIGS
 CONFIG = flags.DEFINE_enum("config", "tiny", list(CONFIGS), "Shape of the model.")
 LAYERS = flags.DEFINE_integer("layers", None, "Decoder layers; by default the model's.", 1)
 CHECKPOINT = flags.DEFINE_multi_string(
-    "checkpoint", [], "Directory of a dense or packed model, in the place of random ones; repeatable."
-)
+    "checkpoint", [],
+    "Directory of a dense or packed model, in the place of random ones; repeatable.",
+)  # fmt: skip
 DENSITY = flags.DEFINE_multi_float(
     "density", [1.0, 0.5, 0.3, 0.1], "Share of weights kept, 1 for the dense model; repeatable.",
     lower_bound=0.0, upper_bound=1.0,

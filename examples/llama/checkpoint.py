@@ -31,7 +31,11 @@ _BLOCK_TENSORS = {
         "self_attn.k_proj.weight",
         "self_attn.v_proj.weight",
     ),
-    "attention.qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "attention.qkv.bias": (
+        "self_attn.q_proj.bias",
+        "self_attn.k_proj.bias",
+        "self_attn.v_proj.bias",
+    ),
     "attention.query_norm.scale": ("self_attn.q_norm.weight",),
     "attention.key_norm.scale": ("self_attn.k_norm.weight",),
     "attention.out.kernel": ("self_attn.o_proj.weight",),
@@ -137,7 +141,8 @@ class Checkpoint:
         paths = sorted(self.directory.glob("*.safetensors"))
         if not paths:
             raise FileNotFoundError(
-                f"{self.directory} holds no .safetensors file; convert the checkpoint to safetensors"
+                f"{self.directory} holds no .safetensors file; convert the checkpoint to "
+                "safetensors"
             )
         self._owner = {}
         for path in paths:

@@ -34,8 +34,8 @@ def calibration_windows(tokens, length, count):
     """`count` windows of a text, evenly spread over it: [count, length] int32."""
     if len(tokens) < length:
         raise ValueError(
-            f"the calibration text has {len(tokens)} tokens; a window takes {length}. Give a longer "
-            "text, or shorter windows"
+            f"the calibration text has {len(tokens)} tokens; a window takes {length}. Give a "
+            "longer text, or shorter windows"
         )
     starts = np.linspace(0, len(tokens) - length, count).round().astype(int)
     return np.asarray(tokens, np.int32)[starts[:, None] + np.arange(length)]
