@@ -53,7 +53,8 @@ def models():
     dtype = jnp.dtype(DTYPE.value)
     for directory in CHECKPOINT.value:
         packed = checkpoint.is_packed(directory)
-        yield directory, "packed" if packed else "dense", checkpoint.load_any(directory, dtype=dtype)
+        kind = "packed" if packed else "dense"
+        yield directory, kind, checkpoint.load_any(directory, dtype=dtype)
         if packed and PRUNED.value:
             pruned = checkpoint.load_packed(directory, dtype=dtype, unpack=True)
             yield directory, "pruned", pruned

@@ -1,4 +1,4 @@
-"""Block-by-block compression of checkpoints: as the whole model at once, resumed, in little memory."""
+"""Compression of checkpoints block by block: like the whole model, resumed, in little memory."""
 
 import dataclasses
 import json
