@@ -9,6 +9,7 @@ and timed while they continue a prompt. The result is a table, and a directory w
 checkpoints and results.json.
 """
 
+import datetime
 import importlib.metadata
 import json
 import os
@@ -58,10 +59,13 @@ PROMPT = flags.DEFINE_string(
 NEW_BYTES = flags.DEFINE_integer("new_bytes", 80, "Length of the continuation.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.3, "Of the continuation; 0 is greedy.")
 WINDOWS = flags.DEFINE_integer(
-    "windows", 8, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
+    "windows", 16, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
 )
 CALIBRATION_WINDOWS = flags.DEFINE_integer(
     "calibration_windows", 4, "Windows to calibrate on.", lower_bound=1
+)
+DSF_OPTIONS = flags.DEFINE_string(
+    "dsf_options", "{}", "JSON object of options of `dsf`, such as '{\"refine_rounds\": 60}'."
 )
 OUT = flags.DEFINE_string("out", "runs/demo", "Directory for packed checkpoints and results.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the continuation.")
@@ -153,7 +157,7 @@ def run_method(model, method, density, batches, grams, bench, out):
     began = time.perf_counter()
     pruned = dsf_jax.compress_model(
         model, batches[:1], method=method, density=density, calibration="one-pass", grams=grams,
-        callback=report,
+        options=json.loads(DSF_OPTIONS.value) if method == "dsf" else None, callback=report,
     )  # fmt: skip
     pruned_at = time.perf_counter()
     packed, packing = export.pack(pruned.model, Rule(".*", encoding=encoding))
@@ -189,6 +193,28 @@ def run_method(model, method, density, batches, grams, bench, out):
         "file_megabytes": size / 1e6,
         "seconds": time.perf_counter() - began,
     }
+
+
+def write_results(out, rows, length, seconds):
+    """Writes results.json, anew after each row."""
+    results = {
+        "rows": rows,
+        "checkpoint": CHECKPOINT.value,
+        "text": TEXT.value or stdlib_text.HELD_OUT,
+        "prompt": PROMPT.value,
+        "windowing": {"length": length, "stride": length // 2, "windows": WINDOWS.value or "all"},
+        "calibration_windows": CALIBRATION_WINDOWS.value,
+        "dsf_options": json.loads(DSF_OPTIONS.value),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
+        "date": datetime.date.today().isoformat(),
+        "seconds": seconds,
+    }
+    path = out / "results.json"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def format_table(rows):
@@ -253,24 +279,9 @@ def main(_):
         left = (time.perf_counter() - began) / (i + 1) * (len(runs) - i)
         show(f"[{i + 2}/{len(runs) + 1}] {method}, density {density:g}; about {left:.0f} s left")
         rows.append(run_method(model, method, density, batches, grams, bench, out))
+        write_results(out, rows, length, time.perf_counter() - began)
 
     seconds = time.perf_counter() - began
-    results = {
-        "rows": rows,
-        "checkpoint": CHECKPOINT.value,
-        "text": TEXT.value or stdlib_text.HELD_OUT,
-        "prompt": PROMPT.value,
-        "windowing": {"length": length, "stride": length // 2, "windows": WINDOWS.value or "all"},
-        "device": device.device_kind,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
-        "seconds": seconds,
-    }
-    path = out / "results.json"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(path)
-
     show("")
     for row in rows:
         show(f"--- {row['method']}, density {row['density']:.2f}, continues the prompt:")

@@ -103,6 +103,39 @@ def test_one_pass_uses_the_dense_inputs():
         )
 
 
+def test_given_gram_matrices_are_those_of_one_pass():
+    model, batches = Net(), token_batches()
+    call = dict(calibration="one-pass", method="wanda", density=0.5)
+    expected = compress_model(model, batches, **call).model
+    grams = gram_matrices(model, batches)
+    seen = []
+    found = compress_model(model, batches[:1], grams=grams, callback=seen.append, **call)
+    assert_same(found.model, expected)
+    assert [layer.path for layer in found.report.layers] == LAYERS
+    assert {progress.layer.path for progress in seen} == set(LAYERS)
+    with pytest.raises(ValueError, match="need calibration='one-pass'"):
+        compress_model(model, batches, grams=grams, method="wanda", density=0.5)
+    del grams["gate"]
+    with pytest.raises(ValueError, match="layer 'gate': grams lacks it"):
+        compress_model(model, batches, grams=grams, **call)
+    with pytest.raises(ValueError, match="layer 'gate': its Gram matrix must be"):
+        compress_model(model, batches, grams=grams | {"gate": np.eye(3)}, **call)
+
+
+def test_layers_of_one_shape_are_factorized_together(monkeypatch):
+    model, batches = Net(), token_batches()
+    call = dict(calibration="one-pass", density=0.5, rules=[
+        Rule("attention/.*", skip=True), Rule("down", skip=True)], **PAIR)
+    alone = compress_model(model, batches, **call).report
+    monkeypatch.setattr("dsf_jax.pipeline.stack_limit", lambda *_: 2)
+    together = compress_model(model, batches, **call).report
+    assert [layer.path for layer in together.layers] == ["gate", "up"]
+    for a, b in zip(together.layers, alone.layers):
+        assert (a.path, a.shape, a.inner) == (b.path, b.shape, b.inner)
+        assert a.nonzeros <= 0.5 * 16 * 32
+        assert a.error == pytest.approx(b.error, rel=0.05)
+
+
 def test_groups_budgets_report_and_the_model_left_alone():
     model, batches = Net(), token_batches()
     before = kernels(model)
