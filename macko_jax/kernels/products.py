@@ -56,6 +56,8 @@ def _matrix(problem) -> strips.Matrix:
 
 
 def _spmv_by_decode(values, x, codes, row_offsets, starts, *, out_dtype, **static):
+    # Decoding waits for x: else XLA decodes matrices ahead, and holds two or more at a time.
+    row_offsets, x = jax.lax.optimization_barrier((row_offsets, x))
     dense = decode.decode(values, codes, row_offsets, starts, **static)
     return _matmul("kc,rc->kr", x, dense, out_dtype)
 
