@@ -61,8 +61,8 @@ def _spmv(matrix: MackoMatrix, x: jax.Array, implementation: str | None) -> jax.
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(out_dtype)
     values = matrix.values
-    if matrix.encoding == "delta4" and matrix.scales is None:
-        # A slot of delta4 is known to be padding by its value, and it must stay zero: no gradient.
+    if matrix.encoding != "bitmask" and matrix.scales is None:
+        # Without a bitmask a slot is known to be padding by its value, and it must stay zero: no gradient.
         # The branches are equal once differentiated, so compilers drop the select.
         values = jnp.where(layout.is_zero(values), jax.lax.stop_gradient(values), values)
     batch, (rows, cols) = x.shape[:-1], matrix.shape

@@ -33,7 +33,7 @@ def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, store
 
         y = lax.map(product, _blocks(codes, row_offsets, shape))
         return y.reshape(-1, batch)[:rows].T.astype(out_dtype)
-    if batch <= FEW:
+    if encoding == "delta4" and batch <= FEW:
         return _gather_slots(
             values, x.astype(acc), codes, row_offsets, rows, lanes).astype(out_dtype)
     return reference.spmv(values, x, codes, row_offsets, starts, shape=shape, encoding=encoding,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from macko_jax import layout, packing, quantization
+from macko_jax import banked, layout, packing, positions, quantization
 from macko_jax.layout import GROUP, WORD
 from macko_jax.packing import ENCODINGS, LANES
 
@@ -23,32 +23,33 @@ class MackoMatrix:
     """A sparse matrix [rows, cols] in a MACKO layout for GPUs; a pytree. Made by `compress`.
 
     The stored elements lie in groups of eight, and every row begins a group. `values` alone is
-    differentiated. Two encodings say where the elements sit: "bitmask" has a bit for every column;
+    differentiated. Three encodings say where the elements sit: "bitmask" has a bit for every column;
     "delta4" has four bits for every element, the number of zeros skipped before it, and stores an
     explicit zero in every gap of 16 and more, as the paper does. The row's groups are cut in column
     order into `lanes` contiguous chunks, the first ones a group longer where they do not divide
     evenly, and the chunks are interleaved: slot t * lanes + l of the row's groups is the t-th group
-    of lane l. So the lanes of a GPU read neighbouring addresses.
+    of lane l. So the lanes of a GPU read neighbouring addresses. "banked" deals columns to 32 lanes
+    by their remainder instead, with 3-bit deltas, see banked.py.
 
     Invariants (checked by `validate`):
       - elements are in column order within a chunk, and the slots that fill up a row's last group
         hold zero (delta 0);
       - starts[r, l] is the column after the last element before lane l's chunk, 0 for the first
-        chunk, `cols` for an empty one;
+        chunk, `cols` for an empty one; in "banked" the number of lane l's groups;
       - groups beyond row_offsets[-1] are spare room and never read.
-    In "delta4" a slot that holds zero counts as padding: it stays zero in training. A "bitmask"
-    keeps the structure whatever the values.
+    In "delta4" and "banked" a slot that holds zero counts as padding: it stays zero in training. A
+    "bitmask" keeps the structure whatever the values.
 
     Any leaf may carry the same leading axes (a stack of matrices, for `vmap` and `scan`).
 
     Attributes:
       values: [8 * groups] float16, bfloat16 or float32; or int8 or float8_e4m3fn, times `scales`.
       codes: uint32; bitmask: [rows * ceil(cols / 32)], bit b of a row's word w is column 32 w + b;
-        delta4: [groups], eight deltas in order from the low bits.
+        delta4: [groups], eight deltas in order from the low bits. banked: uint8 [3 * groups].
       row_offsets: [rows + 1] int32, each row's first group.
-      starts: [rows, lanes] uint16, uint32 for more than 65535 columns.
+      starts: [rows, lanes] uint16, uint32 for more than 65535 columns; banked: uint8 or wider.
       shape: (rows, cols).
-      encoding: "bitmask" or "delta4".
+      encoding: "bitmask", "delta4" or "banked".
       lanes: 1, 2, 4, 8, 16 or 32.
       scales: [rows] factors of 8-bit values, float16, bfloat16 or float32; None for other values.
 
@@ -83,7 +84,7 @@ class MackoMatrix:
     def nnz(self) -> int:
         """Number of elements kept, of all matrices of a stack; needs concrete arrays.
 
-        In "bitmask" by structure; in "delta4" the slots that do not hold zero.
+        In "bitmask" by structure; else the slots that do not hold zero.
         """
         array = self.codes if self.encoding == "bitmask" else self.values
         if isinstance(array, jax.core.Tracer):
@@ -117,7 +118,7 @@ def compress(weight, *, dtype=None, encoding: str | None = None, lanes: int | No
       weight: [rows, cols], float16, bfloat16 or float32; anything that `numpy.asarray` takes.
       dtype: in which the values are stored; None keeps the weight's. int8 and float8_e4m3fn are
         scaled row by row, see `quantization.quantize`. What it rounds to zero is dropped.
-      encoding: "bitmask" or "delta4"; None takes the one of fewer bytes.
+      encoding: "bitmask", "delta4" or "banked"; None takes the one of fewer bytes.
       lanes: how many GPU lanes share a row, 1, 2, 4, 8, 16 or 32; None chooses by row length.
       capacity: room for this many groups of eight, so that matrices with different numbers of
         elements stack; None takes just what is needed.
@@ -180,8 +181,8 @@ def decompress(matrix: MackoMatrix) -> jax.Array:
     """
     if matrix.row_offsets.ndim > 1:
         return jax.vmap(decompress)(matrix)
-    dense = layout.decode_dense(
-        matrix.values, matrix.codes, matrix.row_offsets,
+    dense = positions.decode_dense(
+        matrix.values, matrix.codes, matrix.row_offsets, matrix.starts,
         shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes)
     return dense if matrix.scales is None else quantization.dequantize(dense, matrix.scales)
 
@@ -204,12 +205,16 @@ def validate(matrix: MackoMatrix) -> None:
     if values.ndim != 1 or values.size % GROUP:
         raise ValueError(f"values must be [8 * groups], got shape {list(values.shape)}")
     groups = values.size // GROUP
-    bitmask = matrix.encoding == "bitmask"
-    length = rows * layout.words_per_row(cols) if bitmask else groups
+    codes_of = {
+        "bitmask": ((rows * layout.words_per_row(cols),), np.uint32),
+        "delta4": ((groups,), np.uint32),
+        "banked": ((banked.CODE_BYTES * groups,), np.uint8)}[matrix.encoding]
+    is_banked = matrix.encoding == "banked"
+    start_dtype = banked.count_dtype(cols) if is_banked else layout.start_dtype(cols)
     for name, array, shape, dtype in (
-            ("codes", codes, (length,), np.uint32),
+            ("codes", codes, *codes_of),
             ("row_offsets", offsets, (rows + 1,), np.int32),
-            ("starts", starts, (rows, matrix.lanes), layout.start_dtype(cols))):
+            ("starts", starts, (rows, matrix.lanes), start_dtype)):
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(
                 f"{name} must be {np.dtype(dtype)} {list(shape)} for a {matrix.encoding} matrix "
@@ -221,6 +226,9 @@ def validate(matrix: MackoMatrix) -> None:
             f"row_offsets must rise from 0 to at most {groups} groups; they go from {offsets[0]} "
             f"to {offsets[-1]}, with {int((count < 0).sum())} decreasing steps")
 
+    if is_banked:
+        return _check_banked(values, codes, offsets, starts, count, cols)
+    bitmask = matrix.encoding == "bitmask"
     chunk = layout.lane_chunks(count, matrix.lanes)
     check = _check_bitmask if bitmask else _check_delta4
     order = np.arange(offsets[-1])
@@ -310,6 +318,36 @@ def _check_delta4(codes, logical, offsets, count, chunk, order, cols) -> np.ndar
             f"give it {count[row]} groups of 8")
     begin = offsets[:-1, None]
     return passed[GROUP * (begin + chunk)] - passed[GROUP * begin]
+
+
+def _check_banked(values, codes, offsets, counts, row_groups, cols) -> None:
+    """Checks numbers of groups against row lengths, and that deltas stay within the columns."""
+    counts = counts.astype(np.int64)
+    if (wrong := counts.sum(axis=1) != row_groups).any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"the lanes of row {row} have {counts[row].sum()} groups, but row_offsets give it "
+            f"{row_groups[row]}")
+    if counts.max(initial=0) > (most := banked.most_groups(cols)):
+        raise ValueError(f"a lane has {counts.max()} groups of one row; {cols} columns hold {most}")
+    order = banked.lane_major(counts)
+    words, value = np.empty(order.size, np.uint32), np.empty((order.size, GROUP), values.dtype)
+    words[order] = banked.join_codes(codes)[:order.size]
+    value[order] = values.reshape(-1, GROUP)[:order.size]
+    delta = banked.deltas(words).reshape(-1)
+    passed = np.concatenate([[0], np.cumsum(delta + np.int64(1))])
+    slots = GROUP * counts.reshape(-1)  # of every lane of every row
+    begin = np.cumsum(slots) - slots
+    place = passed[1:] - np.repeat(passed[begin], slots) - 1
+    lane = np.repeat(np.arange(counts.size), slots)
+    beyond = place >= (cols - lane % banked.LANES + banked.LANES - 1) // banked.LANES
+    # Zeros that fill up a lane's last group may lie past the columns, but not further.
+    astray = (value.reshape(-1) != 0) | (delta != 0) | (place >= banked.places(cols) + GROUP)
+    if (wrong := beyond & astray).any():
+        slot = int(wrong.argmax())
+        row, lane = divmod(int(lane[slot]), banked.LANES)
+        raise ValueError(f"the deltas of row {row} run to column "
+                         f"{place[slot] * banked.LANES + lane}; it has {cols}")
 
 
 def _check_tail(logical, offsets, count, nnz) -> None:

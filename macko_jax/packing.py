@@ -3,9 +3,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from macko_jax import layout, packing_jax, packing_numpy
+from macko_jax import banked, layout, packing_banked, packing_jax, packing_numpy
 
-ENCODINGS = ("bitmask", "delta4")
+ENCODINGS = ("bitmask", "delta4", "banked")
 LANES = (1, 2, 4, 8, 16, 32)
 MAX_STORED = np.iinfo(np.int32).max
 MAX_COLS = 2**26  # keeps the arithmetic of `layout.memory_group` exact
@@ -39,10 +39,14 @@ def pack(weight, encoding: str | None, lanes: int | None, capacity: int | None):
     Returns:
       (values, codes, row_offsets, starts), encoding, lanes; see `format.MackoMatrix`.
     """
-    steps = packing_jax if isinstance(weight, jax.Array) and _on_accelerator(weight) \
-        else packing_numpy
-    if steps is packing_numpy:
-        weight = np.asarray(weight)
+    on_device = isinstance(weight, jax.Array) and _on_accelerator(weight)
+    weight = weight if on_device else np.asarray(weight)
+    if encoding == "banked":
+        if lanes not in (None, banked.LANES):
+            raise ValueError(f"encoding 'banked' has {banked.LANES} lanes, got lanes={lanes}")
+        arrays = _pack_banked(weight, capacity, on_device)
+        return arrays, encoding, banked.LANES
+    steps = packing_jax if on_device else packing_numpy
     elements = steps.find(weight)
     bitmask_groups = steps.count_groups(elements, "bitmask")
     if encoding is None:
@@ -52,8 +56,23 @@ def pack(weight, encoding: str | None, lanes: int | None, capacity: int | None):
             encoding = choose_encoding(weight.shape, weight.dtype, bitmask_groups,
                                        steps.count_groups(elements, "delta4"))
     groups = bitmask_groups if encoding == "bitmask" else steps.count_groups(elements, "delta4")
-    if capacity is None:
-        capacity = groups
+    capacity = _check_capacity(groups, capacity, encoding)
+    lanes = lanes or choose_lanes(weight.shape[0], groups)
+    return steps.fill(weight, elements, encoding, lanes, capacity), encoding, lanes
+
+
+def _pack_banked(weight, capacity: int | None, on_device: bool):
+    if not on_device:
+        elements = packing_banked.Elements(weight)
+        return elements.fill(_check_capacity(int(elements.counts.sum()), capacity, "banked"))
+    stored, delta, counts = packing_banked.find(weight)
+    capacity = _check_capacity(int(counts.sum()), capacity, "banked")
+    return packing_banked.fill(weight, stored, delta, counts, groups=capacity)
+
+
+def _check_capacity(groups: int, capacity: int | None, encoding: str) -> int:
+    """The capacity to pack with, or an error."""
+    capacity = groups if capacity is None else capacity
     if capacity < groups:
         raise ValueError(
             f"capacity={capacity} groups of 8 is too small: this matrix takes {groups} in the "
@@ -62,8 +81,7 @@ def pack(weight, encoding: str | None, lanes: int | None, capacity: int | None):
         raise ValueError(
             f"the matrix would store {layout.GROUP * capacity} elements; at most {MAX_STORED} fit "
             "32-bit offsets. Split it by rows")
-    lanes = lanes or choose_lanes(weight.shape[0], groups)
-    return steps.fill(weight, elements, encoding, lanes, capacity), encoding, lanes
+    return capacity
 
 
 def _on_accelerator(weight: jax.Array) -> bool:

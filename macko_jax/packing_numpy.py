@@ -4,7 +4,7 @@ import functools
 import numpy as np
 
 from macko_jax.layout import (
-    GROUP, MAX_DELTA, lane_chunks, logical_group, start_dtype, words_per_row)
+    GROUP, lane_chunks, logical_group, start_dtype, words_per_row)
 
 
 class Elements:
@@ -17,8 +17,9 @@ class Elements:
       begin: [rows] index of each row's first element.
     """
 
-    def __init__(self, weight: np.ndarray):
-        self.shape = weight.shape
+    def __init__(self, weight: np.ndarray, bits: int = 4):
+        """`bits` is the size of a delta."""
+        self.shape, self.bits, self.max_delta = weight.shape, bits, 2**bits - 1
         # By bits, which is as fast for 16-bit floats as for 32: the shift drops the sign.
         self.mask = (weight.view(f"u{weight.dtype.itemsize}") << 1) != 0
         self.count = np.count_nonzero(self.mask, axis=1)
@@ -42,23 +43,24 @@ class Elements:
 
     @functools.cached_property
     def distant(self) -> np.ndarray:
-        """Indices of the elements with a gap too long for a 4-bit delta."""
-        return np.flatnonzero(self.gap > MAX_DELTA)
+        """Indices of the elements with a gap too long for a delta."""
+        return np.flatnonzero(self.gap > self.max_delta)
 
     @functools.cached_property
     def padded_count(self) -> np.ndarray:
-        """[rows] number of elements and of explicit zeros for 4-bit deltas in each row."""
+        """[rows] number of elements and of explicit zeros for deltas in each row."""
         pads = np.zeros_like(self.count)
-        np.add.at(pads, self.position[self.distant] // self.shape[1], self.gap[self.distant] >> 4)
+        row = self.position[self.distant] // self.shape[1]
+        np.add.at(pads, row, self.gap[self.distant] >> self.bits)
         return self.count + pads
 
     def place(self, row_begin: np.ndarray, size: int) -> np.ndarray:
-        """Where elements go among `size` slots for 4-bit deltas, True there; explicit zeros False.
+        """Where elements go among `size` slots with deltas, True there; explicit zeros False.
 
         `row_begin` has the first slot of each row, [rows].
         """
         placed = _filled(row_begin, self.padded_count, size)
-        pads = self.gap[self.distant] >> 4
+        pads = self.gap[self.distant] >> self.bits
         total = np.cumsum(pads)
         row = self.position[self.distant] // self.shape[1]
         row_pads = self.padded_count - self.count
@@ -108,10 +110,7 @@ def fill(weight: np.ndarray, elements: Elements, encoding: str, lanes: int, capa
         start = np.zeros_like(chunk)
         start[inside] = elements.position[before[inside]] % cols + 1
     else:
-        placed = elements.place(GROUP * begin, values.size)
-        values[placed] = weight[elements.mask]
-        delta = _filled(GROUP * begin, elements.padded_count, values.size) * np.uint8(MAX_DELTA)
-        delta[placed] = elements.gap & MAX_DELTA
+        values, delta = fill_deltas(weight, elements, GROUP * begin, values.size)
         codes = pack_nibbles(delta).view("<u4")
         advance = np.cumsum(delta.reshape(-1, GROUP).sum(axis=1, dtype=np.int64) + GROUP)
         column = np.concatenate([[0], advance])  # columns that all groups before have passed
@@ -121,6 +120,16 @@ def fill(weight: np.ndarray, elements: Elements, encoding: str, lanes: int, capa
     starts = np.where(chunk < count[:, None], start, cols).astype(start_dtype(cols))
     values = values.reshape(-1, GROUP)[order].reshape(-1)
     return values, codes, offsets.astype(np.int32), starts
+
+
+def fill_deltas(weight: np.ndarray, elements: Elements, row_begin: np.ndarray, size: int):
+    """Values and deltas of `size` slots, where the slots of each row begin at `row_begin`."""
+    placed = elements.place(row_begin, size)
+    values = np.zeros(size, weight.dtype)
+    values[placed] = weight[elements.mask]
+    delta = _filled(row_begin, elements.padded_count, size) * np.uint8(elements.max_delta)
+    delta[placed] = elements.gap & elements.max_delta
+    return values, delta
 
 
 def pack_nibbles(delta: np.ndarray) -> np.ndarray:

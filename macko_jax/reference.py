@@ -7,7 +7,7 @@ when that is the result's type.
 import jax
 import jax.numpy as jnp
 
-from macko_jax import layout
+from macko_jax import positions
 
 
 def accumulator(out_dtype) -> jnp.dtype:
@@ -17,18 +17,18 @@ def accumulator(out_dtype) -> jnp.dtype:
 
 def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype):
     """y = x A^T, [batch, cols] -> [batch, rows]."""
-    del starts, stored
-    dense = layout.decode_dense(
-        values, codes, row_offsets, shape=shape, encoding=encoding, lanes=lanes)
+    del stored
+    dense = positions.decode_dense(
+        values, codes, row_offsets, starts, shape=shape, encoding=encoding, lanes=lanes)
     return _matmul("kc,rc->kr", x, dense, out_dtype)
 
 
 def spmv_transposed(
         values, y, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype):
     """x = y A, [batch, rows] -> [batch, cols]."""
-    del starts, stored
-    dense = layout.decode_dense(
-        values, codes, row_offsets, shape=shape, encoding=encoding, lanes=lanes)
+    del stored
+    dense = positions.decode_dense(
+        values, codes, row_offsets, starts, shape=shape, encoding=encoding, lanes=lanes)
     return _matmul("kr,rc->kc", y, dense, out_dtype)
 
 
@@ -37,9 +37,8 @@ def spmv_values(x, y, codes, row_offsets, starts, *, shape, encoding, lanes, sto
 
     [batch, cols], [batch, rows] -> [stored]
     """
-    del starts
-    row, column, valid = layout.slot_positions(
-        codes, row_offsets, stored=stored, shape=shape, encoding=encoding, lanes=lanes)
+    row, column, valid = positions.slot_positions(
+        codes, row_offsets, starts, stored=stored, shape=shape, encoding=encoding, lanes=lanes)
     dense = _matmul("kr,kc->rc", y, x, accumulator(out_dtype))
     if 0 in shape:
         return jnp.zeros(stored, out_dtype)

@@ -64,6 +64,8 @@ CASES = (
     Case(9, 517, 0.02, "float32", "bitmask", 16, "skewed"),
     Case(2, 70001, 0.1, "float16", "delta4", 32),
     Case(300, 4100, 0.2, "float32", "bitmask", 16),
+    Case(5, 2100, 0.1, "float32", "banked", 32, "skewed"),
+    Case(40, 300, 0.4, "float16", "banked", 32, "empty_rows"),
 )
 
 
@@ -91,8 +93,39 @@ def stored_columns(row: np.ndarray, padded: bool) -> list[int]:
     return columns
 
 
+def pack_banked_slowly(weight: np.ndarray) -> list[np.ndarray]:
+    """values, codes, row_offsets and starts of the encoding "banked", as banked.py says."""
+    values, words, offsets, counts = [], [], [0], []
+    for row in weight:
+        groups = []
+        for lane in range(32):
+            slots, skipped, last = [], 0, 0
+            for value in row[lane::32]:
+                if value != 0:
+                    slots.append((value, skipped))
+                    skipped, last = 0, len(slots)
+                elif skipped == 7:
+                    slots.append((0, 7))
+                    skipped = 0
+                else:
+                    skipped += 1
+            slots = slots[:last] + [(0, 0)] * (-last % 8)
+            groups.append([slots[i:i + 8] for i in range(0, len(slots), 8)])
+        counts.append(list(map(len, groups)))
+        for step in range(max(counts[-1])):
+            for group in (g[step] for g in groups if step < len(g)):
+                values.append([value for value, _ in group])
+                words.append(sum(delta << 3 * i for i, (_, delta) in enumerate(group)))
+        offsets.append(len(words))
+    codes = [byte for w in words for byte in (w & 255, w >> 8 & 255)] + [w >> 16 for w in words]
+    return [np.array(values, weight.dtype).reshape(-1), np.array(codes, np.uint8),
+            np.array(offsets, np.int32), np.array(counts, np.uint8)]
+
+
 def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarray]:
     """values, codes, row_offsets and starts, element by element as MackoMatrix's docstring says."""
+    if encoding == "banked":
+        return pack_banked_slowly(weight)
     values, codes, offsets, starts = [], [], [0], []
     cols = weight.shape[1]
     for row in weight:

@@ -12,6 +12,7 @@ from macko_jax import dispatch, reference
 from macko_jax.kernels import by_values, config, decode, emulation, strips, transposed
 from macko_jax.kernels import spmv as kernel
 
+ENCODINGS = ["delta4", "bitmask", "banked"]
 HAS_GPU = any(d.platform == "gpu" for d in jax.local_devices())
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="JAX finds no GPU")
 
@@ -67,17 +68,17 @@ def assert_product(y, dense, x):
     assert np.all(np.abs(y - exact) <= bound), np.abs(y - exact).max()
 
 
-@pytest.mark.parametrize("encoding", ["delta4", "bitmask"])
-@pytest.mark.parametrize("lanes", [1, 8, 32])
+@pytest.mark.parametrize("encoding,lanes", [
+    *itertools.product(["delta4", "bitmask"], [1, 8, 32]), ("banked", 32)])
 @pytest.mark.parametrize("rows,cols,density", SHAPES)
-def test_program_on_shapes(rows, cols, density, lanes, encoding):
+def test_program_on_shapes(rows, cols, density, encoding, lanes):
     dense = sparse(rows, cols, density, jnp.float16)
     matrix = macko_jax.compress(dense, encoding=encoding, lanes=lanes)
     x = vectors(1, cols)
     assert_product(emulate(matrix, x, SETTINGS), dense, x)
 
 
-@pytest.mark.parametrize("encoding", ["delta4", "bitmask"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("batch,x_dtype,per_pass,unroll,stage_x", [
     (3, "float32", 2, 1, True), (5, "float32", 4, 3, True), (2, "float16", 1, 2, False),
@@ -95,7 +96,8 @@ def test_program_on_types_and_batches(
 @pytest.mark.parametrize("rows,cols,density,dtype,lanes,encoding", [
     (1, 1, 1.0, jnp.float16, 4, "delta4"), (5, 1, 0.6, jnp.float32, 1, "bitmask"),
     (9, 33, 1.0, jnp.float16, 4, "bitmask"), (37, 300, 0.5, jnp.bfloat16, 32, "delta4"),
-    (7, 94, 0.5, jnp.float16, 8, "delta4"), (40, 1000, 0.02, jnp.float32, 16, "delta4")])
+    (7, 94, 0.5, jnp.float16, 8, "delta4"), (40, 1000, 0.02, jnp.float32, 16, "delta4"),
+    (5, 1, 0.6, jnp.float32, 32, "banked"), (37, 700, 0.5, jnp.float16, 32, "banked")])
 def test_other_programs(rows, cols, density, dtype, lanes, encoding):
     """The dense decode, the transposed product and the gradient by the values."""
     dense = sparse(rows, cols, density, dtype)
@@ -129,7 +131,7 @@ def test_other_programs(rows, cols, density, dtype, lanes, encoding):
     np.testing.assert_allclose(out.astype(np.float32), exact, rtol=rounding, atol=rounding)
 
 
-@pytest.mark.parametrize("encoding", ["delta4", "bitmask"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_programs_on_8_bit_values(dtype, encoding):
     matrix = macko_jax.compress(sparse(21, 300, 0.5, jnp.float32), dtype=dtype, encoding=encoding)
@@ -234,7 +236,7 @@ def test_chosen_settings_fit_the_device(rows, cols, density, batch):
 
 
 GPU_CASES = list(itertools.product(
-    ["delta4", "bitmask"], [jnp.float16, jnp.bfloat16, jnp.float32],
+    ENCODINGS, [jnp.float16, jnp.bfloat16, jnp.float32],
     SHAPES + [(300, 2051, 0.3), (33, 70000, 0.02), (4096, 4096, 0.5), (257, 55000, 0.2)],
     [1, 5]))
 
@@ -255,7 +257,7 @@ def test_on_gpu(encoding, dtype, shape, batch):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("encoding", ["delta4", "bitmask"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(
     "shape", [*SHAPES, (300, 2051, 0.3), (33, 70000, 0.02), (1500, 4096, 0.5)], ids=str)
@@ -295,7 +297,7 @@ def test_other_products_on_gpu(encoding, dtype, shape):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("encoding", ["delta4", "bitmask"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("shape", [(37, 300, 0.5), (300, 2051, 0.3), (1500, 4096, 0.5)], ids=str)
 def test_8_bit_values_on_gpu(shape, dtype, encoding):

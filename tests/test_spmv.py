@@ -64,7 +64,7 @@ def test_all_products(case):
         error = np.abs(product - exact(weight.T, y))
         np.testing.assert_array_less(error, error_bound(weight.T, y, "float32") + 1e-300)
     expected = y.T.astype(np.float64) @ x.astype(np.float64)
-    if case.encoding == "delta4":  # which slots are padding is seen from their values, by `spmv`
+    if case.encoding != "bitmask":  # which slots are padding is seen from their values, by `spmv`
         gradient = np.where(weight != 0, gradient, 0)
     np.testing.assert_allclose(gradient, np.where(weight != 0, expected, 0), rtol=1e-5, atol=1e-5)
 
@@ -149,7 +149,7 @@ def test_any_matrix_against_float64(encoding, density, seed, scale):
 
 
 def test_results_are_the_same_from_run_to_run():
-    matrix, x = CASES[-1].matrix(), CASES[-1].vectors(3)
+    matrix, x = CASES[15].matrix(), CASES[15].vectors(3)
     first = np.asarray(macko_jax.spmv(matrix, x))
     for _ in range(3):
         np.testing.assert_array_equal(macko_jax.spmv(matrix, x), first)

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from macko_jax.kernels import config, lanes, strips
+from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
 from macko_jax.kernels.vectors import Share, Vectors
 from macko_jax.layout import GROUP
@@ -45,7 +45,7 @@ def program(ops, plan: Plan) -> None:
     """
     matrix, settings, x, y = plan.matrix, plan.settings, plan.x, plan.y
     end, threads = matrix.shape[1] * x.scale, settings.warps * WARP
-    walk = strips.Walk(
+    walk = walks.make(
         ops, matrix, block=ops.block(), blocks=settings.blocks, warps=settings.warps,
         unroll=settings.unroll, scale=x.scale, read_values=False)
 

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from macko_jax.kernels import config, lanes, strips
+from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
 
 PIECE = 16  # bytes that a lane moves at a time
@@ -43,7 +43,7 @@ def program(ops, plan: Plan) -> None:
     """Writes y [rows, cols] from the arrays values, codes, row_offsets, starts."""
     matrix, size = plan.matrix, jnp.dtype(plan.matrix.dtype).itemsize
     row_bytes = matrix.shape[1] * size
-    walk = strips.Walk(
+    walk = walks.make(
         ops, matrix, block=ops.block(), blocks=plan.blocks, warps=plan.warps,
         unroll=config.unroll(plan.warps), scale=size, rows_per_warp=plan.rows_per_warp)
     bytes_each, part = buffer_bytes(matrix), walk.part

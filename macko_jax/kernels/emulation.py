@@ -50,6 +50,8 @@ class NumpyLanes:
     def trailing_zeros(self, word):
         return np.bitwise_count(~word & (word - np.uint32(1))).astype(np.uint32)
 
+    def population(self, word): return np.bitwise_count(word).astype(np.uint32)
+
     def pair(self, word, dtype):
         halves = np.ascontiguousarray(word).view(jnp.dtype(dtype)).astype(np.float32)
         return halves[0::2], halves[1::2]
@@ -69,6 +71,11 @@ class NumpyLanes:
 
     def all(self, condition): return self._vote(condition | ~self._active, np.all)
     def any(self, condition): return self._vote(condition & self._active, np.any)
+
+    def ballot(self, condition):
+        votes = (condition & self._active).reshape(-1, WARP).astype(np.uint32)
+        words = (votes << np.arange(WARP, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
+        return np.repeat(words, WARP)
 
     def _vote(self, condition, reduce):
         return np.repeat(reduce(condition.reshape(-1, WARP), axis=1), WARP)
@@ -101,6 +108,13 @@ class NumpyLanes:
         array = self.arrays[name]
         at = self._in_range(name, index.astype(np.int64), self._active, array.size)
         return array[at].astype(np.uint32)
+
+    def load_small(self, name, offset, size, where):
+        array, where = self.arrays[name].view(np.uint8), where & self._active
+        array = array[:array.size // size * size].view(f"u{size}")
+        assert (offset % size == 0)[where].all(), f"misaligned load of {name}"
+        at = self._in_range(name, offset.astype(np.int64) // size, where, array.size)
+        return np.where(where, array[at], 0).astype(np.uint32)
 
     def load_real(self, name, index, where):
         array, where = self.arrays[name], where & self._active

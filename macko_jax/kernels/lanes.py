@@ -110,7 +110,9 @@ class MosaicLanes:
             ir.F32Type.get(), [a.value], f"{instruction} $0, $1;", "=f,f", has_side_effects=False))
 
     def add_byte(self, word, number, scale, total):
-        """total + scale * (byte `number` of word), one instruction; `scale` is at most 255."""
+        """total + scale * (byte `number` of word), one instruction where `scale` is at most 255."""
+        if scale > 255:
+            return ((word >> (8 * number)) & 0xFF) * scale + total
         weights = _constant(_i32(), scale << (8 * number))
         return Register(llvm.inline_asm(
             _i32(), [word.value, weights, total.value], "dp4a.u32.u32 $0, $1, $2, $3;",
@@ -119,6 +121,10 @@ class MosaicLanes:
     def trailing_zeros(self, word):
         """Index of the lowest set bit; 32 for zero."""
         return Register(llvm.intr_cttz(word.value, False))
+
+    def population(self, word):
+        """Number of set bits."""
+        return Register(llvm.intr_ctpop(word.value))
 
     def pair(self, word, dtype):
         """The two 16-bit floats of a 32-bit word, the lower half first, as float32."""
@@ -172,6 +178,12 @@ class MosaicLanes:
     def all(self, condition): return self._vote(condition, nvvm.VoteSyncKind.all)
     def any(self, condition): return self._vote(condition, nvvm.VoteSyncKind.any)
 
+    def ballot(self, condition):
+        """A word whose bit l says whether the condition holds in lane l of the warp."""
+        mask = _constant(_i32(), FULL_WARP)
+        return Register(nvvm.vote_sync(
+            mask, condition.value, nvvm.VoteSyncKind.ballot, results=[_i32()]))
+
     def _vote(self, condition, kind):
         mask = _constant(_i32(), FULL_WARP)
         return Register(nvvm.vote_sync(mask, condition.value, kind, results=[_i1()]))
@@ -210,9 +222,17 @@ class MosaicLanes:
 
     def load_integer(self, name, index):
         """One unsigned element of an integer array; the index must be in range."""
-        kind = _i16() if self._dtypes[name].itemsize == 2 else _i32()
+        kind = ir.IntegerType.get_signless(8 * self._dtypes[name].itemsize)
         value = llvm.load(kind, self._address(self._pointers[name], index, kind))
-        return Register(arith.extui(_i32(), value) if kind == _i16() else value)
+        return Register(arith.extui(_i32(), value) if kind != _i32() else value)
+
+    def load_small(self, name, offset, size, where):
+        """1 or 2 bytes at a byte offset that is a multiple of `size`; 0 where not `where`. Streams."""
+        address = self._address(self._pointers[name], offset, ir.IntegerType.get_signless(8))
+        asm = ("{.reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0;"
+               f" @p ld.global.cs.u{8 * size} $0, [$1];}}")
+        return Register(llvm.inline_asm(
+            _i32(), [address, self._flag(where)], asm, "=r,l,r", has_side_effects=True))
 
     def load_real(self, name, index, where):
         """One element of a float array as float32; 0 where not `where`."""

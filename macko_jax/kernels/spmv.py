@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from macko_jax.kernels import config, lanes, strips
+from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
 from macko_jax.kernels.vectors import Vectors
 
@@ -55,7 +55,7 @@ def program(ops, plan: Plan) -> None:
         later = block >= settings.blocks
         block = ops.select(later, block - settings.blocks, block)
         first_vector = ops.select(later, ops.integer(i * settings.vectors), first_vector)
-    walk = strips.Walk(
+    walk = walks.make(
         ops, matrix, block=block, blocks=settings.blocks, warps=settings.warps,
         unroll=settings.unroll, scale=x.scale)
 

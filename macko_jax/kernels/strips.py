@@ -27,7 +27,7 @@ class Matrix:
     @property
     def slack(self) -> int:
         """Columns past the last one that idle lanes may name; their values are zero."""
-        return 2 * WORD
+        return 2 * GROUP * WORD if self.encoding == "banked" else 2 * WORD
 
 
 class Strip(NamedTuple):
@@ -148,8 +148,8 @@ class Bitmask:
 DECODERS = {"delta4": Delta4, "bitmask": Bitmask}
 
 
-class Walk:
-    """Every lane's way through the strips of its block's rows.
+class Share:
+    """What a block's lanes have of the rows, and the loads that every encoding needs.
 
     Attributes:
       part: which strip of its row the lane owns.
@@ -166,7 +166,6 @@ class Walk:
         A warp works on `rows_per_warp` rows at a time, by default as many as it has lanes for.
         """
         self.ops, self.matrix, self.unroll, self.scale = ops, matrix, unroll, scale
-        self.decoder = DECODERS[matrix.encoding](ops, matrix)
         words = GROUP * jnp.dtype(matrix.dtype).itemsize // 4 if read_values else 0
         self.loads = [min(words, 4)] * (-(-words // 4))  # words of each load of a group's values
         rows_per_warp = rows_per_warp or WARP // matrix.lanes
@@ -182,6 +181,19 @@ class Walk:
         self.buffer = (thread >> 5) * rows_per_warp + slot
         self._first = ops.select(self.busy, self.first_row + self.buffer, self.end_row)
         self._stride = warps * rows_per_warp
+
+    def _values(self, group, live) -> list:
+        """Issues the loads of the words of a group's values."""
+        return [word for i, words in enumerate(self.loads) for word in self.ops.load_words(
+            "values", group * len(self.loads) + i, words, live, stream=True)]
+
+
+class Walk(Share):
+    """Every lane's way through the strips of its block's rows."""
+
+    def __init__(self, ops, matrix: Matrix, **options):
+        super().__init__(ops, matrix, **options)
+        self.decoder = DECODERS[matrix.encoding](ops, matrix)
 
     def _open(self, row) -> Strip:
         ops, lanes = self.ops, self.matrix.lanes
@@ -201,11 +213,7 @@ class Walk:
             code = ops.integer(0)
             if self.decoder.reads_codes_by_group:
                 [code] = ops.load_words("codes", group, 1, live, stream=True)
-            values = []
-            for i, words in enumerate(self.loads):
-                values += ops.load_words(
-                    "values", group * len(self.loads) + i, words, live, stream=True)
-            out.append((code, values))
+            out.append((code, self._values(group, live)))
         return out
 
     def start(self):

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from macko_jax.kernels import config, lanes, strips
+from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
 from macko_jax.kernels.vectors import Share
 
@@ -67,7 +67,7 @@ def program(ops, plan: Plan) -> None:
         later = block >= plan.share
         block = ops.select(later, block - plan.share, block)
         vector = ops.select(later, ops.integer(i), vector)
-    walk = strips.Walk(
+    walk = walks.make(
         ops, matrix, block=block, blocks=plan.share, warps=plan.warps,
         unroll=config.unroll(plan.warps), scale=4, rows_per_warp=plan.rows_per_warp)
     columns = ops.select(walk.busy, walk.buffer, ops.integer(0)) * (4 * plan.columns)

@@ -1,0 +1,9 @@
+"""Which walk reads which encoding."""
+from macko_jax.kernels import banks, strips
+
+WALKS = {"delta4": strips.Walk, "bitmask": strips.Walk, "banked": banks.Walk}
+
+
+def make(ops, matrix: strips.Matrix, **options):
+    """The way of every lane through the matrix; for the options see `strips.Share`."""
+    return WALKS[matrix.encoding](ops, matrix, **options)
