@@ -139,7 +139,8 @@ def test_llama3_rope_scaling_keeps_short_and_stretches_long_wavelengths():
     assert np.all(np.diff(scaled) < 0)
 
 
-def test_generation_follows_the_whole_sequence_model():
+def test_generation_follows_the_whole_sequence_model(monkeypatch):
+    monkeypatch.setattr(llama, "SMALLEST_CACHE", 64)
     model = make_model()
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
     # 64 slots at first, then 96: the cache is widened on the way.
@@ -274,3 +275,9 @@ def test_factor_pairs_are_packed_and_stored(tmp_path):
     for unpack in (False, True):
         found = forward(checkpoint.load_packed(tmp_path, unpack=unpack), tokens)
         np.testing.assert_allclose(found, forward(model, tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_cache_sizes_follow_the_live_length():
+    sizes = [llama.cache_slots(live) for live in range(1, 5000)]
+    assert sorted(set(sizes)) == [512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
+    assert all(live <= size <= max(512, 1.5 * live) for live, size in enumerate(sizes, start=1))

@@ -23,7 +23,7 @@ CHUNK = 8  # consecutive elements in the 16 bytes of one load; a lane has two su
 CHUNKS = HEAD_DIM // CHUNK
 MOST_HEADS = 4  # query heads of a block: each takes 32 registers
 SLOTS_PER_BLOCK = 1024  # cache slots for which one block is enough, over its query heads
-MOST_ROWS = 2**15  # heads of all sequences; see `_divide`
+MOST_KV_HEADS = 2**11  # of all sequences; see `_divide`
 NEVER = -1e30  # score of a slot that is not visible; finite, so that differences are numbers
 
 
@@ -68,6 +68,10 @@ class Plan:
     def blocks(self):
         return self.batch * self.kv_heads * self.parts * self.splits
 
+    def __post_init__(self):
+        if self.blocks // self.splits > 2**15:
+            raise ValueError(f"{self} has more heads than its arithmetic serves; see `_divide`")
+
     @property
     def warps(self):
         """Of a block: as many as leave each lane registers for its query heads."""
@@ -88,14 +92,12 @@ class Plan:
         return self.warps * self.group * self.width
 
 
-def fits(query_rows, cache):
-    """Whether the kernel serves rows [B, n] and a cache [B, K, S, 2, D] on the default device."""
+def fits(cache):
+    """Whether the kernel serves a layer's cache [B, K, S, 2, D] on the default device."""
     return (
         jax.default_backend() == "gpu"
         and cache.shape[-1] == HEAD_DIM
-        and query_rows.shape[-1] % HEAD_DIM == 0
-        and query_rows.size // HEAD_DIM <= MOST_ROWS
-        and query_rows.dtype == cache.dtype
+        and cache.shape[0] * cache.shape[1] <= MOST_KV_HEADS
         and cache.dtype in (jnp.float16, jnp.bfloat16)
     )
 

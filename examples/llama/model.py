@@ -120,8 +120,8 @@ class Attention(nnx.Module):
                 mixed = _attention(query, layer_cache, positions, self.window)
         else:
             layer_cache = _write(layer_cache, new, positions)
-            rows = (qkv if self.query_norm is None else query).reshape(batch, -1)
-            if length == 1 and _fits_decode_kernel(rows, layer_cache):
+            if length == 1 and _follows_live_length(layer_cache):
+                rows = (qkv if self.query_norm is None else query).reshape(batch, -1)
                 mixed = _decode_kernel().attend(
                     rows, rotary, layer_cache, positions[:, 0], heads=self.heads,
                     window=self.window,
@@ -297,8 +297,9 @@ def _decode_kernel():
     return decode_attention
 
 
-def _fits_decode_kernel(rows, layer_cache):
-    return jax.default_backend() == "gpu" and _decode_kernel().fits(rows, layer_cache)
+def _follows_live_length(layer_cache):
+    """Whether a kernel attends to the live slots of a cache, whatever its size."""
+    return jax.default_backend() == "gpu" and _decode_kernel().fits(layer_cache)
 
 
 def _attention(query, layer_cache, positions, window):
@@ -360,6 +361,8 @@ def _write(layer_cache, new, positions):
 
 
 # Generation.
+
+SMALLEST_CACHE = 512  # slots, unless a generation needs fewer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -560,9 +563,10 @@ def draw(structure, arrays, tokens, lengths, new_tokens, key, sampling, chunk):
     generation = prefill(structure, arrays, tokens, lengths, key, sampling)
     yield generation.token[:, None]
     for _ in range(0, new_tokens - 1, chunk):
-        if generation.cache.slots < live + chunk:
-            wider = widen(generation.cache, min(cache_slots(live + chunk), full))
-            generation = dataclasses.replace(generation, cache=wider)
+        cache = generation.cache
+        if cache.slots < live + chunk:
+            enough = full if _follows_live_length(cache.layers[0]) else cache_slots(live + chunk)
+            generation = dataclasses.replace(generation, cache=widen(cache, min(enough, full)))
         live += chunk
         drawn, generation = decode(structure, arrays, generation, chunk, sampling)
         yield drawn
@@ -574,15 +578,16 @@ def final_slots(prompt, new_tokens, chunk):
 
 
 def cache_slots(live):
-    """Slots to hold `live` tokens: 64, 96, 128, 192, 256, ..., of which a third may be empty.
+    """Slots to hold `live` tokens: 512, 768, 1024, 1536, 2048, ..., of which a third may be empty.
 
     Where attention passes over every slot its work then follows the live length, and few sizes mean
     few compilations.
     """
-    octave = 64
+    octave = SMALLEST_CACHE
     while octave < live:
         octave *= 2
-    return octave * 3 // 4 if octave > 64 and live <= octave * 3 // 4 else octave
+    halfway = octave * 3 // 4
+    return halfway if octave > SMALLEST_CACHE and live <= halfway else octave
 
 
 def _round_up(count, multiple=64):
