@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import macko_jax
 import macko_jax.flax_nnx
+from macko_jax.format import ENCODINGS
 import numpy as np
 
 from examples.llama import checkpoint
@@ -51,6 +52,9 @@ DTYPE = flags.DEFINE_enum(
     "Of weights and computation; by default float16, or as a checkpoint is stored; on a CPU "
     "float32.",
 )  # fmt: skip
+ENCODING = flags.DEFINE_enum(
+    "encoding", None, list(ENCODINGS), "Of random packed matrices; by default the library's choice."
+)
 PROMPT = flags.DEFINE_integer("prompt", 512, "Tokens of the prompt.", lower_bound=1)
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Tokens per generation.", lower_bound=1)
 CHUNK = flags.DEFINE_integer("chunk", 32, "Tokens per call of the device.", lower_bound=1)
@@ -81,7 +85,7 @@ def pack(weight, layouts):
     shape then share compiled kernels. The room is never read.
     """
     if weight.shape not in layouts:
-        packed = macko_jax.compress(weight)
+        packed = macko_jax.compress(weight, encoding=ENCODING.value)
         groups = packed.stored // 8
         layouts[weight.shape] = {
             "encoding": packed.encoding, "lanes": packed.lanes,
@@ -320,6 +324,7 @@ def describe(device, records):
         "prompt": PROMPT.value,
         "new_tokens": NEW_TOKENS.value,
         "chunk": CHUNK.value,
+        "encoding": ENCODING.value,
         "repeats": REPEATS.value,
         "seed": SEED.value,
         "device": device.device_kind,
