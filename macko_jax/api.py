@@ -13,9 +13,9 @@ def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Ar
     """Sparse matrix times vector: y[..., r] = sum_c A[r, c] x[..., c].
 
     Linear in x and in `matrix.values`, and differentiable in both to any order; slots that are
-    padding get no gradient. 8-bit values are constants; their `matrix.scales` are differentiable. Works under jit, vmap (over x, over stacked matrices, over both), grad,
-    checkpoint, scan and shard_map. Sums are in float32, or in float64 when that is the result's
-    type.
+    padding get no gradient. 8-bit values are constants; their `matrix.scales` are differentiable.
+    Works under jit, vmap (over x, over stacked matrices, over both), grad, checkpoint, scan and
+    shard_map. Sums are in float32, or in float64 when that is the result's type.
 
     Args:
       matrix: [rows, cols], from `compress`.
@@ -62,14 +62,14 @@ def _spmv(matrix: MackoMatrix, x: jax.Array, implementation: str | None) -> jax.
         x = x.astype(out_dtype)
     values = matrix.values
     if matrix.encoding != "bitmask" and matrix.scales is None:
-        # Without a bitmask a slot is known to be padding by its value, and it must stay zero: no gradient.
-        # The branches are equal once differentiated, so compilers drop the select.
+        # Without a bitmask a slot is known to be padding by its value, and it must stay zero: no
+        # gradient. The branches are equal once differentiated, so compilers drop the select.
         values = jnp.where(layout.is_zero(values), jax.lax.stop_gradient(values), values)
     batch, (rows, cols) = x.shape[:-1], matrix.shape
-    if matrix.scales is not None:  # 8-bit values are constants; training may move the scales
-        values, product_dtype = jax.lax.stop_gradient(values), jnp.promote_types(out_dtype, "float32")
-    else:
-        product_dtype = out_dtype
+    product_dtype = out_dtype
+    if matrix.scales is not None:
+        values = jax.lax.stop_gradient(values)
+        product_dtype = jnp.promote_types(out_dtype, "float32")
     y = primitive.contract(
         "y", {"values": values, "x": x.reshape(math.prod(batch), cols)},
         (matrix.codes, matrix.row_offsets, matrix.starts),

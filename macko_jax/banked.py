@@ -1,8 +1,8 @@
 """The encoding "banked": every GPU lane owns the columns of one shared-memory bank.
 
-Lane l of 32 owns the columns c with c mod 32 = l, its *places* are c // 32. Its elements of a row lie
-in groups of eight, with eight 3-bit deltas each: the number of the lane's places skipped before an
-element. Gaps of 8 places and more store an explicit zero in every eighth, and zeros with delta 0
+Lane l of 32 owns the columns c with c mod 32 = l, its *places* are c // 32. Its elements of a row
+lie in groups of eight, with eight 3-bit deltas each: the number of the lane's places skipped before
+an element. Gaps of 8 places and more store an explicit zero in every eighth, and zeros with delta 0
 fill up the last group. Step t of a row holds the t-th group of every lane that has one, in the
 order of lanes.
 

@@ -25,7 +25,7 @@ ARRAY_NAMES = ("values", *INDEX_NAMES, "scales")
 
 
 class MackoIndex(nnx.Variable):
-    """The arrays of 8 bits and of integers of a MackoLinear; no gradient and no optimizer touches them."""
+    """Integers, and 8-bit values, of a MackoLinear; no gradient and no optimizer touches them."""
 
 
 class MackoLinear(nnx.Module):
@@ -35,8 +35,9 @@ class MackoLinear(nnx.Module):
     same promotion of dtypes; sums are accumulated in float32 whatever the layer's `precision`.
     `values` is an `nnx.Param`: `nnx.grad` differentiates it and `nnx.Optimizer` updates it, and
     since there is no entry for a zero, the pattern of non-zeros stays as it is. 8-bit values are
-    fixed, and their `scales` are the `nnx.Param`. The other arrays are `MackoIndex` variables. In a vmapped or scanned stack all of them have the stack's leading
-    axes, so a `nnx.StateAxes` that names `nnx.Param` has to name `MackoIndex` as well.
+    fixed, and their `scales` are the `nnx.Param`. The other arrays are `MackoIndex` variables. In a
+    vmapped or scanned stack all of them have the stack's leading axes, so a `nnx.StateAxes` that
+    names `nnx.Param` has to name `MackoIndex` as well.
 
     Args:
         matrix: [out, in], the product of the output by the product of the input features.

@@ -22,11 +22,11 @@ QUANTIZED = tuple(quantization.LARGEST)
 class MackoMatrix:
     """A sparse matrix [rows, cols] in a MACKO layout for GPUs; a pytree. Made by `compress`.
 
-    The stored elements lie in groups of eight, and every row begins a group. `values` alone is
-    differentiated. Three encodings say where the elements sit: "bitmask" has a bit for every column;
-    "delta4" has four bits for every element, the number of zeros skipped before it, and stores an
-    explicit zero in every gap of 16 and more, as the paper does. The row's groups are cut in column
-    order into `lanes` contiguous chunks, the first ones a group longer where they do not divide
+    The stored elements lie in groups of eight, and every row begins a group. `values` alone, or
+    `scales`, is differentiated. Three encodings say where the elements sit: "bitmask" has a bit for
+    every column; "delta4" has four bits for every element, the number of zeros skipped before it,
+    and stores an explicit zero in every gap of 16 and more, as the paper does. The row's groups are
+    cut in column order into `lanes` contiguous chunks, the first ones a group longer where they do not divide
     evenly, and the chunks are interleaved: slot t * lanes + l of the row's groups is the t-th group
     of lane l. So the lanes of a GPU read neighbouring addresses. "banked" deals columns to 32 lanes
     by their remainder instead, with 3-bit deltas, see banked.py.

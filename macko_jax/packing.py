@@ -14,8 +14,8 @@ MAX_COLS = 2**26  # keeps the arithmetic of `layout.memory_group` exact
 def choose_encoding(shape, dtype, bitmask_groups: int, delta4_groups: int) -> str:
     """The default encoding, from the groups of eight that each would store.
 
-    For 8-bit and 16-bit values "delta4": the GPU kernel decodes it twice as fast as a bitmask, which more
-    than pays for up to a tenth more bytes (docs/kernel.md). For float32, where indices weigh half
+    For 8-bit and 16-bit values "delta4": the GPU kernel decodes it twice as fast as a bitmask, which
+    more than pays for up to a tenth more bytes (docs/kernel.md). For float32, where indices weigh half
     as much, the one of fewer bytes.
     """
     if jnp.dtype(dtype).itemsize <= 2:

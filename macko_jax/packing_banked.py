@@ -8,7 +8,8 @@ import numpy as np
 
 from macko_jax import layout, packing_numpy
 from macko_jax.banked import (
-    BITS, LANES, MAX_DELTA, count_dtype, lane_major, most_groups, places, split_codes, step_positions)
+    BITS, LANES, MAX_DELTA, count_dtype, lane_major, most_groups, places, split_codes,
+    step_positions)
 from macko_jax.layout import GROUP
 
 
@@ -47,7 +48,7 @@ class Elements:
 
 @jax.jit
 def find(weight: jax.Array):
-    """What of a matrix is stored, place by place: (stored, delta) [places, rows, 32], and counts."""
+    """What is stored, place by place: (stored, delta) [places, rows, 32], and group counts."""
     rows, cols = weight.shape
     width = places(cols)
     present = jnp.pad(~layout.is_zero(weight), ((0, 0), (0, width * LANES - cols)))

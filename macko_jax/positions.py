@@ -40,7 +40,8 @@ def slot_positions(
     return row.reshape(-1), column.reshape(-1), valid.reshape(-1)
 
 
-def decode_dense(values, codes, row_offsets, starts, *, shape, encoding: str, lanes: int) -> jax.Array:
+def decode_dense(
+        values, codes, row_offsets, starts, *, shape, encoding: str, lanes: int) -> jax.Array:
     """The matrix as a dense array [rows, cols] of the values' dtype."""
     stored = values.shape[0]
     if stored == 0 or 0 in shape:

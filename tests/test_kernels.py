@@ -125,8 +125,8 @@ def test_other_programs(rows, cols, density, dtype, lanes, encoding):
                   {"values": np.full(matrix.stored, np.nan, dtype)},
                   blocks=3, warps=4, slots=plan.shared_slots)
     exact = reference.spmv_values(
-        x, y, *(jnp.asarray(packed[n]) for n in names), shape=matrix.shape, encoding=encoding, lanes=lanes,
-        stored=matrix.stored, out_dtype="float32")
+        x, y, *(jnp.asarray(packed[n]) for n in names), shape=matrix.shape, encoding=encoding,
+        lanes=lanes, stored=matrix.stored, out_dtype="float32")
     rounding = 2 * jnp.finfo(dtype).eps  # of the sum, and of its rounding to the values' type
     np.testing.assert_allclose(out.astype(np.float32), exact, rtol=rounding, atol=rounding)
 

@@ -1,8 +1,8 @@
 """Walking the rows of a matrix in the encoding "banked" (see `macko_jax.banked`).
 
-As `strips.Walk`, but a lane's next group lies where the lanes before it that still have one leave off:
-a ballot and two population counts for each group. In return every lane gathers from its own bank of
-shared memory.
+As `strips.Walk`, but a lane's next group lies where the lanes before it that still have one leave
+off: a ballot and two population counts for each group. In return every lane gathers from its own
+bank of shared memory.
 """
 from typing import Any, NamedTuple
 
@@ -48,7 +48,8 @@ class Walk(strips.Share):
             next_data, cursor = self._read(ops.select(done, upcoming, after))
             place = strip.place
             for u, (live, index, code, values) in enumerate(data):
-                def group(live=live, index=index, code=code, values=values, place=place, state=state):
+                def group(live=live, index=index, code=code, values=values, place=place,
+                          state=state):
                     columns, place = self._columns(code, place, live)
                     return place, each_group(
                         state, strips.Group(strip.row, index, live, values, columns))

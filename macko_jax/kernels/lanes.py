@@ -227,7 +227,7 @@ class MosaicLanes:
         return Register(arith.extui(_i32(), value) if kind != _i32() else value)
 
     def load_small(self, name, offset, size, where):
-        """1 or 2 bytes at a byte offset that is a multiple of `size`; 0 where not `where`. Streams."""
+        """1 or 2 bytes, read once, at a byte offset of whole `size`s; 0 where not `where`."""
         address = self._address(self._pointers[name], offset, ir.IntegerType.get_signless(8))
         asm = ("{.reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0;"
                f" @p ld.global.cs.u{8 * size} $0, [$1];}}")
@@ -255,7 +255,7 @@ class MosaicLanes:
             llvm.store(rounded, self._address(self._pointers[name], index, kind))
 
     def store_words(self, name, index, words, where):
-        """Writes consecutive 32-bit words at word index `index * len(words)`, where `where` holds."""
+        """Writes consecutive 32-bit words at word index `index * len(words)`, where told."""
         value, kind = self._vector(words)
         with mosaic.when(where.value):
             llvm.store(value, self._address(self._pointers[name], index, kind),
@@ -270,7 +270,7 @@ class MosaicLanes:
     # Shared memory, by byte offsets
 
     def load_shared_words(self, offset, count):
-        """`count` (1, 2 or 4) consecutive 32-bit words at an offset that is a multiple of 4 * count."""
+        """`count` (1, 2 or 4) consecutive 32-bit words at an offset of whole `count`s."""
         return [Register(r) for r in self._load_shared(_i32(), offset, count)]
 
     def load_shared(self, offset, count):
@@ -342,7 +342,7 @@ class MosaicLanes:
         return jax.tree.unflatten(tree, [Register(r) for r in op.results])
 
     def branch(self, condition, yes, otherwise):
-        """`yes()` where the condition holds, else the state `otherwise`, a pytree of the same kind."""
+        """`yes()` where the condition holds, else the state `otherwise`, a like pytree."""
         leaves, tree = jax.tree.flatten(otherwise)
         op = scf.IfOp(condition.value, [leaf.value.type for leaf in leaves], has_else=True)
         with ir.InsertionPoint(op.then_block):

@@ -1,10 +1,10 @@
 """Walking the rows of a matrix in the strip layout of `format.MackoMatrix`.
 
-A block owns a contiguous share of the rows and deals them to its warps; `lanes` lanes work on a row,
-so a warp works on 32 / lanes rows at a time. Every lane owns a contiguous strip of its row whose
-first column is stored, which spares a prefix sum over the lanes. It reads its strip in steps of
-`unroll` groups of eight elements; the loads of a step are issued before the arithmetic of the step
-before it, also across rows.
+A block owns a contiguous share of the rows and deals them to its warps; `lanes` lanes work on a
+row, so a warp works on 32 / lanes rows at a time. Every lane owns a contiguous strip of its row
+whose first column is stored, which spares a prefix sum over the lanes. It reads its strip in steps
+of `unroll` groups of eight elements; the loads of a step are issued before the arithmetic of the
+step before it, also across rows.
 """
 import dataclasses
 from typing import Any, NamedTuple
