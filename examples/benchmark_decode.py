@@ -89,7 +89,7 @@ def pack(weight, layouts):
         groups = packed.stored // 8
         layouts[weight.shape] = {
             "encoding": packed.encoding, "lanes": packed.lanes,
-            "capacity": groups + groups // 1024 + 64,
+            "capacity": groups + groups // 512 + 64,  # of random masks, five deviations and more
         }  # fmt: skip
     return macko_jax.compress(weight, **layouts[weight.shape])
 
