@@ -28,7 +28,7 @@ class Strip(NamedTuple):
     place: Any
 
 
-class Walk(strips.Share):
+class Walk(strips.RowShare):
     """Every lane's way through its columns of the block's rows; the interface of `strips.Walk`."""
 
     def start(self):

@@ -59,11 +59,11 @@ def program(ops, plan: Plan) -> None:
         _store_group(ops, group.index, products, matrix.dtype, group.live)
         return state
 
-    first, groups = ops.integer(0), matrix.stored // GROUP
     def clear(group):
         _store_group(ops, group, [ops.real(0)] * GROUP, matrix.dtype, group < groups)
         return group + settings.blocks * threads
 
+    first, groups = ops.integer(0), matrix.stored // GROUP
     x.begin(ops, "x", first, threads)
     started = walk.start()
     y.stage(ops, "y", walk, first_vector=first, first_slot=x.slots, threads=threads)

@@ -148,7 +148,7 @@ class Bitmask:
 DECODERS = {"delta4": Delta4, "bitmask": Bitmask}
 
 
-class Share:
+class RowShare:
     """What a block's lanes have of the rows, and the loads that every encoding needs.
 
     Attributes:
@@ -188,7 +188,7 @@ class Share:
             "values", group * len(self.loads) + i, words, live, stream=True)]
 
 
-class Walk(Share):
+class Walk(RowShare):
     """Every lane's way through the strips of its block's rows."""
 
     def __init__(self, ops, matrix: Matrix, **options):
