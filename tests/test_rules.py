@@ -46,7 +46,7 @@ def test_model_without_layers():
 @pytest.mark.parametrize("options, message", [
     (dict(path="layers/["), "not a valid regular expression"),
     (dict(max_density=80), "between 0 and 1"),
-    (dict(dtype="int8"), "float16, bfloat16, float32"),
+    (dict(dtype="int4"), "float16, bfloat16, float32, int8, float8_e4m3fn"),
 ])  # fmt: skip
 def test_invalid_rule(options, message):
     with pytest.raises(ValueError, match=message):
