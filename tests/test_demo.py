@@ -119,6 +119,19 @@ def test_demo(byte_model, text, tmp_path):
     assert f"{compressed[0]['bits_per_byte']:.3f}"[:4] in evaluated.stdout
 
 
+@pytest.mark.slow
+def test_compare_methods(byte_model, text, tmp_path):
+    out = tmp_path / "methods.json"
+    run("compare_methods", f"--checkpoint={byte_model}", f"--text={text}", "--windows=2",
+        f"--calibration={text}", "--calibration_windows=2", "--method=magnitude",
+        "--density=0.5", "--density=0.25", f"--out={out}")  # fmt: skip
+    record = json.loads(out.read_text())
+    assert [row["asked_density"] for row in record["rows"]] == [0.5, 0.25]
+    assert record["rows"][1]["bytes"] < record["rows"][0]["bytes"] < record["dense"]["bytes"]
+    table = out.with_suffix(".csv").read_text().splitlines()
+    assert len(table) == 3 and table[1].startswith("magnitude,0.5,")
+
+
 def test_generate_reads_a_tokenizer_and_batches(tmp_path):
     tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(DATA / "tokenizer.json"))
     config = llama.Config(**(vars(BYTE_CONFIG) | {"vocab_size": tokenizer.get_vocab_size()}))
