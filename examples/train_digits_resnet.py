@@ -24,11 +24,11 @@ from sklearn.datasets import load_digits
 import dsf_jax
 from dsf_jax import export
 
-flags.DEFINE_list("densities", ["0.2", "0.1", "0.05"], "kept non-zeros over size, per layer")
+flags.DEFINE_list("densities", ["0.2", "0.1"], "kept non-zeros over size, per layer")
 flags.DEFINE_list("methods", ["magnitude", "sparsegpt", "admm", "dsf"], "methods to compare")
-flags.DEFINE_integer("epochs", 30, "epochs of training the dense network")
-flags.DEFINE_integer("finetune_epochs", 10, "epochs of fine-tuning each compressed network")
-flags.DEFINE_integer("width", 32, "channels of the first stage; then 2 and 4 times as many")
+flags.DEFINE_integer("epochs", 20, "epochs of training the dense network")
+flags.DEFINE_integer("finetune_epochs", 6, "epochs of fine-tuning each compressed network")
+flags.DEFINE_integer("width", 16, "channels of the first stage; then 2 and 4 times as many")
 flags.DEFINE_integer("batch", 64, "images per step")
 flags.DEFINE_integer("seed", 0, "of weights, data order and split")
 flags.DEFINE_string("record", "docs/results/digits_resnet.json", "where the record is written")
