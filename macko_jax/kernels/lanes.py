@@ -19,25 +19,39 @@ FULL_WARP = 0xFFFFFFFF
 
 
 class Register:
-    """One lane's SSA value with Python's operators; Python numbers become constants."""
+    """One lane's SSA value with Python's operators; Python numbers become constants.
 
-    def __init__(self, value: ir.Value):
-        self.value = value
+    Integers that are added are kept apart until the sum is needed, since loads and stores of shared
+    memory take a constant offset for free.
+    """
+
+    def __init__(self, value: ir.Value, offset: int = 0):
+        self.base, self.offset = value, offset
+
+    @property
+    def value(self) -> ir.Value:
+        if not self.offset:
+            return self.base
+        return arith.addi(self.base, _constant(self.base.type, self.offset))
 
     def _coerce(self, other):
         if isinstance(other, Register):
             return other
-        return Register(_constant(self.value.type, other))
+        return Register(_constant(self.base.type, other))
 
     def _apply(self, other, integer, floating=None):
-        operation = floating if isinstance(self.value.type, ir.F32Type) else integer
+        operation = floating if isinstance(self.base.type, ir.F32Type) else integer
         return Register(operation(self.value, self._coerce(other).value))
 
     def _compare(self, predicate, other):
         kind = getattr(arith.CmpIPredicate, predicate)
         return Register(arith.cmpi(kind, self.value, self._coerce(other).value))
 
-    def __add__(self, other): return self._apply(other, arith.addi, arith.addf)
+    def __add__(self, other):
+        if isinstance(other, int) and not isinstance(self.base.type, ir.F32Type):
+            return Register(self.base, self.offset + other)
+        return self._apply(other, arith.addi, arith.addf)
+
     def __sub__(self, other): return self._apply(other, arith.subi, arith.subf)
     def __mul__(self, other): return self._apply(other, arith.muli, arith.mulf)
     def __and__(self, other): return self._apply(other, arith.andi)
@@ -301,7 +315,12 @@ class MosaicLanes:
             llvm.store(value.value, self._address(self._shared, index, ir.F32Type.get()))
 
     def _shared_at(self, offset):
-        return self._address(self._shared, offset, ir.IntegerType.get_signless(8))
+        byte = ir.IntegerType.get_signless(8)
+        address = self._address(self._shared, Register(offset.base), byte)
+        if not offset.offset:
+            return address
+        return llvm.getelementptr(
+            address.type, address, [], [offset.offset], byte, llvm.GEPNoWrapFlags.none)
 
     @staticmethod
     def _vector(words):
