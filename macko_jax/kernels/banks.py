@@ -66,7 +66,9 @@ class Walk(strips.RowShare):
             return strip._replace(cursor=cursor), upcoming, next_data, state
 
         strip, data, upcoming = started
-        ops.loop(lambda carried: ops.any(carried[0].row < self.end_row), step,
+        # Two steps a turn: their loads land in registers of their own, so that none is copied, and
+        # the end of a row does not wait for the data of the next.
+        ops.loop(lambda carried: ops.any(carried[0].row < self.end_row), lambda c: step(step(c)),
                  (strip, upcoming, data, begin_row()))
 
     def _open(self, row) -> Strip:

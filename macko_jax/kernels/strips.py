@@ -260,7 +260,9 @@ class Walk(RowShare):
                 done, next_row, (strip._replace(group=after, place=place), upcoming, state))
             return strip, upcoming, next_data, state
 
-        ops.loop(lambda carried: ops.any(carried[0].row < self.end_row), step,
+        # Two steps a turn: their loads land in registers of their own, so that none is copied, and
+        # the end of a row does not wait for the data of the next.
+        ops.loop(lambda carried: ops.any(carried[0].row < self.end_row), lambda c: step(step(c)),
                  (strip, upcoming, data, begin_row()))
 
 
