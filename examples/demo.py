@@ -59,7 +59,7 @@ PROMPT = flags.DEFINE_string(
 NEW_BYTES = flags.DEFINE_integer("new_bytes", 80, "Length of the continuation.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.3, "Of the continuation; 0 is greedy.")
 WINDOWS = flags.DEFINE_integer(
-    "windows", 16, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
+    "windows", 12, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
 )
 CALIBRATION_WINDOWS = flags.DEFINE_integer(
     "calibration_windows", 4, "Windows to calibrate on.", lower_bound=1
