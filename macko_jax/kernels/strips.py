@@ -62,6 +62,20 @@ class Group(NamedTuple):
     columns: Any
 
 
+def add_up(ops, low, high, base, step: int):
+    """Columns of a group from its deltas, base + step * (places up to each), and places in all.
+
+    Bytes of `low` and `high` hold the deltas of elements 0, 2, 4, 6 and 1, 3, 5, 7; bytes of `even`
+    and `odd` the sums up to them. While those stay below 256, one multiplication by 0x01010101 adds
+    them up without a carry between bytes.
+    """
+    odd = (low + high) * 0x01010101
+    even = odd - high
+    columns = [ops.add_byte(prefix, j, step, base) + (2 * j + half) * step
+               for j in range(GROUP // 2) for half, prefix in enumerate((even, odd))]
+    return columns, (odd >> 24) + GROUP
+
+
 class Delta4:
     """Positions from eight 4-bit deltas in a word; the place is the next column."""
 
@@ -77,20 +91,12 @@ class Delta4:
     def columns(self, code, place, scale):
         """The columns of a group's elements times `scale`, and the place after the group.
 
-        Bytes of `even` and `odd` hold the sums of the deltas up to elements 0, 2, 4, 6 and
-        1, 3, 5, 7: the pairwise sums are at most 30, their prefix sums at most 120, so one
-        multiplication by 0x01010101 adds them up without a carry between bytes.
+        The sums of two deltas are at most 30, and those of all eight at most 120.
         """
         low, high = code & 0x0F0F0F0F, (code >> 4) & 0x0F0F0F0F
-        odd = (low + high) * 0x01010101
-        even = odd - high
-        columns = []
-        for j in range(GROUP // 2):
-            for half, prefix in enumerate((even, odd)):
-                columns.append(
-                    self.ops.add_byte(prefix, j, scale, place * scale) + (2 * j + half) * scale)
+        columns, passed = add_up(self.ops, low, high, place * scale, scale)
         # A lane whose row is done must not run away while its warp goes on with longer rows.
-        after = place + (odd >> 24) + GROUP
+        after = place + passed
         return columns, self.ops.select(after < self.cols, after, self.ops.integer(self.cols))
 
 
@@ -148,8 +154,13 @@ class Bitmask:
 DECODERS = {"delta4": Delta4, "bitmask": Bitmask}
 
 
-class RowShare:
-    """What a block's lanes have of the rows, and the loads that every encoding needs.
+class RowWalk:
+    """Every lane's way through its block's rows, whatever the encoding.
+
+    An encoding adds `_open`, which gives what a lane has to read of a row; `_advance`, which gives
+    that after a step, and whether it is all read; `_read`, which issues the loads of a step, and
+    gives what of it they moved; `_loaded`, which gives (index, live, code, values) of the groups that
+    were loaded; and `_columns`.
 
     Attributes:
       part: which strip of its row the lane owns.
@@ -187,8 +198,55 @@ class RowShare:
         return [word for i, words in enumerate(self.loads) for word in self.ops.load_words(
             "values", group * len(self.loads) + i, words, live, stream=True)]
 
+    def start(self):
+        """Issues the first loads; what `run` begins with."""
+        strip = self._open(self._first)
+        data, moved = self._read(strip)
+        return strip._replace(**moved), data, self._open(self._first + self._stride)
 
-class Walk(RowShare):
+    def run(self, started, begin_row, each_group, end_row) -> None:
+        """Goes through all rows of the block.
+
+        Args:
+          started: from `start`.
+          begin_row: gives the state before a row.
+          each_group: of (state, Group), gives the state after it.
+          end_row: called with the row and the state after it; all lanes of a row are there.
+        """
+        ops = self.ops
+        strip, data, upcoming = started
+
+        def step(carried):
+            strip, upcoming, data, state = carried
+            after, finished = self._advance(strip)
+            done = ops.all(finished)
+            next_data, moved = self._read(ops.select(done, upcoming, after))
+            place = strip.place
+            for u, (index, live, code, values) in enumerate(self._loaded(strip, data)):
+                def group(code=code, values=values, index=index, live=live, place=place,
+                          state=state):
+                    columns, place = self._columns(code, place, live)
+                    return place, each_group(state, Group(strip.row, index, live, values, columns))
+
+                # Rows rarely fill the last steps.
+                place, state = group() if u == 0 else ops.branch(
+                    ops.any(live), group, (place, state))
+
+            def next_row():
+                end_row(strip.row, state)
+                return upcoming, self._open(upcoming.row + self._stride), begin_row()
+
+            strip, upcoming, state = ops.branch(
+                done, next_row, (after._replace(place=place), upcoming, state))
+            return strip._replace(**moved), upcoming, next_data, state
+
+        # Two steps a turn: their loads land in registers of their own, so that none is copied, and
+        # the end of a row does not wait for the data of the next.
+        ops.loop(lambda carried: ops.any(carried[0].row < self.end_row), lambda c: step(step(c)),
+                 (strip, upcoming, data, begin_row()))
+
+
+class Walk(RowWalk):
     """Every lane's way through the strips of its block's rows."""
 
     def __init__(self, ops, matrix: Matrix, **options):
@@ -204,66 +262,30 @@ class Walk(RowShare):
         start = ops.load_integer("starts", safe * lanes + self.part)
         return Strip(row, begin + self.part, end, self.decoder.open(safe, start))
 
+    def _advance(self, strip: Strip):
+        after = strip._replace(group=strip.group + self.unroll * self.matrix.lanes)
+        return after, after.group >= after.end
+
     def _read(self, strip: Strip):
-        """Issues the loads of the strip's next groups: (code, words of the values) of each."""
         ops, out = self.ops, []
-        for u in range(self.unroll):
-            group = strip.group + u * self.matrix.lanes
-            live = group < strip.end
+        for group, live in self._groups(strip):
             code = ops.integer(0)
             if self.decoder.reads_codes_by_group:
                 [code] = ops.load_words("codes", group, 1, live, stream=True)
             out.append((code, self._values(group, live)))
-        return out
+        return out, {}
 
-    def start(self):
-        """Issues the first loads; what `run` begins with."""
-        strip = self._open(self._first)
-        return strip, self._read(strip), self._open(self._first + self._stride)
+    def _loaded(self, strip: Strip, data):
+        return [(*group, *loaded) for group, loaded in zip(self._groups(strip), data)]
 
-    def run(self, started, begin_row, each_group, end_row) -> None:
-        """Goes through all strips.
+    def _groups(self, strip: Strip):
+        """Memory index of each group of a step, and whether the lane has it."""
+        groups = [strip.group + u * self.matrix.lanes for u in range(self.unroll)]
+        return [(group, group < strip.end) for group in groups]
 
-        Args:
-          started: from `start`.
-          begin_row: gives the state before a row.
-          each_group: of (state, Group), gives the state after it.
-          end_row: called with the row and the state after it; all lanes of a row are there.
-        """
-        ops, matrix = self.ops, self.matrix
-        strip, data, upcoming = started
-
-        def step(carried):
-            strip, upcoming, data, state = carried
-            after = strip.group + self.unroll * matrix.lanes
-            done = ops.all(after >= strip.end)
-            target = ops.select(done, upcoming, strip._replace(group=after))
-            next_data, place = self._read(target), strip.place
-            for u, (code, values) in enumerate(data):
-                index = strip.group + u * matrix.lanes
-                live = index < strip.end
-
-                def group(code=code, values=values, index=index, live=live, place=place,
-                          state=state):
-                    columns, place = self.decoder.columns(code, place, self.scale)
-                    return place, each_group(state, Group(strip.row, index, live, values, columns))
-
-                # Rows rarely fill the last steps.
-                place, state = group() if u == 0 else ops.branch(
-                    ops.any(live), group, (place, state))
-
-            def next_row():
-                end_row(strip.row, state)
-                return upcoming, self._open(upcoming.row + self._stride), begin_row()
-
-            strip, upcoming, state = ops.branch(
-                done, next_row, (strip._replace(group=after, place=place), upcoming, state))
-            return strip, upcoming, next_data, state
-
-        # Two steps a turn: their loads land in registers of their own, so that none is copied, and
-        # the end of a row does not wait for the data of the next.
-        ops.loop(lambda carried: ops.any(carried[0].row < self.end_row), lambda c: step(step(c)),
-                 (strip, upcoming, data, begin_row()))
+    def _columns(self, code, place, live):
+        del live
+        return self.decoder.columns(code, place, self.scale)
 
 
 def unpack(ops, words, dtype) -> list:

@@ -5,5 +5,5 @@ WALKS = {"delta4": strips.Walk, "bitmask": strips.Walk, "banked": banks.Walk}
 
 
 def make(ops, matrix: strips.Matrix, **options):
-    """The way of every lane through the matrix; for the options see `strips.RowShare`."""
+    """The way of every lane through the matrix; for the options see `strips.RowWalk`."""
     return WALKS[matrix.encoding](ops, matrix, **options)
