@@ -57,6 +57,13 @@ def deltas(words):
     return (words[..., None] >> xp.arange(0, BITS * GROUP, BITS, dtype=np.uint32)) & MAX_DELTA
 
 
+def join_deltas(delta):
+    """The inverse of `deltas`, uint32."""
+    xp = delta.__array_namespace__()
+    shifts = xp.arange(0, BITS * GROUP, BITS, dtype=np.uint32)
+    return (delta.astype(np.uint32) << shifts).sum(axis=-1, dtype=np.uint32)
+
+
 def lane_major(counts: np.ndarray) -> np.ndarray:
     """For every group in memory order, its index when lane follows lane, [groups]; NumPy."""
     counts = counts.astype(np.int64)

@@ -26,8 +26,8 @@ class MackoMatrix:
     `scales`, is differentiated. Three encodings say where the elements sit: "bitmask" has a bit for
     every column; "delta4" has four bits for every element, the number of zeros skipped before it,
     and stores an explicit zero in every gap of 16 and more, as the paper does. The row's groups are
-    cut in column order into `lanes` contiguous chunks, the first ones a group longer where they do not divide
-    evenly, and the chunks are interleaved: slot t * lanes + l of the row's groups is the t-th group
+    cut in column order into `lanes` contiguous chunks, the first ones a group longer where they do
+    not divide evenly, and the chunks are interleaved: slot t * lanes + l of the row's groups is the t-th group
     of lane l. So the lanes of a GPU read neighbouring addresses. "banked" deals columns to 32 lanes
     by their remainder instead, with 3-bit deltas, see banked.py.
 
@@ -160,10 +160,10 @@ def compress(weight, *, dtype=None, encoding: str | None = None, lanes: int | No
     if dtype in QUANTIZED:
         weight, scales = quantization.quantize(weight, dtype)
         scales = jnp.asarray(scales)
-    elif dtype in DTYPES:
-        weight = weight.astype(dtype)
-    else:
+    elif dtype not in DTYPES:
         raise ValueError(f"dtype must be None, {_names(DTYPES + QUANTIZED)}, got {dtype}")
+    elif dtype != weight.dtype:
+        weight = weight.astype(dtype)
     arrays, encoding, lanes = packing.pack(weight, encoding, lanes, capacity)
     rows, cols = map(int, weight.shape)
     return MackoMatrix(*map(jnp.asarray, arrays), (rows, cols), encoding, lanes, scales)

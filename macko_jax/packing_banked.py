@@ -8,8 +8,8 @@ import numpy as np
 
 from macko_jax import layout, packing_numpy
 from macko_jax.banked import (
-    BITS, LANES, MAX_DELTA, count_dtype, lane_major, most_groups, places, split_codes,
-    step_positions)
+    BITS, LANES, MAX_DELTA, count_dtype, join_deltas, lane_major, most_groups, places,
+    split_codes, step_positions)
 from macko_jax.layout import GROUP
 
 
@@ -37,8 +37,7 @@ class Elements:
         begin = np.cumsum(self.counts) - self.counts.reshape(-1)
         values, delta = packing_numpy.fill_deltas(
             self.weight, self.elements, GROUP * begin, GROUP * capacity)
-        delta = delta.reshape(-1, GROUP).astype(np.uint32)
-        words = np.bitwise_or.reduce(delta << np.arange(0, BITS * GROUP, BITS, np.uint32), axis=1)
+        words = join_deltas(delta.reshape(-1, GROUP))
 
         order = np.arange(capacity)
         order[:offsets[-1]] = lane_major(self.counts)
@@ -88,7 +87,5 @@ def fill(weight: jax.Array, stored, delta, counts, *, groups: int):
         return empty.at[slot].set(updates.astype(dtype), mode="drop", unique_indices=True)
 
     values = lax.bitcast_convert_type(scatter(bits, bits.dtype), weight.dtype)
-    delta = scatter(delta, jnp.uint32)
-    shifts = jnp.arange(0, BITS * GROUP, BITS, dtype=jnp.uint32)
-    words = jnp.sum(delta.reshape(groups, GROUP) << shifts, axis=1, dtype=jnp.uint32)
+    words = join_deltas(scatter(delta, jnp.uint32).reshape(groups, GROUP))
     return values, split_codes(words, groups), offsets, counts.astype(count_dtype(cols))

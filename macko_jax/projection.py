@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from macko_jax import quantization
 from macko_jax.api import spmv
 from macko_jax.format import MackoMatrix, compress
-from macko_jax.rules import SCALED_DTYPES, VALUE_DTYPES, LayerReport, Rule
+from macko_jax.rules import VALUE_DTYPES, LayerReport, Rule
 
 
 def pack_kernel(
@@ -39,7 +40,7 @@ def pack_kernel(
         The matrix, [out, in], its arrays with the leading axes `stack`, or None if the layer is
         skipped; and what to report.
     """
-    keeps = rule is None or rule.dtype is None or rule.dtype in SCALED_DTYPES
+    keeps = rule is None or rule.dtype is None or rule.dtype in quantization.NAMES
     dtype = jnp.dtype(kernel.dtype if keeps else rule.dtype)
     rounded = jnp.asarray(kernel, dtype)
     density = float(jnp.count_nonzero(rounded) / max(kernel.size, 1))

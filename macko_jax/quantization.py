@@ -5,6 +5,7 @@ import numpy as np
 
 # Type of the values -> the largest magnitude that a row is scaled to.
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+NAMES = tuple(dtype.name for dtype in LARGEST)
 
 
 def quantize(weight, dtype):

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 
+from macko_jax import quantization
+
 # Above this density the packed product reads as many bytes as the dense one, or more work is
 # spent on them than is saved, so the dense layer is the faster one.
 BREAK_EVEN_DENSITY = 0.8
 
 VALUE_DTYPES = ("float16", "bfloat16", "float32")
-SCALED_DTYPES = ("int8", "float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Rule:
             )
         if self.dtype is not None:
             name = jnp.dtype(self.dtype).name
-            if name not in VALUE_DTYPES + SCALED_DTYPES:
+            if name not in VALUE_DTYPES + quantization.NAMES:
                 raise ValueError(
                     f"Rule {self.path!r} has dtype={name}; values are stored as "
-                    f"{', '.join(VALUE_DTYPES + SCALED_DTYPES)}, or None to keep the kernel's dtype"
+                    f"{', '.join(VALUE_DTYPES + quantization.NAMES)}, or None to keep the kernel's dtype"
                 )
             object.__setattr__(self, "dtype", name)
 

@@ -10,23 +10,13 @@ import jax.numpy as jnp
 
 from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
-from macko_jax.kernels.vectors import Share, Vectors
+from macko_jax.kernels.vectors import Share
 from macko_jax.layout import GROUP
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(config.Plan):
     """How one gradient is computed."""
-    matrix: strips.Matrix
-    x_dtype: object
-    batch: int
-    settings: config.Settings
-
-    @property
-    def x(self) -> Vectors:
-        return Vectors(
-            self.x_dtype, length=self.matrix.shape[1], slack=self.matrix.slack,
-            count=self.settings.vectors, batch=self.batch, staged=self.settings.stage_x)
 
     @property
     def y(self) -> Share:

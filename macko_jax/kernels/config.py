@@ -40,6 +40,25 @@ class Settings:
             raise ValueError(f"blocks and unroll must be positive, got {self}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a product that gathers from vectors x when it is compiled.
+
+    Attributes:
+      matrix: a `strips.Matrix`.
+    """
+    matrix: object
+    x_dtype: object
+    batch: int
+    settings: Settings
+
+    @property
+    def x(self) -> Vectors:
+        return Vectors(
+            self.x_dtype, length=self.matrix.shape[1], slack=self.matrix.slack,
+            count=self.settings.vectors, batch=self.batch, staged=self.settings.stage_x)
+
+
 @functools.cache
 def multiprocessors() -> int:
     """Of the first GPU here; of an H200 where there is none (the count only affects speed)."""

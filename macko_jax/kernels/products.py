@@ -4,18 +4,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from macko_jax import quantization
 from macko_jax.kernels import by_values, config, decode, spmv, strips, transposed
 from macko_jax.layout import words_per_row
 
 FLOATS = ("float16", "bfloat16", "float32")
-QUANTIZED = ("int8", "float8_e4m3fn")  # of values that are an operand
 
 
 def why_not(problem) -> str | None:
     """None if a kernel serves the problem, or the reason why none does."""
     values_first = problem.product != "spmv_values"
     for i, dtype in enumerate((*problem.dtypes, problem.out_dtype)):
-        allowed = FLOATS + QUANTIZED * (values_first and i == 0)
+        allowed = FLOATS + quantization.NAMES * (values_first and i == 0)
         if jnp.dtype(dtype).name not in allowed:
             return f"the kernels take {', '.join(allowed)} here, not {jnp.dtype(dtype).name}"
     if problem.stored == 0 or 0 in problem.shape or problem.batch == 0:

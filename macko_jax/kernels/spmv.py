@@ -14,16 +14,12 @@ import jax.numpy as jnp
 
 from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
-from macko_jax.kernels.vectors import Vectors
+from macko_jax.kernels.vectors import deal_blocks
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything about one product that is known when it is compiled."""
-    matrix: strips.Matrix
-    x_dtype: object
-    batch: int
-    settings: config.Settings
+class Plan(config.Plan):
+    """How one product is computed."""
 
     @property
     def passes(self) -> int:
@@ -35,12 +31,6 @@ class Plan:
         """Of the grid: `settings.blocks` for every pass."""
         return self.settings.blocks * self.passes
 
-    @property
-    def x(self) -> Vectors:
-        return Vectors(
-            self.x_dtype, length=self.matrix.shape[1], slack=self.matrix.slack,
-            count=self.settings.vectors, batch=self.batch, staged=self.settings.stage_x)
-
 
 def program(ops, plan: Plan) -> None:
     """Computes y = x A^T on the arrays values, codes, row_offsets, starts, x [batch, cols], y.
@@ -50,11 +40,7 @@ def program(ops, plan: Plan) -> None:
     matrix, settings, x = plan.matrix, plan.settings, plan.x
     rows = matrix.shape[0]
 
-    block, first_vector = ops.block(), ops.integer(0)
-    for i in range(1, plan.passes):
-        later = block >= settings.blocks
-        block = ops.select(later, block - settings.blocks, block)
-        first_vector = ops.select(later, ops.integer(i * settings.vectors), first_vector)
+    block, first_vector = deal_blocks(ops, settings.blocks, plan.passes, settings.vectors)
     walk = walks.make(
         ops, matrix, block=block, blocks=settings.blocks, warps=settings.warps,
         unroll=settings.unroll, scale=x.scale)

@@ -159,8 +159,8 @@ class RowWalk:
 
     An encoding adds `_open`, which gives what a lane has to read of a row; `_advance`, which gives
     that after a step, and whether it is all read; `_read`, which issues the loads of a step, and
-    gives what of it they moved; `_loaded`, which gives (index, live, code, values) of the groups that
-    were loaded; and `_columns`.
+    gives what of it they moved; `_loaded`, which gives (index, live, code, values) of the groups
+    that were loaded; and `_columns`.
 
     Attributes:
       part: which strip of its row the lane owns.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
-from macko_jax.kernels.vectors import Share
+from macko_jax.kernels.vectors import Share, deal_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +62,8 @@ def program(ops, plan: Plan) -> None:
     matrix = plan.matrix
     rows, cols = matrix.shape
     threads = plan.warps * WARP
-    thread, block, vector = ops.thread(), ops.block(), ops.integer(0)
-    for i in range(1, plan.batch):
-        later = block >= plan.share
-        block = ops.select(later, block - plan.share, block)
-        vector = ops.select(later, ops.integer(i), vector)
+    thread = ops.thread()
+    block, vector = deal_blocks(ops, plan.share, plan.batch, 1)
     walk = walks.make(
         ops, matrix, block=block, blocks=plan.share, warps=plan.warps,
         unroll=config.unroll(plan.warps), scale=4, rows_per_warp=plan.rows_per_warp)

@@ -4,6 +4,16 @@ import jax.numpy as jnp
 AHEAD = 8  # elements per thread and vector that are in flight while they are staged
 
 
+def deal_blocks(ops, blocks: int, passes: int, vectors: int):
+    """Of a grid of `blocks` for each pass of `vectors`: the block in its pass, the first vector."""
+    block, first_vector = ops.block(), ops.integer(0)
+    for i in range(1, passes):
+        later = block >= blocks
+        block = ops.select(later, block - blocks, block)
+        first_vector = ops.select(later, ops.integer(i * vectors), first_vector)
+    return block, first_vector
+
+
 class Vectors:
     """`count` vectors side by side in shared memory, or gathered from global memory.
 
