@@ -93,23 +93,29 @@ def stored_columns(row: np.ndarray, padded: bool) -> list[int]:
     return columns
 
 
+def delta_slots(row, most: int) -> list[tuple]:
+    """(value, delta) of a row's stored elements, an explicit zero after `most` skipped places."""
+    slots, skipped, last = [], 0, 0
+    for value in row:
+        if value != 0:
+            slots.append((value, skipped))
+            skipped, last = 0, len(slots)
+        elif skipped == most:
+            slots.append((0, most))
+            skipped = 0
+        else:
+            skipped += 1
+    return slots[:last]
+
+
 def pack_banked_slowly(weight: np.ndarray) -> list[np.ndarray]:
     """values, codes, row_offsets and starts of the encoding "banked", as banked.py says."""
     values, words, offsets, counts = [], [], [0], []
     for row in weight:
         groups = []
         for lane in range(32):
-            slots, skipped, last = [], 0, 0
-            for value in row[lane::32]:
-                if value != 0:
-                    slots.append((value, skipped))
-                    skipped, last = 0, len(slots)
-                elif skipped == 7:
-                    slots.append((0, 7))
-                    skipped = 0
-                else:
-                    skipped += 1
-            slots = slots[:last] + [(0, 0)] * (-last % 8)
+            slots = delta_slots(row[lane::32], most=7)
+            slots += [(0, 0)] * (-len(slots) % 8)
             groups.append([slots[i:i + 8] for i in range(0, len(slots), 8)])
         counts.append(list(map(len, groups)))
         for step in range(max(counts[-1])):
@@ -166,18 +172,9 @@ def pack_as_paper(weight: np.ndarray):
     """values, deltas, row_indices of the paper's layout, element by element as design says."""
     values, deltas, row_indices = [], [], [0]
     for row in weight:
-        skipped, pending, last = 0, [], 0
-        for value in row:
-            if value != 0:
-                pending.append((value, skipped))
-                skipped, last = 0, len(pending)
-            elif skipped == 15:
-                pending.append((0, 15))
-                skipped = 0
-            else:
-                skipped += 1
-        values += [v for v, _ in pending[:last]]
-        deltas += [d for _, d in pending[:last]]
+        slots = delta_slots(row, most=15)
+        values += [value for value, _ in slots]
+        deltas += [delta for _, delta in slots]
         row_indices.append(len(values))
     fill = -len(values) % 8
     values, deltas = values + [0] * fill, deltas + [0] * fill
