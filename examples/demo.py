@@ -12,7 +12,6 @@ checkpoints and results.json.
 import datetime
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import sys
@@ -211,10 +210,7 @@ def write_results(out, rows, length, seconds):
         "date": datetime.date.today().isoformat(),
         "seconds": seconds,
     }
-    path = out / "results.json"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(path)
+    checkpoint.write_json(out / "results.json", results)
 
 
 def format_table(rows):
