@@ -1,0 +1,109 @@
+"""Runs every GPU kernel once at odd shapes, and nothing else on the GPU: for compute-sanitizer.
+
+    XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool memcheck --error-exitcode 1 \
+        python -m tests.run_kernels [--part=0/4]
+
+With that allocator every array is an allocation of its own, so that a read past its end is found.
+The parts split the work among processes. Results are compared with dense products.
+"""
+import dataclasses
+import functools
+import itertools
+import sys
+
+from absl import app, flags
+import jax
+import numpy as np
+
+from examples.llama import decode_attention
+import macko_jax
+from macko_jax.kernels import by_values, decode, spmv, strips, transposed
+from tests import test_llama_decode_attention as attention
+
+PART = flags.DEFINE_string("part", "0/1", "Which part of how many.")
+
+ENCODINGS = "delta4", "bitmask", "banked"
+# rows, cols, density
+SHAPES = [(1, 1, 1.0), (5, 1, 0.6), (1, 700, 0.5), (9, 33, 1.0), (37, 301, 0.5), (140, 1000, 0.02),
+          (600, 2051, 0.3), (33, 70000, 0.02)]
+DTYPES = "float16", "float32", "int8", "float8_e4m3fn"
+
+
+def products(encoding, shape, dtype, batch):
+    """(name, result, exact result) of every product of one matrix that has a kernel."""
+    rows, cols, density = shape
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((rows, cols)) * (rng.random((rows, cols)) < density)
+    narrow = dtype in ("int8", "float8_e4m3fn")
+    with on_host():
+        matrix = macko_jax.compress(
+            weight.astype(np.float32 if narrow else dtype), dtype=dtype, encoding=encoding)
+        matrix = jax.tree.map(np.asarray, dataclasses.replace(matrix, scales=None))
+        dense = np.asarray(macko_jax.decompress(matrix)).astype(np.float32)
+    positions = matrix.codes, matrix.row_offsets, matrix.starts
+    static = dict(shape=matrix.shape, encoding=encoding, lanes=matrix.lanes, stored=matrix.stored)
+    known = strips.Matrix(matrix.shape, encoding, matrix.lanes, matrix.stored, matrix.dtype)
+    x, y = (rng.standard_normal((batch, n)).astype(np.float16) for n in (cols, rows))
+    wide_x, wide_y = x.astype(np.float32), y.astype(np.float32)
+
+    def run(product, *operands, **options):
+        call = functools.partial(product, **static, **options)
+        return np.asarray(jax.jit(call)(*operands))
+
+    yield "spmv", run(spmv.spmv, matrix.values, x, *positions, out_dtype="float32"), \
+        wide_x @ dense.T
+    if transposed.why_not(known, batch) is None:
+        found = run(
+            transposed.spmv_transposed, matrix.values, y, *positions, out_dtype="float32")
+        yield "transposed", found, wide_y @ dense
+    if decode.why_not(known) is None:
+        yield "decode", run(decode.decode, matrix.values, *positions).astype(np.float32), dense
+    if not narrow and by_values.why_not(known, x.dtype, batch) is None:
+        found = run(by_values.spmv_values, x, y, *positions, out_dtype=matrix.dtype)
+        with on_host():
+            found = macko_jax.decompress(dataclasses.replace(matrix, values=found))
+        kept = dense != 0
+        yield "by_values", np.asarray(found).astype(np.float32) * kept, wide_y.T @ wide_x * kept
+
+
+def attend(heads, kv_heads, slots, live, window):
+    """As `products`, of the attention of a decode step."""
+    with on_host():
+        arguments = jax.tree.map(np.asarray, attention.make(heads, kv_heads, slots, live))
+    call = functools.partial(decode_attention.attend, heads=heads, window=window)
+    yield "attention", np.asarray(jax.jit(call)(*arguments)).astype(np.float32), \
+        attention.expected(*arguments, heads, window)
+
+
+def on_host():
+    return jax.default_device(jax.devices("cpu")[0])
+
+
+def cases():
+    """(name, function that runs it)."""
+    for encoding, shape, (dtype, batch) in itertools.product(
+            ENCODINGS, SHAPES, zip(DTYPES, (1, 3, 2, 5))):
+        yield f"{encoding} {shape} {dtype} {batch}", functools.partial(
+            products, encoding, shape, dtype, batch)
+    for name, case in attention.CASES.items():
+        yield f"attention {name}", functools.partial(attend, *case)
+
+
+def main(_):
+    part, parts = map(int, PART.value.split("/"))
+    wrong = []
+    for name, run in list(cases())[part::parts]:
+        errors = []
+        for product, found, wanted in run():
+            error = np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-30)
+            errors.append(f"{product} {error:.0e}")
+            if not error < 5e-3:
+                wrong.append(f"{name} {product}")
+        print(f"{name}: {', '.join(errors)}", flush=True)
+    if wrong:
+        sys.exit(f"wrong results: {wrong}")
+    print("all right")
+
+
+if __name__ == "__main__":
+    app.run(main)
