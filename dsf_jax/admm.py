@@ -46,17 +46,21 @@ class Schedule(NamedTuple):
     rho_first: jax.Array | float | None = None
 
 
-def improve_factor(sparse, dual, target, gram, nonzeros, schedule, curvature=None, rotation=None):
+def improve_factor(sparse, dual, residual, gram, nonzeros, schedule, curvature=None, rotation=None):
     """Improves one factor by ADMM steps, the other one fixed.
 
     Each step solves x_i (c_i S + (rho + ridge) I) = f_i + rho (z_i - u_i), lets Z be X + U on the
     mask of its largest entries, and adds X - Z to U. S is first scaled to a unit diagonal, so that
     rho and the mask do not depend on how scale is shared between the factors.
 
+    What is solved for is X - Z_0, the change from where the factor stands. F itself is dominated by
+    the few largest eigenvalues of the inputs' Gram matrix, which grow with the layer: rounded to
+    TF32, it would drown the small ones. The residual that is left of it has none of that.
+
     Args:
-      sparse: Z, float32 `[rows, inner]`.
+      sparse: Z_0, float32 `[rows, inner]`.
       dual: U, likewise.
-      target: F, float32 `[rows, inner]`.
+      residual: E, float32 `[rows, inner]`: what remains of the correlation, f_i - c_i z_i S = c_i e_i.
       gram: S, float32 `[inner, inner]`.
       nonzeros: k, the most non-zeros of Z; an integer, may be traced.
       schedule: A `Schedule`. With no mask step the mask is that of `sparse`.
@@ -70,7 +74,8 @@ def improve_factor(sparse, dual, target, gram, nonzeros, schedule, curvature=Non
     alive = scale > 1e-8
     inverse = jnp.where(alive, 1 / jnp.where(alive, scale, 1), 0)
     gram = gram * inverse * inverse[:, None]
-    target, sparse, dual = target * inverse, sparse * scale, dual * scale
+    residual, sparse, dual = residual * inverse, sparse * scale, dual * scale
+    curvature = jnp.ones(sparse.shape[0]) if curvature is None else curvature
 
     def into_basis(x):
         return x if rotation is None else rotation.T @ x
@@ -78,14 +83,14 @@ def improve_factor(sparse, dual, target, gram, nonzeros, schedule, curvature=Non
     def out_of_basis(x):
         return x if rotation is None else rotation @ x
 
-    target = into_basis(target)
+    origin = sparse
+    residual = curvature[:, None] * into_basis(residual) - schedule.ridge * into_basis(origin)
     if schedule.cg_steps:
-        rows = jnp.ones(sparse.shape[0]) if curvature is None else curvature
 
-        def solve(i, anchor, start):
+        def solve(i, pull, start):
             del i
-            return solve_rows(gram, rows, schedule.rho + schedule.ridge,
-                              target + schedule.rho * anchor, start, schedule.cg_steps)
+            return solve_rows(gram, curvature, schedule.rho + schedule.ridge,
+                              residual + schedule.rho * pull, start, schedule.cg_steps)
     else:
         penalties = [schedule.rho] if schedule.rho_first is None else [
             schedule.rho_first, schedule.rho]
@@ -93,22 +98,22 @@ def improve_factor(sparse, dual, target, gram, nonzeros, schedule, curvature=Non
         # A loop over the shifts, so that the inverse is compiled once.
         inverses = lax.map(lambda p: _shifted_inverse(gram, p + schedule.ridge), penalties)
 
-        def solve(i, anchor, start):
+        def solve(i, pull, start):
             del start
             i = jnp.minimum(i, len(penalties) - 1)
-            return (target + penalties[i] * anchor) @ inverses[i]
+            return (residual + penalties[i] * pull) @ inverses[i]
 
     def step(i, state):
-        x, sparse, dual, mask = state
-        x = solve(i, into_basis(sparse - dual), x)
-        moved = out_of_basis(x) + dual
+        change, sparse, dual, mask = state
+        change = solve(i, into_basis(sparse - dual - origin), change)
+        moved = origin + out_of_basis(change) + dual
         if schedule.mask_steps:
             mask = lax.cond(i < schedule.mask_steps,
                             lambda: top_k_mask(jnp.abs(moved), nonzeros), lambda: mask)
         sparse = jnp.where(mask, moved, 0)
-        return x, sparse, moved - sparse, mask
+        return change, sparse, moved - sparse, mask
 
-    state = (into_basis(sparse), sparse, dual, sparse != 0)
+    state = (jnp.zeros_like(sparse), sparse, dual, sparse != 0)
     _, sparse, dual, _ = lax.fori_loop(0, schedule.steps, step, state)
     return sparse * inverse, dual * inverse
 

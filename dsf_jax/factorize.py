@@ -251,7 +251,8 @@ def choose_rho(density: float) -> tuple[float, float]:
     ones, where few non-zeros fall on an inner dimension, dimensions die out while the penalty is
     low. From about 0.7 on, masks hardly move.
     """
-    return min(0.03 / density, 0.5), 0.8
+    first = min(0.03 / density, 0.009 / density**2)  # the second from a density of 0.3 on
+    return min(max(0.03, first), 0.5), 0.8
 
 
 class _Numbers(NamedTuple):
@@ -287,6 +288,9 @@ class _Pair(NamedTuple):
     left_dual: jax.Array
     right: jax.Array
     right_dual: jax.Array
+
+    def product(self):
+        return self.left @ self.right.T
 
     def without_duals(self):
         zero = jnp.zeros_like
@@ -366,12 +370,14 @@ def _search(problem, pair, left_nonzeros, right_nonzeros, options):
                         options.search_mask_steps, rho_first=rho_first)
 
     def improve_left(t, pair):
-        left, dual = improve_factor(pair.left, pair.left_dual, weight @ pair.right,
+        residual = (weight - pair.product()) @ pair.right
+        left, dual = improve_factor(pair.left, pair.left_dual, residual,
                                     pair.right.T @ pair.right, left_nonzeros, schedule(t))
         return pair._replace(left=left, left_dual=dual)
 
     def improve_right(t, pair):
-        right, dual = improve_factor(pair.right, pair.right_dual, weight.T @ pair.left,
+        residual = (weight - pair.product()).T @ pair.left
+        right, dual = improve_factor(pair.right, pair.right_dual, residual,
                                      pair.left.T @ pair.left, right_nonzeros, schedule(t))
         return pair._replace(right=right, right_dual=dual)
 
@@ -384,7 +390,7 @@ def _refine(problem, pair, left_nonzeros, right_nonzeros, rho, options):
     # What is negative is rounding, of the Gram matrix or of its storage.
     values = jnp.maximum(values, 0)
     gram = jnp.matmul(vectors * values, vectors.T, precision="highest")
-    correlation = jnp.matmul(problem.weight, gram, precision="highest")
+    weight = problem.weight
     first, last = rho
 
     def schedule(t, cg_steps=0):
@@ -393,18 +399,20 @@ def _refine(problem, pair, left_nonzeros, right_nonzeros, rho, options):
                         options.refine_mask_steps, cg_steps)
 
     def improve_left(t, pair):
-        seen = pair.right.T @ (gram @ pair.right)
-        left, dual = improve_factor(pair.left, pair.left_dual, correlation @ pair.right, seen,
+        seen = gram @ pair.right
+        residual = (weight - pair.product()) @ seen
+        left, dual = improve_factor(pair.left, pair.left_dual, residual, pair.right.T @ seen,
                                     left_nonzeros, schedule(t))
         return pair._replace(left=left, left_dual=dual)
 
     def improve_right(t, pair):
-        right, dual = improve_factor(pair.right, pair.right_dual, correlation.T @ pair.left,
+        residual = (weight - pair.product()).T @ pair.left
+        right, dual = improve_factor(pair.right, pair.right_dual, residual,
                                      pair.left.T @ pair.left, right_nonzeros,
                                      schedule(t, options.refine_cg_steps), values, vectors)
         return pair._replace(right=right, right_dual=dual)
 
-    tall = problem.weight.shape[0] >= problem.weight.shape[1]
+    tall = weight.shape[0] >= weight.shape[1]
     pair = _alternate(pair, improve_left, improve_right, options.refine_rounds, tall)
     return pair, problem._replace(gram=gram)
 
@@ -415,8 +423,10 @@ def _finalize(problem, pair, left_nonzeros, options):
     left, right = pair.left, pair.right
     if options.finalize_steps:
         schedule = Schedule(1.0, 0.0, options.finalize_steps, mask_steps=0)
-        left, _ = improve_factor(left, jnp.zeros_like(left), correlation @ right,
-                                 right.T @ (gram @ right), left_nonzeros, schedule)
+        seen = gram @ right
+        left, _ = improve_factor(left, jnp.zeros_like(left),
+                                 (problem.weight - pair.product()) @ seen, right.T @ seen,
+                                 left_nonzeros, schedule)
     if options.refit_steps:
         left = refit_rows(correlation @ right, right.T @ (gram @ right), left != 0, left,
                           options.refit_steps)

@@ -261,11 +261,11 @@ def test_refits_against_a_generic_solver(least_squares):
 def test_cholesky_and_conjugate_gradients_agree():
     rng = np.random.default_rng(7)
     factor = rng.standard_normal((30, 20)).astype(np.float32)
-    target = rng.standard_normal((12, 20)).astype(np.float32)
+    residual = rng.standard_normal((12, 20)).astype(np.float32)
     start = rng.standard_normal((12, 20)).astype(np.float32)
     gram = factor.T @ factor
     results = [
-        improve_factor(jnp.asarray(start), jnp.zeros_like(start), target, gram, 80,
+        improve_factor(jnp.asarray(start), jnp.zeros_like(start), residual, gram, 80,
                        Schedule(0.5, 1e-3, 3, 1, cg_steps=steps))[0] for steps in (0, 40)
     ]
     np.testing.assert_allclose(*results, atol=1e-3)
