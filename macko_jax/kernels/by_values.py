@@ -39,7 +39,8 @@ def program(ops, plan: Plan) -> None:
         ops, matrix, block=ops.block(), blocks=settings.blocks, warps=settings.warps,
         unroll=settings.unroll, scale=x.scale, read_values=False)
 
-    def outer(state, group):
+    def outer(state, groups):
+        [group] = groups
         elements, products = y.at(group.row, group.live), []
         for column in group.columns:
             total = ops.real(0)

@@ -12,6 +12,7 @@ from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
 
 PIECE = 16  # bytes that a lane moves at a time
+TOGETHER = 2  # groups that a lane visits at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,8 @@ def program(ops, plan: Plan) -> None:
     row_bytes = matrix.shape[1] * size
     walk = walks.make(
         ops, matrix, block=ops.block(), blocks=plan.blocks, warps=plan.warps,
-        unroll=config.unroll(plan.warps), scale=size, rows_per_warp=plan.rows_per_warp)
+        unroll=config.unroll(plan.warps), scale=size, rows_per_warp=plan.rows_per_warp,
+        together=TOGETHER)
     bytes_each, part = buffer_bytes(matrix), walk.part
     buffer, mine = walk.buffer * bytes_each, walk.busy
     zeros = [ops.integer(0)] * (PIECE // 4)
@@ -61,12 +63,13 @@ def program(ops, plan: Plan) -> None:
     def clear(offset):
         ops.store_shared_words(buffer + offset, zeros, mine)
 
-    def scatter(state, group):
-        for column, bits in zip(group.columns, _bits(group.values, size)):
-            if size == 2:
-                ops.store_shared_half(buffer + column, bits, group.live)
-            else:
-                ops.store_shared_words(buffer + column, [bits], group.live)
+    def scatter(state, groups):
+        for group in groups:
+            for column, bits in zip(group.columns, _bits(group.values, size)):
+                if size == 2:
+                    ops.store_shared_half(buffer + column, bits, group.live)
+                else:
+                    ops.store_shared_words(buffer + column, [bits], group.live)
         return state
 
     def write(row, state):

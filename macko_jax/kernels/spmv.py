@@ -45,7 +45,8 @@ def program(ops, plan: Plan) -> None:
         ops, matrix, block=block, blocks=settings.blocks, warps=settings.warps,
         unroll=settings.unroll, scale=x.scale)
 
-    def multiply(sums, group):
+    def multiply(sums, groups):
+        [group] = groups
         for column, weight in zip(group.columns, strips.unpack(ops, group.values, matrix.dtype)):
             sums = [ops.fma(weight, element, total) for element, total in zip(x.at(column), sums)]
         return sums

@@ -171,12 +171,16 @@ class RowWalk:
     """
 
     def __init__(self, ops, matrix: Matrix, *, block, blocks: int, warps: int, unroll: int,
-                 scale: int = 1, read_values: bool = True, rows_per_warp: int | None = None):
+                 scale: int = 1, read_values: bool = True, rows_per_warp: int | None = None,
+                 together: int = 1):
         """`block` of `blocks` is the lane's share of the rows; columns come multiplied by `scale`.
 
-        A warp works on `rows_per_warp` rows at a time, by default as many as it has lanes for.
+        A warp works on `rows_per_warp` rows at a time, by default as many as it has lanes for. It
+        visits `together` groups of a row at a time: where few warps fit on a multiprocessor, what
+        they do for one group has to hide the latencies of another.
         """
         self.ops, self.matrix, self.unroll, self.scale = ops, matrix, unroll, scale
+        self.together = together
         words = GROUP * jnp.dtype(matrix.dtype).itemsize // 4 if read_values else 0
         self.loads = [min(words, 4)] * (-(-words // 4))  # words of each load of a group's values
         rows_per_warp = rows_per_warp or WARP // matrix.lanes
@@ -204,13 +208,13 @@ class RowWalk:
         data, moved = self._read(strip)
         return strip._replace(**moved), data, self._open(self._first + self._stride)
 
-    def run(self, started, begin_row, each_group, end_row) -> None:
+    def run(self, started, begin_row, visit, end_row) -> None:
         """Goes through all rows of the block.
 
         Args:
           started: from `start`.
           begin_row: gives the state before a row.
-          each_group: of (state, Group), gives the state after it.
+          visit: of (state, list of at most `together` Groups), gives the state after them.
           end_row: called with the row and the state after it; all lanes of a row are there.
         """
         ops = self.ops
@@ -221,16 +225,18 @@ class RowWalk:
             after, finished = self._advance(strip)
             done = ops.all(finished)
             next_data, moved = self._read(ops.select(done, upcoming, after))
-            place = strip.place
-            for u, (index, live, code, values) in enumerate(self._loaded(strip, data)):
-                def group(code=code, values=values, index=index, live=live, place=place,
-                          state=state):
-                    columns, place = self._columns(code, place, live)
-                    return place, each_group(state, Group(strip.row, index, live, values, columns))
+            place, loaded = strip.place, self._loaded(strip, data)
+            for first in range(0, self.unroll, self.together):
+                def visit_some(some=loaded[first:first + self.together], place=place, state=state):
+                    groups = []
+                    for index, live, code, values in some:
+                        columns, place = self._columns(code, place, live)
+                        groups.append(Group(strip.row, index, live, values, columns))
+                    return place, visit(state, groups)
 
                 # Rows rarely fill the last steps.
-                place, state = group() if u == 0 else ops.branch(
-                    ops.any(live), group, (place, state))
+                place, state = visit_some() if first == 0 else ops.branch(
+                    ops.any(loaded[first][1]), visit_some, (place, state))
 
             def next_row():
                 end_row(strip.row, state)

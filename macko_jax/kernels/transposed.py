@@ -16,6 +16,8 @@ from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
 from macko_jax.kernels.vectors import Share, deal_blocks
 
+TOGETHER = 4  # groups that a lane visits at a time; most of their time is the latency of a sum
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -66,7 +68,8 @@ def program(ops, plan: Plan) -> None:
     block, vector = deal_blocks(ops, plan.share, plan.batch, 1)
     walk = walks.make(
         ops, matrix, block=block, blocks=plan.share, warps=plan.warps,
-        unroll=config.unroll(plan.warps), scale=4, rows_per_warp=plan.rows_per_warp)
+        unroll=config.unroll(plan.warps), scale=4, rows_per_warp=plan.rows_per_warp,
+        together=TOGETHER)
     columns = ops.select(walk.busy, walk.buffer, ops.integer(0)) * (4 * plan.columns)
     y, sums_end = plan.y, plan.buffers * plan.columns
 
@@ -77,13 +80,16 @@ def program(ops, plan: Plan) -> None:
 
         ops.loop(lambda index: index < count, step, thread)
 
-    def add(state, group):
-        weights = strips.unpack(ops, group.values, matrix.dtype)
-        [element] = y.at(group.row, group.live)
-        sums = [ops.load_shared(columns + column, 1)[0] for column in group.columns]
-        sums = [ops.fma(weight, element, total) for weight, total in zip(weights, sums)]
-        for column, total in zip(group.columns, sums):
-            ops.store_shared_words(columns + column, [ops.as_word(total)], group.live)
+    def add(state, groups):
+        # Columns of a row are distinct, so that all loads may come before the stores.
+        [element] = y.at(groups[0].row, groups[0].live)
+        sums = [[ops.load_shared(columns + column, 1)[0] for column in group.columns]
+                for group in groups]
+        for group, totals in zip(groups, sums):
+            weights = strips.unpack(ops, group.values, matrix.dtype)
+            for column, weight, total in zip(group.columns, weights, totals):
+                total = ops.fma(weight, element, total)
+                ops.store_shared_words(columns + column, [ops.as_word(total)], group.live)
         return state
 
     def reduce(index):
