@@ -22,7 +22,7 @@ TOGETHER = lanes.WARP // LANES  # slots that a warp reads at once
 CHUNK = 8  # consecutive elements in the 16 bytes of one load; a lane has two such chunks of a head
 CHUNKS = HEAD_DIM // CHUNK
 MOST_HEADS = 4  # query heads of a block: each takes 32 registers
-SLOTS_PER_BLOCK = 1024  # cache slots for which one block is enough, over its query heads
+ENOUGH_BLOCKS = 128  # to keep a GPU busy: about one for each of its multiprocessors
 MOST_KV_HEADS = 2**11  # of all sequences; see `_divide`
 NEVER = -1e30  # score of a slot that is not visible; finite, so that differences are numbers
 
@@ -61,15 +61,24 @@ class Plan:
 
     @property
     def splits(self):
-        """Blocks among which slots are shared out, a power of two."""
-        return 1 << max(0, math.ceil(math.log2(self.slots * self.group / SLOTS_PER_BLOCK)))
+        """Blocks among which slots are shared out, a power of two.
+
+        As many as it takes to have enough blocks, but every block has slots for all its lanes.
+        """
+        wanted = ENOUGH_BLOCKS // self.head_groups
+        return 1 << max(1, min(wanted, self.slots // self.slots_at_once)).bit_length() - 1
+
+    @property
+    def head_groups(self):
+        """Query heads of all sequences, in groups of a block."""
+        return self.batch * self.kv_heads * self.parts
 
     @property
     def blocks(self):
-        return self.batch * self.kv_heads * self.parts * self.splits
+        return self.head_groups * self.splits
 
     def __post_init__(self):
-        if self.blocks // self.splits > 2**15:
+        if self.head_groups > 2**15:
             raise ValueError(f"{self} has more heads than its arithmetic serves; see `_divide`")
 
     @property
@@ -81,6 +90,11 @@ class Plan:
     def unroll(self):
         """Rounds of slots that a warp has in flight."""
         return 2 if self.group == 1 else 1
+
+    @property
+    def slots_at_once(self):
+        """Slots that the lanes of a block read in a step."""
+        return self.warps * TOGETHER * self.unroll
 
     @property
     def width(self):
@@ -145,9 +159,8 @@ def program(ops, plan: Plan):
     chunk, place = lane & (LANES - 1), lane >> 3  # of the slot, and the slot of the warp's four
     # Blocks in the order of sequences, key-value heads, their parts, and shares of the slots.
     heads, split = block >> (plan.splits.bit_length() - 1), block & (plan.splits - 1)
-    count = plan.blocks // plan.splits
-    kv_head = _divide(heads, plan.parts, count)  # of all sequences
-    sequence = _divide(heads, plan.parts * plan.kv_heads, count)
+    kv_head = _divide(heads, plan.parts, plan.head_groups)  # of all sequences
+    sequence = _divide(heads, plan.parts * plan.kv_heads, plan.head_groups)
     live = ops.load_integer("position", sequence) + 1
     oldest = ops.integer(0)
     if plan.window is not None:
@@ -164,7 +177,7 @@ def program(ops, plan: Plan):
         where = (slot >= oldest) & (slot < live)
         return where, [_load_head(ops, "cache", row + i, chunk, where) for i in (0, 1)]
 
-    swept = plan.warps * TOGETHER * plan.unroll * plan.splits  # slots, by all blocks in a step
+    swept = plan.slots_at_once * plan.splits  # slots, by all blocks in a step
 
     def step(state):
         first, softmaxes = state
