@@ -32,7 +32,7 @@ PRODUCT = flags.DEFINE_enum(
 BATCHES = flags.DEFINE_list("batches", ["1"], "Numbers of vectors.")
 IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations", ["macko", "dense"],
-    "Of macko, macko_bitmask, macko_banked, macko_int8, macko_fp8, macko_xla, dense, bcsr, bcoo, "
+    "Of macko, macko_bitmask, macko_banked, macko_int8, macko_banked_int8, macko_fp8, macko_xla, dense, bcsr, bcoo, "
     "torch (cuBLAS, where torch is).")
 REPEATS = flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)
 READ_FLOOR = flags.DEFINE_bool("read_floor", True, "Time a plain read of the same bytes (GPU).")
@@ -59,6 +59,7 @@ MAKERS = {
     "macko_bitmask": macko(encoding="bitmask"),
     "macko_banked": macko(encoding="banked"),
     "macko_int8": macko(dtype="int8"),
+    "macko_banked_int8": macko(dtype="int8", encoding="banked"),
     "macko_fp8": macko(dtype="float8_e4m3fn"),
     "macko_xla": macko(implementation="xla"),
     "dense": lambda dense: (dense, lambda m, x: x @ m.T if x.ndim > 1 else m @ x),
