@@ -96,9 +96,10 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
     blocks = min(multiprocessors(), rows)
     tasks = -(-rows // blocks) * matrix.lanes // 32  # of a block's warps
     groups_per_lane = matrix.stored / GROUP / rows / matrix.lanes
+    # The sums of 8 vectors leave the 64 registers of a lane of 32 warps no room to load ahead.
+    warps = min(_warps(tasks), 16) if vectors == 8 else _warps(tasks)
     return Settings(
-        blocks=blocks, warps=_warps(tasks),
-        unroll=2 if groups_per_lane > 2.5 and vectors < 8 else 1,
+        blocks=blocks, warps=warps, unroll=2 if groups_per_lane > 2.5 else 1,
         vectors=vectors, stage_x=_fits(matrix, x_dtype, vectors))
 
 

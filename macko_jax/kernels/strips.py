@@ -220,7 +220,7 @@ class RowWalk:
         ops = self.ops
         strip, data, upcoming = started
 
-        def step(carried):
+        def step(carried, sure):
             strip, upcoming, data, state = carried
             after, finished = self._advance(strip)
             done = ops.all(finished)
@@ -235,7 +235,7 @@ class RowWalk:
                     return place, visit(state, groups)
 
                 # Rows rarely fill the last steps.
-                place, state = visit_some() if first == 0 else ops.branch(
+                place, state = visit_some() if sure and first == 0 else ops.branch(
                     ops.any(loaded[first][1]), visit_some, (place, state))
 
             def next_row():
@@ -247,8 +247,10 @@ class RowWalk:
             return strip._replace(**moved), upcoming, next_data, state
 
         # Two steps a turn: their loads land in registers of their own, so that none is copied, and
-        # the end of a row does not wait for the data of the next.
-        ops.loop(lambda carried: ops.any(carried[0].row < self.end_row), lambda c: step(step(c)),
+        # the end of a row does not wait for the data of the next. The warp may have no row left for
+        # the second; where it has only one row, a step for nothing would cost up to a fifth of it.
+        ops.loop(lambda carried: ops.any(carried[0].row < self.end_row),
+                 lambda carried: step(step(carried, sure=True), sure=False),
                  (strip, upcoming, data, begin_row()))
 
 
