@@ -60,7 +60,7 @@ def improve_factor(sparse, dual, residual, gram, nonzeros, schedule, curvature=N
     Args:
       sparse: Z_0, float32 `[rows, inner]`.
       dual: U, likewise.
-      residual: E, float32 `[rows, inner]`: what remains of the correlation, f_i - c_i z_i S = c_i e_i.
+      residual: E, float32 `[rows, inner]`, that gives what remains of F: f_i - c_i z_i S = c_i e_i.
       gram: S, float32 `[inner, inner]`.
       nonzeros: k, the most non-zeros of Z; an integer, may be traced.
       schedule: A `Schedule`. With no mask step the mask is that of `sparse`.

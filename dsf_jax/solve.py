@@ -68,8 +68,8 @@ def _factorize(method, preset, weights, grams, names, **options):
 # Each takes weights of one shape, their Gram matrices (or None), names for errors, density and
 # options, and returns for each the new matrix, its two factors or None, and what it was found by.
 METHODS = {name: functools.partial(_prune, name) for name in pruners.METHODS} | {
-    "dsf": functools.partial(_factorize, "dsf", "quality"),
     "dsf-published": functools.partial(_factorize, "dsf-published", "published"),
+    "dsf": functools.partial(_factorize, "dsf", "quality"),
 }
 PAIRS = frozenset(["dsf", "dsf-published"])  # those that give two factors
 

@@ -36,6 +36,7 @@ import numpy as np
 from examples.llama import checkpoint
 from examples.llama import model as llama
 from examples.llama.configs import CONFIGS
+from examples.records import write_json
 
 CONFIG = flags.DEFINE_enum("config", "tiny", list(CONFIGS), "Shape of the model.")
 LAYERS = flags.DEFINE_integer("layers", None, "Decoder layers; by default the model's.", 1)
@@ -353,9 +354,9 @@ def main(_):
     records = []
     for model in models():
         records.append(measure(*model))
-        checkpoint.write_json(out, describe(device, records))
+        write_json(out, describe(device, records))
     print_table(records)
-    checkpoint.write_json(out, describe(device, records))
+    write_json(out, describe(device, records))
     print(f"written: {out}")
 
 

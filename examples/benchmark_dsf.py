@@ -10,7 +10,6 @@ low-rank structure. Printed and saved, after each case, are the relative output 
 
 import datetime
 import json
-import os
 import platform
 import sys
 import time
@@ -21,6 +20,8 @@ import jax.monitoring
 import jax.numpy as jnp
 
 import dsf_jax
+
+from examples.records import write_json
 
 _SIZES = flags.DEFINE_list("sizes", ["4096x4096", "11008x4096"], "Layers, out x in.")
 _DENSITY = flags.DEFINE_float("density", 0.5, "Non-zeros of both factors over out * in.")
@@ -131,7 +132,7 @@ def main(_):
             if size in published:
                 result["ratio_to_published"] = result["relative_output_error"] / published[size]
             record["results"].append(result)
-            _write(record)
+            write_json(_OUTPUT.value, record)
             _show(size, result)
     print(f"wrote {_OUTPUT.value}")
 
@@ -147,13 +148,6 @@ def _show(size, result):
         f"packed {result['packed_bytes'] / 2**20:.1f} MiB",
         flush=True,
     )
-
-
-def _write(record):
-    os.makedirs(os.path.dirname(_OUTPUT.value) or ".", exist_ok=True)
-    with open(_OUTPUT.value + ".part", "w") as file:
-        json.dump(record, file, indent=1)
-    os.replace(_OUTPUT.value + ".part", _OUTPUT.value)
 
 
 if __name__ == "__main__":

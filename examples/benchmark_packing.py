@@ -4,7 +4,6 @@
 
 Where other programs share the processor, the processor time says more than the clock.
 """
-import json
 import pathlib
 import sys
 import time
@@ -14,7 +13,9 @@ import numpy as np
 from absl import app, flags
 
 import macko_jax
-from macko_jax import benchmark, packing_jax
+from macko_jax import benchmark, packing_banked, packing_jax
+
+from examples.records import write_json
 
 SHAPE = flags.DEFINE_string("shape", "4096x11008", "Rows x cols.")
 DENSITY = flags.DEFINE_float("density", 0.5, "Share of non-zeros.", 0, 1)
@@ -36,6 +37,9 @@ def seconds(run) -> dict:
 
 
 def pack_on_device(weight, encoding):
+    if encoding == "banked":
+        *found, counts = packing_banked.find(weight)
+        return packing_banked.fill(weight, *found, counts, groups=int(counts.sum()))
     elements = packing_jax.find(weight)
     groups = packing_jax.count_groups(elements, encoding)
     return packing_jax.fill(weight, elements, encoding, 32, groups)
@@ -64,13 +68,9 @@ def main(_):
                 print(f"{dtype:9} {encoding:8} {where:10} {took['median'] * 1e3:9.1f} ms "
                       f"(first {took['first'] * 1e3:.0f}, processor {took['processor'] * 1e3:.0f}) "
                       f"{records[-1]['gb_per_s']:7.2f} GB/s of dense input", flush=True)
-    path = pathlib.Path(OUT.value).with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(
-        {"command": " ".join(["examples/benchmark_packing.py", *sys.argv[1:]]),
-         **benchmark.environment(), "records": records}, indent=1) + "\n")
-    partial.rename(path)
+    write_json(pathlib.Path(OUT.value).with_suffix(".json"), {
+        "command": " ".join(["examples/benchmark_packing.py", *sys.argv[1:]]),
+        **benchmark.environment(), "records": records})
 
 
 if __name__ == "__main__":

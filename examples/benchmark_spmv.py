@@ -9,19 +9,17 @@ only reads as many bytes shows what memory allows.
 import csv
 import dataclasses
 import itertools
-import json
-import os
-import pathlib
 import sys
 
 from absl import app, flags
 import jax
-import jax.numpy as jnp
 from jax.experimental import sparse
 import numpy as np
 
 import macko_jax
 from macko_jax import benchmark
+
+from examples.records import replacing, write_json
 
 SHAPES = flags.DEFINE_list("shapes", ["4096x4096"], "Matrices, rows x cols.")
 DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.3", "0.1"], "Shares of non-zeros.")
@@ -32,8 +30,8 @@ PRODUCT = flags.DEFINE_enum(
 BATCHES = flags.DEFINE_list("batches", ["1"], "Numbers of vectors.")
 IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations", ["macko", "dense"],
-    "Of macko, macko_bitmask, macko_banked, macko_int8, macko_banked_int8, macko_fp8, macko_xla, dense, bcsr, bcoo, "
-    "torch (cuBLAS, where torch is).")
+    "Of macko, macko_bitmask, macko_banked, macko_int8, macko_banked_int8, macko_fp8, macko_xla, "
+    "dense, bcsr, bcoo, torch (cuBLAS, where torch is).")
 REPEATS = flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)
 READ_FLOOR = flags.DEFINE_bool("read_floor", True, "Time a plain read of the same bytes (GPU).")
 OUT = flags.DEFINE_string("out", "runs/spmv", "Records go to <out>.json and <out>.csv.")
@@ -102,11 +100,6 @@ def nbytes(matrix) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(matrix))
 
 
-def distinct(matrix, count: int) -> list:
-    """`count` copies of a matrix in memory of their own."""
-    return [jax.tree.map(jnp.copy, matrix) for _ in range(count)]
-
-
 def time_torch(dense, x):
     """(bytes, result, timing) of cuBLAS through torch, in a CUDA graph."""
     import torch
@@ -142,7 +135,7 @@ def time_read(count: int) -> float:
 
     size = max(1, count // 16) * 8
     array = benchmark.random_sparse(1, size, 1.0, "float16").reshape(-1)
-    arrays = distinct(array, benchmark.copies(array.nbytes))
+    arrays = benchmark.distinct(array)
     return benchmark.time_products(read.read, arrays, repeats=REPEATS.value).median
 
 
@@ -154,7 +147,7 @@ def measure(name, dense, x, y) -> dict:
         matrix, product = MAKERS[name](dense)
         product = PRODUCTS[PRODUCT.value](product)
         size, result = nbytes(matrix), jax.jit(product)(matrix, x, y)
-        matrices = distinct(matrix, benchmark.copies(size))
+        matrices = benchmark.distinct(matrix)
         timing = benchmark.time_products(product, matrices, x, y, repeats=REPEATS.value)
     error = error_of(result, dense, x, y, matrix)
     if not error < TOLERANCE[x.dtype.name]:
@@ -170,25 +163,16 @@ def measure(name, dense, x, y) -> dict:
     return record
 
 
-def write(path: pathlib.Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def save(out: str, records: list) -> None:
     """Writes all records so far, as JSON with the environment and as a table."""
     command = " ".join(["python -m examples.benchmark_spmv", *sys.argv[1:]])
     whole = {"command": command, **benchmark.environment(), "records": records}
-    write(pathlib.Path(f"{out}.json"), json.dumps(whole, indent=1) + "\n")
-    table = pathlib.Path(f"{out}.csv.tmp")
+    write_json(f"{out}.json", whole)
     columns = list(dict.fromkeys(key for record in records for key in record))
-    with table.open("w", newline="") as file:
+    with replacing(f"{out}.csv") as table, table.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(records)
-    table.replace(f"{out}.csv")
 
 
 def main(_):

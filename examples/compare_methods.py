@@ -15,7 +15,6 @@ are there already, of several runs together:
 import csv
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import time
@@ -24,6 +23,7 @@ from absl import app
 from absl import flags
 import dsf_jax
 from dsf_jax import export
+from dsf_jax.solve import METHODS
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ import numpy as np
 from examples import stdlib_text
 from examples.llama import checkpoint
 from examples.llama import evaluation
+from examples.records import replacing, write_json, write_text
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "dsf-published", "dsf")
 REFERENCE = "dsf"  # whose loss at equal bytes stands beside every row
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -43,7 +43,9 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _TEXT = flags.DEFINE_string("text", None, "File to evaluate on; default: held-out modules.")
 _CALIBRATION = flags.DEFINE_string("calibration", None, "File to calibrate on; default: modules.")
-_METHODS = flags.DEFINE_multi_enum("method", METHODS, METHODS, "Method; repeat for several.")
+_METHODS = flags.DEFINE_multi_enum(
+    "method", [*METHODS], [*METHODS], "Method; repeat for several."
+)
 _DENSITIES = flags.DEFINE_multi_float(
     "density", [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], "Density; repeat for several.",
     lower_bound=0.0, upper_bound=1.0,
@@ -65,14 +67,6 @@ def load(path):
     """A record, or None where there is none."""
     path = pathlib.Path(path)
     return json.loads(path.read_text()) if path.is_file() else None
-
-
-def write(path, text):
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def settings():
@@ -140,7 +134,7 @@ def run_all():
                 "seconds": round(time.perf_counter() - began, 1),
             }
             record["rows"].append(row)
-            write(_OUT.value, json.dumps(record, indent=1) + "\n")
+            write_json(_OUT.value, record)
             print(f"{method:14} {density:4g}  {row['bits_per_byte']:.4f} bits per byte  "
                   f"{row['bytes'] / 1e6:.2f} MB  {row['seconds']:.0f} s", flush=True)
     return record
@@ -153,7 +147,7 @@ def merge(records):
         if record["settings"] != first["settings"]:
             raise SystemExit(f"other settings: {record['settings']} and {first['settings']}")
     rows = {(row["method"], row["asked_density"]): row for r in records for row in r["rows"]}
-    order = sorted(rows, key=lambda key: (METHODS.index(key[0]), -key[1]))
+    order = sorted(rows, key=lambda key: ([*METHODS].index(key[0]), -key[1]))
     return first | {"rows": [rows[key] for key in order]}
 
 
@@ -220,11 +214,8 @@ def draw(record, path):
              title="Byte-level language model, 8 million parameters, packed")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
     print(f"written: {path}")
 
 
@@ -234,9 +225,9 @@ def main(_):
         raise SystemExit(f"no record at {', '.join(missing)}")
     records = [load(path) for path in _RECORD.value] or [run_all()]
     record = add_equal_bytes(merge(records))
-    write(_OUT.value, json.dumps(record, indent=1) + "\n")
+    write_json(_OUT.value, record)
     lines = table(record)
-    write(pathlib.Path(_OUT.value).with_suffix(".csv"), lines)
+    write_text(pathlib.Path(_OUT.value).with_suffix(".csv"), lines)
     print(lines)
     if _FIGURE.value:
         draw(record, _FIGURE.value)

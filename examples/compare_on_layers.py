@@ -10,7 +10,6 @@ every case, so that a long run can be watched.
 
 import datetime
 import json
-import os
 from pathlib import Path
 import platform
 import sys
@@ -24,6 +23,8 @@ import dsf_jax
 from dsf_jax.budget import packed_nbytes
 from dsf_jax.factorize import PRESETS
 from dsf_jax.pruners import METHODS
+
+from examples.records import write_json
 
 _DATA = flags.DEFINE_string("data", "tests/data/dsf_layers", "Folder of .npz layers.")
 _LAYERS = flags.DEFINE_list("layers", None, "Layers such as l0.query; all in --data if not given.")
@@ -104,7 +105,7 @@ def main(_):
                       f"{case['on_other_text']:.6f} | {case.get('ratio_to_published', 0):.3f} "
                       f"{case.get('ratio_to_published_on_other_text', 0):.3f} | "
                       f"{case['nonzeros']} {case['packed_bytes']} {case['seconds']}", flush=True)
-                _write(record)
+                write_json(_OUTPUT.value, record)
     _print_means(record["results"])
 
 
@@ -118,14 +119,6 @@ def _print_means(results):
                 mean = np.mean(ratios, axis=0)
                 print(f"{method:10} density {density}: mean ratio to published {mean[0]:.3f}, "
                       f"on other text {mean[1]:.3f}")
-
-
-def _write(record):
-    path = Path(_OUTPUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

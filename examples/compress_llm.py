@@ -14,6 +14,7 @@ import resource
 from absl import app
 from absl import flags
 import dsf_jax
+from dsf_jax.solve import METHODS
 import jax
 import jax.numpy as jnp
 from macko_jax.format import ENCODINGS
@@ -23,14 +24,13 @@ from examples.llama import checkpoint
 from examples.llama import compression
 from examples.llama import tokenizer as tokenizers
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "dsf-published", "dsf")
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", str(pathlib.Path(__file__).parent / "llama" / "checkpoint"),
     "Hugging Face directory.",
 )  # fmt: skip
 OUT = flags.DEFINE_string("out", None, "Directory of the packed model.", required=True)
-METHOD = flags.DEFINE_enum("method", "wanda", METHODS, "How to compress.")
+METHOD = flags.DEFINE_enum("method", "wanda", [*METHODS], "How to compress.")
 DENSITY = flags.DEFINE_float(
     "density", 0.5, "Share of weights that stay.", lower_bound=0.0, upper_bound=1.0
 )

@@ -21,6 +21,7 @@ from absl import app
 from absl import flags
 import dsf_jax
 from dsf_jax import export
+from dsf_jax.solve import METHODS
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,8 @@ from examples import stdlib_text
 from examples.llama import checkpoint
 from examples.llama import evaluation
 from examples.llama import model as llama
+from examples.records import write_json
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "dsf-published", "dsf")
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -210,7 +211,7 @@ def write_results(out, rows, length, seconds):
         "date": datetime.date.today().isoformat(),
         "seconds": seconds,
     }
-    checkpoint.write_json(out / "results.json", results)
+    write_json(out / "results.json", results)
 
 
 def format_table(rows):
@@ -254,7 +255,7 @@ def main(_):
     bench = Bench(tokens, length)
     show(f"calibrating on {CALIBRATION_WINDOWS.value} windows of {length} bytes", done=False)
     grams = dsf_jax.gram_matrices(model, batches)
-    methods = METHODS if "all" in METHOD.value else tuple(dict.fromkeys(METHOD.value))
+    methods = tuple(METHODS) if "all" in METHOD.value else tuple(dict.fromkeys(METHOD.value))
     runs = [(method, density) for density in DENSITY.value for method in methods]
     out = pathlib.Path(OUT.value)
 

@@ -20,6 +20,7 @@ from examples import stdlib_text
 from examples.llama import checkpoint
 from examples.llama import evaluation
 from examples.llama import tokenizer as tokenizers
+from examples.records import write_json
 
 CHECKPOINT = flags.DEFINE_multi_string(
     "checkpoint",
@@ -100,7 +101,7 @@ def main(_):
     results = [evaluate(*model, text) for model in models()]
     if OUT.value:
         described = {"text": TEXT.value, "windows": WINDOWS.value, "dtype": DTYPE.value}
-        checkpoint.write_json(pathlib.Path(OUT.value), described | {"results": results})
+        write_json(pathlib.Path(OUT.value), described | {"results": results})
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ Several records, of one device, are given one after the other, between commas.
 """
 import collections
 import json
-import os
 import pathlib
 
 from absl import app, flags
+
+from examples.records import replacing
 
 RECORDS = flags.DEFINE_list("record", ["runs/spmv.json"], "Written by examples.benchmark_spmv.")
 OUT = flags.DEFINE_string("out", "runs/spmv.png", "The figure.")
@@ -30,8 +31,8 @@ def main(_):
         if r["implementation"] == IMPLEMENTATION.value and r["batch"] == 1 and "speedup" in r:
             lines[r["rows"], r["cols"], r["dtype"]].append((r["density"], r["speedup"]))
     if not lines:
-        raise SystemExit(f"{', '.join(RECORDS.value)} has no speed-up of {IMPLEMENTATION.value!r} at batch 1; "
-                         "run benchmark_spmv with --implementations=macko,dense")
+        raise SystemExit(f"{', '.join(RECORDS.value)}: no speed-up of {IMPLEMENTATION.value!r} "
+                         "at batch 1; run benchmark_spmv with --implementations=macko,dense")
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for (rows, cols, dtype), points in sorted(lines.items()):
         axes.plot(*zip(*sorted(points)), marker="o", label=f"{rows} x {cols}, {dtype}")
@@ -39,12 +40,9 @@ def main(_):
     axes.set(xlabel="density", ylabel="speed-up over the faster dense product", ylim=(0, None),
              title=f"MACKO SpMV, {records[0]['device']}, jax {records[0]['versions']['jax']}")
     axes.legend(fontsize="small")
-    out = pathlib.Path(OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.stem}.{os.getpid()}.tmp{out.suffix}")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(out)
-    print(f"written: {out}")
+    with replacing(OUT.value) as temporary:
+        figure.savefig(temporary, dpi=150)
+    print(f"written: {OUT.value}")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ Read files are joined into one byte string, each begun by a NUL byte, which mark
 document for the model.
 """
 
-import os
 import pathlib
-import sys
 import sysconfig
 
 from absl import app
 from absl import flags
 import numpy as np
+
+from examples.llama import compression
+from examples.records import replacing
 
 HELD_OUT = (
     "argparse",
@@ -90,12 +91,7 @@ def spread_windows(tokens, length, count, batch):
     Returns:
       A list of int32 arrays [at most batch, length].
     """
-    if len(tokens) < length:
-        raise ValueError(
-            f"the calibration text has {len(tokens)} bytes; at least {length} are needed"
-        )
-    starts = np.linspace(0, len(tokens) - length, count).round().astype(int)
-    windows = np.asarray(tokens, np.int32)[starts[:, None] + np.arange(length)]
+    windows = compression.calibration_windows(tokens, length, count)
     return [windows[first : first + batch] for first in range(0, count, batch)]
 
 
@@ -148,16 +144,13 @@ def main(_):
         if len(train) % 500 == 0:
             print(f"{len(train)} files, {sum(map(len, train)) / 1e6:.1f} MB, at {path}")
     held_out = read_modules(library=_LIBRARY.value[0])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # np.savez appends .npz to other names, so the temporary one has it too.
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.npz")
-    np.savez_compressed(
-        temporary,
-        train=join(train),
-        held_out=join(held_out.values()),
-        libraries=[pathlib.Path(library).name for library in _LIBRARY.value],
-    )
-    temporary.replace(out)
+    with replacing(out) as temporary:
+        np.savez_compressed(
+            temporary,
+            train=join(train),
+            held_out=join(held_out.values()),
+            libraries=[pathlib.Path(library).name for library in _LIBRARY.value],
+        )
     print(
         f"{out}: {len(train)} files, {sum(map(len, train)) / 1e6:.1f} MB to train on; "
         f"{len(held_out)} modules, {sum(map(len, held_out.values())) / 1e6:.2f} MB held out"

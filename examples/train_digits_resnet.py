@@ -8,8 +8,6 @@ fine-tuning, and the bytes of the packed convolutions. Takes some minutes on two
     python -m examples.train_digits_resnet --densities=0.2,0.1
 """
 
-import json
-import pathlib
 import time
 
 from absl import app
@@ -23,6 +21,8 @@ from sklearn.datasets import load_digits
 
 import dsf_jax
 from dsf_jax import export
+
+from examples.records import write_json
 
 flags.DEFINE_list("densities", ["0.2", "0.1"], "kept non-zeros over size, per layer")
 flags.DEFINE_list("methods", ["magnitude", "sparsegpt", "admm", "dsf"], "methods to compare")
@@ -194,11 +194,7 @@ def write_record(dense, size, rows):
         "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
         "rows": rows,
     }
-    path = pathlib.Path(FLAGS.record)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".unfinished")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(FLAGS.record, record)
 
 
 def format_row(row):

@@ -10,8 +10,6 @@ byte on the held-out modules, versions, device, seconds and every flag.
 
 import functools
 import importlib.metadata
-import json
-import os
 import pathlib
 import platform
 import time
@@ -28,6 +26,7 @@ from examples.llama import checkpoint
 from examples.llama import evaluation
 from examples.llama import model as llama
 from examples.stdlib_text import HELD_OUT
+from examples.records import write_json
 
 CORPUS = flags.DEFINE_string("corpus", ".corpus/stdlib.npz", "Written by examples.stdlib_text.")
 OUT = flags.DEFINE_string("out", "runs/lm", "Directory for the checkpoint and the record.")
@@ -255,10 +254,7 @@ def main(_):
             if flag.name not in ("corpus", "out")
         },
     }
-    out = pathlib.Path(OUT.value) / "record.json"
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(out)
+    write_json(pathlib.Path(OUT.value) / "record.json", record)
     print(f"written: {OUT.value}")
 
 

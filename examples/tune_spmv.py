@@ -7,16 +7,15 @@ unroll. Printed and saved are the times, the best first, beside those of the def
 macko_jax/kernels/config.py, where a better rule would go.
 """
 import itertools
-import json
-import pathlib
 
 from absl import app, flags
 import jax
-import jax.numpy as jnp
 
 import macko_jax
 from macko_jax import benchmark
 from macko_jax.kernels import config, spmv, strips
+
+from examples.records import write_json
 
 SHAPES = flags.DEFINE_list("shapes", ["4096x4096", "11008x4096"], "Matrices, rows x cols.")
 DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.3", "0.1"], "Shares of non-zeros.")
@@ -48,7 +47,7 @@ def tune(rows: int, cols: int, density: float) -> list[dict]:
     out = []
     for lanes in LANES.value:
         matrix = macko_jax.compress(dense, lanes=lanes)
-        matrices = [jax.tree.map(jnp.copy, matrix) for _ in range(benchmark.copies(matrix.nbytes))]
+        matrices = benchmark.distinct(matrix)
         for pair in ["default"] * (lanes == default) + SETTINGS.value:
             settings = None
             if pair != "default":
@@ -71,11 +70,7 @@ def main(_):
               f"{default['microseconds']:.2f} us; best {best}", flush=True)
         record["cases"].append({"rows": rows, "cols": cols, "density": float(density),
                                 "times": times})
-        path = pathlib.Path(OUT.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        temporary.replace(path)
+        write_json(OUT.value, record)
 
 
 if __name__ == "__main__":

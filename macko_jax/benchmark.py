@@ -31,6 +31,12 @@ def copies(nbytes: int) -> int:
     return min(MAX_COPIES, max(2, int(total // max(nbytes, 1)) + 1))
 
 
+def distinct(matrix) -> list:
+    """Copies of a matrix, each in memory of its own, that make up the rotation."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(matrix))
+    return [jax.tree.map(jnp.copy, matrix) for _ in range(copies(size))]
+
+
 def time_products(product, matrices: list, *operands, repeats: int = 10) -> Timing:
     """Times product(matrix, *operands), back to back over a list of distinct matrices.
 

@@ -8,7 +8,6 @@ checkpoints, so there is one loader. Stored weights are [out, in]; Flax kernels 
 import contextlib
 import functools
 import json
-import os
 import pathlib
 
 import dsf_jax
@@ -22,6 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from examples.llama import model as llama
+from examples.records import replacing, write_json
 
 # Parameter of a block -> the stored tensors that it joins, below "model.layers.N.".
 _BLOCK_TENSORS = {
@@ -93,7 +93,7 @@ def save(directory, model, dtype, extra=None):
         cuts = np.cumsum(_sizes(model.config, path, param.shape))[:-1]
         for name, part in zip(stored_names(path), np.split(array, cuts)):
             tensors[name] = np.ascontiguousarray(part)
-    with _replacing(directory / "model.safetensors") as temporary:
+    with replacing(directory / "model.safetensors") as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
     described = config_to_json(model.config) | {"torch_dtype": jnp.dtype(dtype).name}
     write_json(directory / "config.json", described | (extra or {}))
@@ -499,20 +499,3 @@ def config_to_json(config):
         "hidden_act": "silu",
     }  # fmt: skip
     return described | {field: getattr(config, field) for field in same} | fields
-
-
-def write_json(path, described):
-    """Writes a JSON file under a temporary name and renames it."""
-    with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(described, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def _replacing(path):
-    """A temporary path beside `path`, renamed to it on success and removed on failure."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

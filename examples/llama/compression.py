@@ -25,6 +25,7 @@ import numpy as np
 
 from examples.llama import checkpoint
 from examples.llama import model as llama
+from examples.records import write_json
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 LAYERS_OF_BLOCK = 4  # qkv, out, gate_up, down
@@ -102,7 +103,7 @@ def compress_checkpoint(
         if (stored.directory / name).is_file():
             shutil.copy(stored.directory / name, out)
     shutil.rmtree(out / "work", ignore_errors=True)
-    checkpoint.write_json(
+    write_json(
         out / "config.json", json.loads((stored.directory / "config.json").read_text())
     )
     return record.report(time.perf_counter() - began)
@@ -195,7 +196,7 @@ class _Record:
         return dsf_jax.Report(layers, skipped, LAYERS_OF_BLOCK * len(self.blocks), seconds)
 
     def _write(self, report):
-        checkpoint.write_json(self.path, {"settings": self.settings} | report.to_dict())
+        write_json(self.path, {"settings": self.settings} | report.to_dict())
 
 
 class _Progress:

@@ -1,0 +1,32 @@
+"""Files of results: each is written under a temporary name beside it, and renamed when whole."""
+
+import contextlib
+import json
+import os
+import pathlib
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path`, renamed to it on success and removed on failure.
+
+    Its folder is made where it is missing; the name keeps its suffix, by which libraries choose a
+    format.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path, record):
+    write_text(path, json.dumps(record, indent=1) + "\n")
