@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dsf_jax.dataflow import Dataflow, Layer, trace
 from dsf_jax.network import Network, read_network
+from dsf_jax.problem import is_finite
 from dsf_jax.stages import Segment, Stages
 
 
@@ -127,7 +128,7 @@ class Calibration:
             batch = jax.device_put(segment(self.values[i], leaves, device), self.devices[0])
             total = batch if total is None else _add(total, batch)
         for path in paths:
-            if not bool(jnp.isfinite(total[position[path]]).all()):
+            if not is_finite(total[position[path]]):
                 raise ValueError(
                     f"layer {path!r}: its inputs on the calibration batches are NaN, infinite, or "
                     "so large that their squares overflow float32; check the batches and the "

@@ -19,7 +19,7 @@ from dsf_jax.allocation import allocate_densities, probe_errors
 from dsf_jax.calibration import Calibration, check_batches
 from dsf_jax.dataflow import Layer
 from dsf_jax.network import Network, read_network
-from dsf_jax.problem import check_density
+from dsf_jax.problem import check_density, is_finite
 from dsf_jax.report import LayerReport, Progress, Report
 from dsf_jax.resume import WorkDirectory, fingerprint
 from dsf_jax.rules import Rule, default_skip, match_rules
@@ -347,7 +347,7 @@ def _check_layers(network: Network, flow: Calibration, chosen):
             )
     for path, assignment in chosen.items():
         layer = flow.layer(path)
-        if not bool(jnp.isfinite(layer.read(network.leaves[layer.leaf])).all()):
+        if not is_finite(layer.read(network.leaves[layer.leaf])):
             raise ValueError(f"layer {path!r}: its weights hold NaN or infinity")
         if assignment.method in PAIRS:
             reason = _why_no_pair(network, layer)

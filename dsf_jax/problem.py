@@ -165,8 +165,18 @@ def _asymmetry(gram):
     return jnp.stack([jnp.max(jnp.abs(gram - gram.T)), jnp.max(jnp.abs(gram))])
 
 
+@jax.jit
+def _is_finite(array):
+    return jnp.all(jnp.isfinite(array))
+
+
+def is_finite(array: jax.Array) -> bool:
+    """Whether an array holds neither NaN nor infinity."""
+    return bool(_is_finite(array))
+
+
 def _check_finite(array, what):
-    if not bool(jnp.all(jnp.isfinite(array))):
+    if not is_finite(array):
         bad = np.argwhere(~np.isfinite(np.asarray(array)))
         raise ValueError(
             f"{what} holds {len(bad)} NaN or infinite entries, the first at {tuple(map(int, bad[0]))};"

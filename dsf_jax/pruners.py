@@ -205,7 +205,7 @@ def admm(weight, gram, nonzeros, *, group=None, precision="highest"):
             return z, u + x - z, mask
 
         zero = jnp.zeros_like(problem.weight)
-        mask = _best_mask(jnp.abs(problem.weight), nonzeros, group)
+        mask = jnp.zeros(zero.shape, bool)  # the first step chooses one
         z, _, mask = lax.fori_loop(0, ADMM_STEPS, step, (zero, zero, mask))
         return problem.restore(refit_rows(target, problem.gram, mask, z, REFIT_STEPS))
 

@@ -124,20 +124,21 @@ def solve(weights, grams, assignment: Assignment, device: jax.Device) -> dict[st
 def _assess(found, weights, grams) -> Solution:
     """The `Solution` of one layer from what was found for each of its groups."""
     products, lefts, rights, methods = zip(*found)
-    pair = lefts[0] is not None
-    nonzeros, errors, sizes = 0, [], []
-    for kept in (*lefts, *rights) if pair else products:
-        nonzeros += int(jnp.count_nonzero(kept))
+    errors, sizes = [], []
     for product, weight, gram in zip(products, weights, grams):
         errors.append(float(relative_output_error(weight, product, gram)))
-        energy = weight * weight if gram is None else (weight @ gram) * weight
-        sizes.append(float(jnp.sum(energy)))
+        if len(found) > 1:
+            energy = weight * weight if gram is None else (weight @ gram) * weight
+            sizes.append(float(jnp.sum(energy)))
     # Of several groups, the error of all outputs together.
     error = errors[0] if len(errors) == 1 else np.dot(errors, sizes) / max(np.sum(sizes), 1e-30)
-    return Solution(
-        np.stack(products), np.stack(lefts) if pair else None, np.stack(rights) if pair else None,
-        methods[-1], nonzeros, float(error), 0.0,
-    )
+    product, left, right = np.stack(products), None, None
+    if lefts[0] is not None:
+        left, right = np.stack(lefts), np.stack(rights)
+    # Counted on the host, where the matrices are by now.
+    kept = [product] if left is None else [left, right]
+    nonzeros = sum(int(np.count_nonzero(matrices)) for matrices in kept)
+    return Solution(product, left, right, methods[-1], nonzeros, float(error), 0.0)
 
 
 def check_method(method: str, path: str | None = None):
