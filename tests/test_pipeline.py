@@ -365,8 +365,9 @@ def test_spread_over_processes_equals_single(tmp_path):
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     root = pathlib.Path(__file__).parents[1]
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(root),
-                       XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    # With the flags of this process otherwise: only the same compiler gives the same bits.
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(root), XLA_FLAGS=flags)
     workers = [
         subprocess.Popen([sys.executable, "-c", WORKER, port, str(i), str(tmp_path)], cwd=root,
                          env=environment, stderr=subprocess.PIPE, text=True)
