@@ -11,6 +11,7 @@ from dsf_jax import pruners
 from tests.dsf_cases import hard_layers, real_layer, reference, small_layer
 
 METHODS = list(pruners.METHODS)
+# Every method is compiled for every shape, so small layers are [24, 16] or [12, 16].
 
 
 @pytest.mark.parametrize("layer", ["l0.query", "l0.attn_out"])
@@ -29,7 +30,7 @@ def test_reference_errors(layer, method):
 
 @settings(max_examples=16, deadline=None)
 @given(density=st.floats(0.001, 1), method=st.sampled_from(METHODS), levels=st.integers(1, 4),
-       shape=st.sampled_from([(6, 8), (8, 6)]))
+       shape=st.sampled_from([(12, 16), (24, 16)]))
 def test_budget_is_exact_with_ties(density, method, levels, shape):
     weight, gram = small_layer(*shape)
     # Few levels, all non-zero: ties everywhere.
@@ -61,9 +62,9 @@ def test_density_one_keeps_the_layer(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_n_m_pattern(method):
-    weight, gram = small_layer(24, 32)
+    weight, gram = small_layer()
     pruned = np.asarray(dsf_jax.prune(weight, gram, pattern="2:4", method=method))
-    assert ((pruned.reshape(24, 8, 4) != 0).sum(axis=-1) == 2).all()
+    assert ((pruned.reshape(24, 4, 4) != 0).sum(axis=-1) == 2).all()
     free = dsf_jax.prune(weight, gram, density=0.5, method=method)
     errors = [float(dsf_jax.relative_output_error(weight, v, gram)) for v in (free, pruned)]
     assert errors[0] < errors[1] < 1
@@ -94,9 +95,9 @@ def test_dtype_is_kept(dtype):
 @pytest.mark.parametrize("method", METHODS)
 def test_no_recompilation_for_a_second_layer(method):
     run = pruners.METHODS[method]
-    dsf_jax.prune(*small_layer(20, 12, seed=0), density=0.5, method=method)
+    dsf_jax.prune(*small_layer(seed=0), density=0.5, method=method)
     size = run._cache_size()
-    dsf_jax.prune(*small_layer(20, 12, seed=1), density=0.3, method=method)
+    dsf_jax.prune(*small_layer(seed=1), density=0.3, method=method)
     assert run._cache_size() == size
 
 
@@ -117,7 +118,7 @@ def test_sparsegpt_solves_what_it_keeps():
 
 def test_admm_values_are_least_squares():
     """Given its mask, every row solves its normal equations (float64)."""
-    weight, gram = small_layer(8, 12)
+    weight, gram = small_layer(12, 16)
     pruned = np.asarray(dsf_jax.prune(weight, gram, density=0.5, method="admm"), np.float64)
     for row, kept in zip(weight, pruned):
         mask = kept != 0
