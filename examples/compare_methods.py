@@ -31,6 +31,7 @@ import numpy as np
 
 from examples import stdlib_text
 from examples.llama import checkpoint
+from examples.llama import compression
 from examples.llama import evaluation
 from examples.records import replacing, write_json, write_text
 
@@ -90,7 +91,9 @@ def run_all():
     length = model.config.max_position_embeddings
     tokens = stdlib_text.read_tokens(_TEXT.value)
     calibration = stdlib_text.read_tokens(_CALIBRATION.value, stdlib_text.CALIBRATION)
-    batches = stdlib_text.spread_windows(calibration, length, _CALIBRATION_WINDOWS.value, BATCH)
+    batches = compression.calibration_batches(
+        calibration, length, _CALIBRATION_WINDOWS.value, BATCH
+    )
 
     def bits_per_byte(model):
         return evaluation.bits_per_token(
@@ -215,7 +218,7 @@ def draw(record, path):
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=150, format=pathlib.Path(path).suffix[1:])
     print(f"written: {path}")
 
 

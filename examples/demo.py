@@ -30,6 +30,7 @@ import numpy as np
 
 from examples import stdlib_text
 from examples.llama import checkpoint
+from examples.llama import compression
 from examples.llama import evaluation
 from examples.llama import model as llama
 from examples.records import write_json
@@ -251,7 +252,7 @@ def main(_):
     length = model.config.max_position_embeddings
     tokens = stdlib_text.read_tokens(TEXT.value)
     calibration = stdlib_text.read_tokens(CALIBRATION.value, stdlib_text.CALIBRATION)
-    batches = stdlib_text.spread_windows(calibration, length, CALIBRATION_WINDOWS.value, BATCH)
+    batches = compression.calibration_batches(calibration, length, CALIBRATION_WINDOWS.value, BATCH)
     bench = Bench(tokens, length)
     show(f"calibrating on {CALIBRATION_WINDOWS.value} windows of {length} bytes", done=False)
     grams = dsf_jax.gram_matrices(model, batches)

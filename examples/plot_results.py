@@ -41,7 +41,7 @@ def main(_):
              title=f"MACKO SpMV, {records[0]['device']}, jax {records[0]['versions']['jax']}")
     axes.legend(fontsize="small")
     with replacing(OUT.value) as temporary:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=150, format=pathlib.Path(OUT.value).suffix[1:])
     print(f"written: {OUT.value}")
 
 

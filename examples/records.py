@@ -10,12 +10,12 @@ import pathlib
 def replacing(path):
     """A temporary path beside `path`, renamed to it on success and removed on failure.
 
-    Its folder is made where it is missing; the name keeps its suffix, by which libraries choose a
-    format.
+    Its folder is made where it is missing. The name does not end as the file's does, so that what a
+    killed program leaves behind is not taken for a file.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.replace(path)

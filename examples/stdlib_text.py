@@ -16,7 +16,6 @@ from absl import app
 from absl import flags
 import numpy as np
 
-from examples.llama import compression
 from examples.records import replacing
 
 HELD_OUT = (
@@ -79,22 +78,6 @@ def read_tokens(path=None, modules=HELD_OUT):
     return join([pathlib.Path(path).read_bytes()])
 
 
-def spread_windows(tokens, length, count, batch):
-    """`count` windows [length], spread over a text, in batches: what layers are calibrated on.
-
-    Args:
-      tokens: [N] token ids, at least `length`.
-      length: tokens of a window.
-      count: how many windows.
-      batch: windows of a batch.
-
-    Returns:
-      A list of int32 arrays [at most batch, length].
-    """
-    windows = compression.calibration_windows(tokens, length, count)
-    return [windows[first : first + batch] for first in range(0, count, batch)]
-
-
 def is_held_out(path):
     """Whether a path inside a standard library belongs to a held-out module or its tests."""
     for part in path.with_suffix("").parts:
@@ -144,9 +127,9 @@ def main(_):
         if len(train) % 500 == 0:
             print(f"{len(train)} files, {sum(map(len, train)) / 1e6:.1f} MB, at {path}")
     held_out = read_modules(library=_LIBRARY.value[0])
-    with replacing(out) as temporary:
+    with replacing(out) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
-            temporary,
+            file,
             train=join(train),
             held_out=join(held_out.values()),
             libraries=[pathlib.Path(library).name for library in _LIBRARY.value],

@@ -42,6 +42,12 @@ def calibration_windows(tokens, length, count):
     return np.asarray(tokens, np.int32)[starts[:, None] + np.arange(length)]
 
 
+def calibration_batches(tokens, length, count, batch):
+    """The same in a list of at most `batch` windows each, as `dsf_jax` takes them."""
+    windows = calibration_windows(tokens, length, count)
+    return [windows[first : first + batch] for first in range(0, count, batch)]
+
+
 def compress_checkpoint(
     source, out, windows, *, method, density, dtype=jnp.float32, batch=4, encoding=None,
     callback=None,
