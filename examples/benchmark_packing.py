@@ -13,7 +13,7 @@ import numpy as np
 from absl import app, flags
 
 import macko_jax
-from macko_jax import benchmark, packing_banked, packing_jax
+from macko_jax import benchmark, packing
 
 from examples.records import write_json
 
@@ -36,15 +36,6 @@ def seconds(run) -> dict:
             "processor": float(np.median(processor[1:]))}
 
 
-def pack_on_device(weight, encoding):
-    if encoding == "banked":
-        *found, counts = packing_banked.find(weight)
-        return packing_banked.fill(weight, *found, counts, groups=int(counts.sum()))
-    elements = packing_jax.find(weight)
-    groups = packing_jax.count_groups(elements, encoding)
-    return packing_jax.fill(weight, elements, encoding, 32, groups)
-
-
 def main(_):
     rows, cols = map(int, SHAPE.value.split("x"))
     records = []
@@ -57,7 +48,7 @@ def main(_):
                 raise SystemExit(f"{encoding} {dtype}: the round trip changed the matrix")
             runs = {
                 "host": lambda: macko_jax.compress(on_host, encoding=encoding),
-                "device": lambda: pack_on_device(on_device, encoding),
+                "device": lambda: packing.pack(on_device, encoding, 32, None, on_device=True)[0],
                 "decompress": lambda: macko_jax.decompress(matrix),
             }
             for where, run in runs.items():

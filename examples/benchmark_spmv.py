@@ -96,10 +96,6 @@ def error_of(result, dense, x, y, matrix) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(exact))
 
 
-def nbytes(matrix) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(matrix))
-
-
 def time_torch(dense, x):
     """(bytes, result, timing) of cuBLAS through torch, in a CUDA graph."""
     import torch
@@ -146,7 +142,7 @@ def measure(name, dense, x, y) -> dict:
     else:
         matrix, product = MAKERS[name](dense)
         product = PRODUCTS[PRODUCT.value](product)
-        size, result = nbytes(matrix), jax.jit(product)(matrix, x, y)
+        size, result = benchmark.nbytes(matrix), jax.jit(product)(matrix, x, y)
         matrices = benchmark.distinct(matrix)
         timing = benchmark.time_products(product, matrices, x, y, repeats=REPEATS.value)
     error = error_of(result, dense, x, y, matrix)

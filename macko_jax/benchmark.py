@@ -25,16 +25,20 @@ class Timing:
     p90: float
 
 
-def copies(nbytes: int) -> int:
-    """How many matrices of `nbytes` make up the rotation of the default backend."""
+def copies(size: int) -> int:
+    """How many matrices of `size` bytes make up the rotation of the default backend."""
     total = ROTATION.get(jax.default_backend(), ROTATION["cpu"])
-    return min(MAX_COPIES, max(2, int(total // max(nbytes, 1)) + 1))
+    return min(MAX_COPIES, max(2, int(total // max(size, 1)) + 1))
+
+
+def nbytes(matrix) -> int:
+    """Of all arrays of a matrix, whatever its format."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(matrix))
 
 
 def distinct(matrix) -> list:
     """Copies of a matrix, each in memory of its own, that make up the rotation."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(matrix))
-    return [jax.tree.map(jnp.copy, matrix) for _ in range(copies(size))]
+    return [jax.tree.map(jnp.copy, matrix) for _ in range(copies(nbytes(matrix)))]
 
 
 def time_products(product, matrices: list, *operands, repeats: int = 10) -> Timing:

@@ -33,13 +33,17 @@ def choose_lanes(rows: int, groups: int) -> int:
     return max(lanes for lanes in LANES if lanes == 1 or 2 * lanes <= mean)
 
 
-def pack(weight, encoding: str | None, lanes: int | None, capacity: int | None):
+def pack(weight, encoding: str | None, lanes: int | None, capacity: int | None,
+         on_device: bool | None = None):
     """Packs `weight` [rows, cols]: NumPy arrays on the host, JAX arrays where they lie.
+
+    `on_device` asks for the way of the one or the other; None is that of where the weight lies.
 
     Returns:
       (values, codes, row_offsets, starts), encoding, lanes; see `format.MackoMatrix`.
     """
-    on_device = isinstance(weight, jax.Array) and _on_accelerator(weight)
+    if on_device is None:
+        on_device = isinstance(weight, jax.Array) and _on_accelerator(weight)
     weight = weight if on_device else np.asarray(weight)
     if encoding == "banked":
         if lanes not in (None, banked.LANES):
