@@ -419,18 +419,18 @@ def _refine(problem, pair, left_nonzeros, right_nonzeros, rho, options):
 
 def _finalize(problem, pair, left_nonzeros, options):
     """Fits the values of the kept entries to the full Gram matrix, at full precision."""
-    gram, correlation = problem.gram, problem.weight @ problem.gram
     left, right = pair.left, pair.right
+    seen = problem.gram @ right
     if options.finalize_steps:
         schedule = Schedule(1.0, 0.0, options.finalize_steps, mask_steps=0)
-        seen = gram @ right
         left, _ = improve_factor(left, jnp.zeros_like(left),
                                  (problem.weight - pair.product()) @ seen, right.T @ seen,
                                  left_nonzeros, schedule)
     if options.refit_steps:
-        left = refit_rows(correlation @ right, right.T @ (gram @ right), left != 0, left,
+        correlation = problem.weight @ problem.gram
+        left = refit_rows(correlation @ right, right.T @ seen, left != 0, left,
                           options.refit_steps)
-        right = refit_coupled(correlation.T @ left, gram, left.T @ left, right != 0, right,
+        right = refit_coupled(correlation.T @ left, problem.gram, left.T @ left, right != 0, right,
                               options.refit_steps)
     return pair._replace(left=left, right=right)
 
