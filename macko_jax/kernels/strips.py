@@ -248,7 +248,7 @@ class RowWalk:
 
         # Two steps a turn: their loads land in registers of their own, so that none is copied, and
         # the end of a row does not wait for the data of the next. The warp may have no row left for
-        # the second; where it has only one row, a step for nothing would cost up to a fifth of it.
+        # the second, and should then not do a step for nothing: with one row only it has few steps.
         ops.loop(lambda carried: ops.any(carried[0].row < self.end_row),
                  lambda carried: step(step(carried, sure=True), sure=False),
                  (strip, upcoming, data, begin_row()))
