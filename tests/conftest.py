@@ -1,5 +1,7 @@
 """Set up before JAX starts: several CPU devices; GPU tests are skipped where there is no GPU."""
 import os
+import shutil
+import tempfile
 
 # Most of the time goes into compilation. At its own choice of 3, LLVM takes half as long again as at
 # 2, and seconds instead of tenths for a random kernel of four axes. What is in XLA_FLAGS already has
@@ -7,6 +9,12 @@ import os
 os.environ["XLA_FLAGS"] = " ".join([
     "--xla_backend_optimization_level=2", os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=4"])
+
+# Workers and the programs that tests start find there what another has compiled.
+OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if OWN_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="macko-dsf-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -24,3 +32,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="JAX finds no GPU"))
+
+
+def pytest_unconfigure():
+    if OWN_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -1,14 +1,16 @@
 """Runs every GPU kernel once at odd shapes, and nothing else on the GPU: for compute-sanitizer.
 
     XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool memcheck --error-exitcode 1 \
-        python -m tests.run_kernels [--part=0/4]
+        python -m tests.run_kernels [--part=0/4] [--only=REGEX]
 
 With that allocator every array is an allocation of its own, so that a read past its end is found.
-The parts split the work among processes. Results are compared with dense products.
+The parts split the work among processes. Results are compared with dense products. racecheck takes
+minutes for the larger matrices: give it --only="37, 301|attention".
 """
 import dataclasses
 import functools
 import itertools
+import re
 import sys
 
 from absl import app, flags
@@ -21,6 +23,7 @@ from macko_jax.kernels import by_values, decode, spmv, strips, transposed
 from tests import test_llama_decode_attention as attention
 
 PART = flags.DEFINE_string("part", "0/1", "Which part of how many.")
+ONLY = flags.DEFINE_string("only", "", "Regular expression; cases whose names match it are run.")
 
 ENCODINGS = "delta4", "bitmask", "banked"
 # rows, cols, density
@@ -92,7 +95,8 @@ def cases():
 def main(_):
     part, parts = map(int, PART.value.split("/"))
     wrong = []
-    for name, run in list(cases())[part::parts]:
+    chosen = [case for case in cases() if re.search(ONLY.value, case[0])]
+    for name, run in chosen[part::parts]:
         errors = []
         for product, found, wanted in run():
             error = np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-30)

@@ -69,14 +69,17 @@ def multiprocessors() -> int:
 def row_buffers(matrix, buffer_bytes: int, other_bytes: int = 0) -> tuple[int, int] | None:
     """Warps, and rows that each works on at a time, where every such row needs a shared buffer.
 
-    None if not even one row for each warp of a warpgroup fits beside the `other_bytes`.
+    No more warps than the rows of a block keep busy. None if not even one row for each warp of a
+    warpgroup fits beside the `other_bytes`.
     """
+    rows = -(-matrix.shape[0] // min(multiprocessors(), matrix.shape[0]))
     rows_per_warp = 32 // matrix.lanes
     while rows_per_warp:
         warps = (SHARED_BYTES - other_bytes) // (rows_per_warp * buffer_bytes)
         warps = min(32, warps // WARPGROUP * WARPGROUP)
         if warps * rows_per_warp >= 8 or (warps and rows_per_warp == 1):
-            return warps, rows_per_warp
+            busy = -(-rows // rows_per_warp)
+            return min(warps, -(-busy // WARPGROUP) * WARPGROUP), rows_per_warp
         rows_per_warp //= 2
     return None
 

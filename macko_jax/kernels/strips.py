@@ -220,7 +220,7 @@ class RowWalk:
         ops = self.ops
         strip, data, upcoming = started
 
-        def step(carried, sure):
+        def step(carried):
             strip, upcoming, data, state = carried
             after, finished = self._advance(strip)
             done = ops.all(finished)
@@ -235,7 +235,7 @@ class RowWalk:
                     return place, visit(state, groups)
 
                 # Rows rarely fill the last steps.
-                place, state = visit_some() if sure and first == 0 else ops.branch(
+                place, state = visit_some() if first == 0 else ops.branch(
                     ops.any(loaded[first][1]), visit_some, (place, state))
 
             def next_row():
@@ -246,11 +246,8 @@ class RowWalk:
                 done, next_row, (after._replace(place=place), upcoming, state))
             return strip._replace(**moved), upcoming, next_data, state
 
-        # Two steps a turn: their loads land in registers of their own, so that none is copied, and
-        # the end of a row does not wait for the data of the next. The warp may have no row left for
-        # the second, and should then not do a step for nothing: with one row only it has few steps.
-        ops.loop(lambda carried: ops.any(carried[0].row < self.end_row),
-                 lambda carried: step(step(carried, sure=True), sure=False),
+        # One step a turn: with two, no loaded register is copied, but the longer loop is slower.
+        ops.loop(lambda carried: ops.any(carried[0].row < self.end_row), step,
                  (strip, upcoming, data, begin_row()))
 
 

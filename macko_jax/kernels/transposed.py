@@ -8,13 +8,15 @@ The budget: an element costs a shared load and a store at random banks, 3.6 turn
 so shared memory limits it to 4.2 elements a clock, 1.6 times the time of the forward product.
 """
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from macko_jax.kernels import config, lanes, strips, walks
-from macko_jax.kernels.lanes import WARP
+from macko_jax.kernels.lanes import WARP, WARPGROUP
 from macko_jax.kernels.vectors import Share, deal_blocks
+from macko_jax.layout import GROUP
 
 TOGETHER = 4  # groups that a lane visits at a time; most of their time is the latency of a sum
 
@@ -80,10 +82,16 @@ def program(ops, plan: Plan) -> None:
 
         ops.loop(lambda index: index < count, step, thread)
 
+    nothing = [ops.real(0)] * GROUP
+
+    def load(places):
+        return [ops.load_shared(columns + column, 1)[0] for column in places]
+
     def add(state, groups):
-        # Columns of a row are distinct, so that all loads may come before the stores.
+        # Columns of a row are distinct, so that all loads may come before the stores. A lane that
+        # has no such group must not read: it would name columns that another lane is adding to.
         [element] = y.at(groups[0].row, groups[0].live)
-        sums = [[ops.load_shared(columns + column, 1)[0] for column in group.columns]
+        sums = [ops.branch(group.live, functools.partial(load, group.columns), nothing)
                 for group in groups]
         for group, totals in zip(groups, sums):
             weights = strips.unpack(ops, group.values, matrix.dtype)
@@ -92,10 +100,18 @@ def program(ops, plan: Plan) -> None:
                 ops.store_shared_words(columns + column, [ops.as_word(total)], group.live)
         return state
 
+    def end_row(row, state):
+        del row, state
+        ops.warp_barrier()  # columns have other lanes in the next row
+
     def reduce(index):
-        total = ops.real(0)
-        for i in range(plan.buffers):
-            total = total + ops.load_shared((index + i * plan.columns) * 4, 1)[0]
+        def add_some(carried):
+            place, total = carried
+            for i in range(WARPGROUP):
+                total = total + ops.load_shared((place + i * plan.columns) * 4, 1)[0]
+            return place + WARPGROUP * plan.columns, total
+
+        _, total = ops.loop(lambda carried: carried[0] < sums_end, add_some, (index, ops.real(0)))
         at = (vector * plan.share + block) * cols + index
         ops.store_real("x", at, total, index < cols)
 
@@ -103,7 +119,7 @@ def program(ops, plan: Plan) -> None:
     y.stage(ops, "y", walk, first_vector=vector, first_slot=sums_end, threads=threads)
     each(sums_end, lambda index: ops.store_shared(index, ops.real(0), index < sums_end))
     ops.barrier()
-    walk.run(started, lambda: (), add, lambda row, state: None)
+    walk.run(started, lambda: (), add, end_row)
     ops.barrier()
     each(cols, reduce)
 
