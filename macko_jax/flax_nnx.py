@@ -109,6 +109,27 @@ class MackoLinear(nnx.Module):
                 f"out_sharding={out_sharding} was given to a packed layer, which supports None "
                 "only; leave this layer dense with a rule, Rule(path, skip=True)"
             )
+        return self.fused(inputs)
+
+    def fused(
+        self,
+        inputs: jax.Array,
+        *,
+        norm: tuple[jax.Array, float] | None = None,
+        gated: bool = False,
+        add: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the layer makes of f(inputs), plus `add`; on a GPU one kernel where there is one token.
+
+        Args:
+            inputs: as the layer takes them; where `gated`, twice as wide.
+            norm: (scale, eps), f divides by the root mean square and multiplies by the scale.
+            gated: f(gate, x) = silu(gate) * x, of the two halves of the inputs.
+            add: of the shape of the result, such as the residual stream.
+
+        Returns:
+            [*other axes of inputs, *out_features]; see `macko_jax.fused_spmv`.
+        """
         return project(
             self.matrix,
             inputs,
@@ -116,6 +137,9 @@ class MackoLinear(nnx.Module):
             axis=self.axis,
             out_features=self.out_features,
             promote=lambda arrays: self.promote_dtype(arrays, dtype=self.dtype),
+            norm=norm,
+            gated=gated,
+            add=add,
         )
 
 

@@ -31,11 +31,11 @@ STATIC = ("shape", "encoding", "lanes", "stored", "out_dtype", "implementation")
 def contract(result: str, operands: dict, structure, *, out_dtype, **static) -> jax.Array:
     """The product whose result has the role `result`, from a dict of its two operands by role."""
     _, roles = PRODUCTS[result]
-    arrays = _vary_alike(*(operands[role] for role in roles), *structure)
+    arrays = vary_alike(*(operands[role] for role in roles), *structure)
     return PRIMITIVES[result].bind(*arrays, out_dtype=np.dtype(out_dtype), **static)
 
 
-def _vary_alike(*arrays):
+def vary_alike(*arrays):
     """Inside shard_map: marks every operand as varying over the mesh axes that any varies over.
 
     The transpose of that mark is the sum over devices that a replicated matrix's gradient needs.

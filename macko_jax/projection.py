@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from macko_jax import quantization
-from macko_jax.api import spmv
 from macko_jax.format import MackoMatrix, compress
+from macko_jax.fused import fused_spmv
 from macko_jax.rules import VALUE_DTYPES, LayerReport, Rule
 
 
@@ -104,6 +104,9 @@ def project(
     axis: int | Sequence[int],
     out_features: int | Sequence[int],
     promote: Callable,
+    norm: tuple[jax.Array, float] | None = None,
+    gated: bool = False,
+    add: jax.Array | None = None,
 ) -> jax.Array:
     """Multiply as Flax's Linear, LinearGeneral, Dense and DenseGeneral do: y = x W^T + b.
 
@@ -115,6 +118,9 @@ def project(
         out_features: the layer's output features, which become the last axes of the result.
         promote: takes the tuple (inputs, values, bias) to the dtype of the computation; of a matrix
             with 8-bit values, their scales in the place of the values.
+        norm: (scale, eps) of a norm of the promoted inputs, as in `fused_spmv`.
+        gated: whether the inputs, twice as wide, hold a gate.
+        add: of the shape of the result, or None.
 
     Returns:
         [*remaining axes of inputs, *out_features], in the dtype of the computation.
@@ -133,6 +139,10 @@ def project(
     # without a wide copy in memory.
     if jnp.promote_types(stored.dtype, promoted.dtype) != promoted.dtype:
         matrix = dataclasses.replace(matrix, **{name: promoted})
-    y = spmv(matrix, x)
+    if add is None:
+        add, bias = bias, None
+    if add is not None:
+        add = add.reshape(*add.shape[: add.ndim - len(out_features)], matrix.shape[0])
+    y = fused_spmv(matrix, x, norm=norm, gated=gated, add=add)
     y = y.reshape(*y.shape[:-1], *map(int, out_features))
     return y if bias is None else y + bias

@@ -20,6 +20,7 @@ import numpy as np
 from examples.llama import decode_attention
 import macko_jax
 from macko_jax.kernels import by_values, decode, spmv, strips, transposed
+from tests import test_fused
 from tests import test_llama_decode_attention as attention
 
 PART = flags.DEFINE_string("part", "0/1", "Which part of how many.")
@@ -69,6 +70,17 @@ def products(encoding, shape, dtype, batch):
         yield "by_values", np.asarray(found).astype(np.float32) * kept, wide_y.T @ wide_x * kept
 
 
+def fused(encoding, shape, kind):
+    """As `products`, of a product with a norm or a gate before it and a sum after it."""
+    with on_host():
+        dense, x, scale, add = test_fused.make(*shape, kind, True)
+        matrix = jax.tree.map(np.asarray, macko_jax.compress(dense, encoding=encoding))
+        given = test_fused.options(kind, scale, add)
+        wanted = np.asarray(macko_jax.fused_spmv(matrix, x, **given))
+    found = jax.jit(lambda m, x: macko_jax.fused_spmv(m, x, **given))(matrix, x)
+    yield "fused", np.asarray(found).astype(np.float32), wanted.astype(np.float32)
+
+
 def attend(heads, kv_heads, slots, live, window):
     """As `products`, of the attention of a decode step."""
     with on_host():
@@ -88,6 +100,8 @@ def cases():
             ENCODINGS, SHAPES, zip(DTYPES, (1, 3, 2, 5))):
         yield f"{encoding} {shape} {dtype} {batch}", functools.partial(
             products, encoding, shape, dtype, batch)
+    for encoding, shape, kind in itertools.product(ENCODINGS, SHAPES[:-1], ("norm", "gated")):
+        yield f"fused {kind} {encoding} {shape}", functools.partial(fused, encoding, shape, kind)
     for name, case in attention.CASES.items():
         yield f"attention {name}", functools.partial(attend, *case)
 

@@ -251,11 +251,29 @@ def test_packed_model_computes_what_the_pruned_model_does(tmp_path):
     prompts = [[5, 3], [2, 7, 1]]
     expected = continuations(model, prompts, 10)
     np.testing.assert_array_equal(continuations(packed, prompts, 10), expected)
+    np.testing.assert_array_equal(continuations(packed, prompts[:1], 10), expected[:1])
 
     size = checkpoint.save_packed(tmp_path, packed)
     assert size < 1.2 * report.bytes_after + 20_000  # a small model's file has a large header
     loaded = checkpoint.load_any(tmp_path)
     np.testing.assert_array_equal(forward(loaded, tokens), forward(packed, tokens))
+
+
+def test_norms_gates_and_sums_of_a_decode_step_are_in_the_products_kernels():
+    packed, report = macko_jax.flax_nnx.substitute(make_model(), Rule(".*", max_density=1.0))
+    structure, arrays = llama.Structure.of(packed)
+
+    def step(arrays, tokens, cache):
+        return structure.build(arrays).hidden(tokens, cache)
+
+    cache = begin(packed, make_tokens(1, 8))[1]
+    # Of one token all but the norm before the head; of two, there is nothing in the kernels.
+    for tokens, norms, gates in (1, 1, 0), (2, 2 * CONFIG.num_hidden_layers + 1, 1):
+        traced = jax.jit(step).trace(arrays, make_tokens(1, tokens), cache)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("stablehlo.rsqrt") == norms
+        assert text.count("func private @silu") == gates
+        assert text.count("@mosaic_gpu") == len(report.packed) - 1
 
 
 def test_factor_pairs_are_packed_and_stored(tmp_path):

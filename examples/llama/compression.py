@@ -157,7 +157,7 @@ def _renamed(layer, prefix):
 def _forward(config, block, hidden):
     positions = jnp.arange(hidden.shape[1])[None]
     rotary = llama.rotation(positions, config)
-    return block(hidden, positions, rotary, None, lambda branch: branch)[0]
+    return block(hidden, positions, rotary, None, None)[0]
 
 
 def _advance(block, config, hidden):

@@ -101,9 +101,11 @@ class Attention(nnx.Module):
         self.query_norm = norm() if config.qk_norm else None
         self.key_norm = norm() if config.qk_norm else None
 
-    def __call__(self, x, positions, rotary, layer_cache):
+    def __call__(self, x, norm, positions, rotary, layer_cache, dropout):
+        """x [B, T, E] plus what its normalized tokens attend to, and the cache with them."""
         batch, length, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
+        qkv = _project(self.qkv, x, norm=norm)
+        qkv = qkv.reshape(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
         query, key, value = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -128,19 +130,38 @@ class Attention(nnx.Module):
                 )  # fmt: skip
             else:
                 mixed = _attention(_rotate(query, rotary), layer_cache, positions, self.window)
-        return self.out(mixed.reshape(batch, length, self.heads * self.head_dim)), layer_cache
+        mixed = mixed.reshape(batch, length, self.heads * self.head_dim)
+        return _project(self.out, mixed, add=x, dropout=dropout), layer_cache
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: x + down(silu(gate(norm(x))) * up(norm(x)))."""
 
     def __init__(self, config, linear):
         self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
         self.down = linear(config.intermediate_size, config.hidden_size)
 
-    def __call__(self, x):
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+    def __call__(self, x, norm, dropout):
+        return _project(
+            self.down, _project(self.gate_up, x, norm=norm), gated=True, add=x, dropout=dropout
+        )
+
+
+def _project(linear, x, *, norm=None, gated=False, add=None, dropout=None):
+    """A linear layer with what a block does before and after it.
+
+    A packed layer is given all of it, since for one token it does that in one kernel.
+    """
+    if hasattr(linear, "fused") and dropout is None:
+        norm = None if norm is None else (norm.scale[...], norm.eps)
+        return linear.fused(x, norm=norm, gated=gated, add=add)
+    x = x if norm is None else norm(x)
+    if gated:
+        gate, up = jnp.split(x, 2, axis=-1)
+        x = jax.nn.silu(gate) * up
+    y = linear(x)
+    y = y if dropout is None else dropout(y)
+    return y if add is None else add + y
 
 
 class Block(nnx.Module):
@@ -153,9 +174,10 @@ class Block(nnx.Module):
         self.mlp = MLP(config, linear)
 
     def __call__(self, x, positions, rotary, layer_cache, dropout):
-        mixed, layer_cache = self.attention(self.attention_norm(x), positions, rotary, layer_cache)
-        x = x + dropout(mixed)
-        return x + dropout(self.mlp(self.mlp_norm(x))), layer_cache
+        x, layer_cache = self.attention(
+            x, self.attention_norm, positions, rotary, layer_cache, dropout
+        )
+        return self.mlp(x, self.mlp_norm, dropout), layer_cache
 
 
 class Llama(nnx.Module):
@@ -187,12 +209,12 @@ class Llama(nnx.Module):
             None if config.tie_word_embeddings else linear(config.hidden_size, config.vocab_size)
         )
 
-    def __call__(self, tokens, *, dropout=lambda branch: branch):
+    def __call__(self, tokens, *, dropout=None):
         """Next-token logits of whole sequences.
 
         Args:
           tokens: [B, T] integers.
-          dropout: applied to each branch before it is added to the residual stream.
+          dropout: applied to each branch before it is added to the residual stream, if given.
 
         Returns:
           [B, T, vocab] logits in float32.
@@ -200,7 +222,7 @@ class Llama(nnx.Module):
         hidden, _ = self.hidden(tokens, dropout=dropout)
         return self.logits(hidden)
 
-    def hidden(self, tokens, cache=None, *, dropout=lambda branch: branch):
+    def hidden(self, tokens, cache=None, *, dropout=None):
         """Final hidden states [B, T, E], and the cache extended by these tokens.
 
         Without a cache the tokens begin their sequences, and the cache that comes back has a slot

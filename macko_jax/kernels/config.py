@@ -52,11 +52,14 @@ class Plan:
     batch: int
     settings: Settings
 
+    before = None  # what is done to x first; see `Vectors`
+
     @property
     def x(self) -> Vectors:
         return Vectors(
             self.x_dtype, length=self.matrix.shape[1], slack=self.matrix.slack,
-            count=self.settings.vectors, batch=self.batch, staged=self.settings.stage_x)
+            count=self.settings.vectors, batch=self.batch, staged=self.settings.stage_x,
+            before=self.before)
 
 
 @functools.cache

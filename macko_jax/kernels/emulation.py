@@ -43,6 +43,7 @@ class NumpyLanes:
     def maximum(self, a, b): return np.maximum(a, b)
     def exp2(self, a): return np.exp2(a)
     def reciprocal(self, a): return 1 / a
+    def reciprocal_sqrt(self, a): return (1 / np.sqrt(a)).astype(np.float32)
 
     def add_byte(self, word, number, scale, total):
         return total + scale * ((word >> (8 * number)) & 0xFF)

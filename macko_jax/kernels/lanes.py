@@ -118,6 +118,10 @@ class MosaicLanes:
         """1/a within 1 unit in the last place."""
         return self._special("rcp.approx.ftz.f32", a)
 
+    def reciprocal_sqrt(self, a):
+        """1/sqrt(a) within 2 units in the last place."""
+        return self._special("rsqrt.approx.ftz.f32", a)
+
     @staticmethod
     def _special(instruction, a):
         return Register(llvm.inline_asm(

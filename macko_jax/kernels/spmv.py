@@ -14,12 +14,46 @@ import jax.numpy as jnp
 
 from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
-from macko_jax.kernels.vectors import deal_blocks
+from macko_jax.kernels.vectors import Share, deal_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """What is done before and after a product of one vector: y = add + A f(x).
+
+    Attributes:
+      eps: f(x) = x / sqrt(mean(x^2) + eps) * scale, or None for no norm.
+      gated: f(x) = silu(x[:cols]) * x[cols:].
+      add: whether `add` is an operand.
+    """
+    eps: float | None = None
+    gated: bool = False
+    add: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the operands that come on top."""
+        return ("scale",) * (self.eps is not None) + ("add",) * self.add
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan(config.Plan):
     """How one product is computed."""
+    fusion: Fusion = Fusion()
+
+    @property
+    def before(self) -> str | None:
+        return "norm" if self.fusion.eps is not None else "gate" if self.fusion.gated else None
+
+    @property
+    def added(self) -> Share:
+        return Share(rows=self.matrix.shape[0], blocks=self.settings.blocks, count=1, batch=1)
+
+    @property
+    def shared_slots(self) -> int:
+        """x, a sum of squares for each warp, and the block's share of what is added."""
+        squares = self.settings.warps if self.fusion.eps is not None else 0
+        return self.x.slots + squares + (self.added.slots if self.fusion.add else 0)
 
     @property
     def passes(self) -> int:
@@ -35,10 +69,13 @@ class Plan(config.Plan):
 def program(ops, plan: Plan) -> None:
     """Computes y = x A^T on the arrays values, codes, row_offsets, starts, x [batch, cols], y.
 
+    With what `plan.fusion` says before and after, on its arrays.
+
     Sums are in float32 in a fixed order, so that results are equal from run to run.
     """
-    matrix, settings, x = plan.matrix, plan.settings, plan.x
-    rows = matrix.shape[0]
+    matrix, settings, x, fusion, added = (
+        plan.matrix, plan.settings, plan.x, plan.fusion, plan.added)
+    rows, threads = matrix.shape[0], settings.warps * WARP
 
     block, first_vector = deal_blocks(ops, settings.blocks, plan.passes, settings.vectors)
     walk = walks.make(
@@ -56,17 +93,51 @@ def program(ops, plan: Plan) -> None:
         while distance:
             sums = [total + ops.exchange(total, distance) for total in sums]
             distance //= 2
+        if fusion.eps is not None:
+            sums = [total * inverse for total in sums]
+        if fusion.add:
+            sums = [total + addend for total, addend in zip(sums, added.at(row, row < walk.end_row))]
         for k, total in enumerate(sums):
             vector = first_vector + k
             ops.store_real("y", vector * rows + row, total,
                            (walk.part == 0) & (row < walk.end_row) & (vector < plan.batch))
 
     # All loads that depend on nothing come first: the start of a kernel is a chain of latencies.
-    x.begin(ops, "x", first_vector, settings.warps * WARP)
+    x.begin(ops, "x", first_vector, threads)
     started = walk.start()
-    x.finish()
+    if fusion.add:
+        added.stage(ops, "add", walk, first_vector=ops.integer(0),
+                    first_slot=plan.shared_slots - added.slots, threads=threads)
+    squares = x.finish()
+    if fusion.eps is not None:
+        _share_squares(ops, squares, x.slots)
     ops.barrier()
+    if fusion.eps is not None:
+        inverse = _inverse_norm(ops, x.slots, settings.warps, matrix.shape[1], fusion.eps)
     walk.run(started, lambda: [ops.real(0)] * settings.vectors, multiply, finish)
+
+
+def _share_squares(ops, squares, first_slot: int) -> None:
+    """Writes a warp's sum of squares to shared memory, one slot a warp."""
+    total = _sum_over_warp(ops, squares)
+    ops.store_shared((ops.thread() >> 5) + first_slot, total, (ops.thread() & (WARP - 1)) == 0)
+
+
+def _inverse_norm(ops, first_slot: int, warps: int, length: int, eps: float):
+    """1 / sqrt(mean(x^2) + eps) from the warps' sums, in every lane."""
+    lane = ops.thread() & (WARP - 1)
+    index = ops.select(lane < warps, lane, ops.integer(0))
+    [mine] = ops.load_shared((index + first_slot) * 4, 1)
+    total = _sum_over_warp(ops, ops.select(lane < warps, mine, ops.real(0)))
+    return ops.reciprocal_sqrt(ops.fma(total, ops.real(1 / length), ops.real(eps)))
+
+
+def _sum_over_warp(ops, value):
+    distance = WARP // 2
+    while distance:
+        value = value + ops.exchange(value, distance)
+        distance //= 2
+    return value
 
 
 def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype):
@@ -76,9 +147,27 @@ def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, store
     return run(plan, out_dtype, values, codes, row_offsets, starts, x)
 
 
+def fused_spmv(values, x, codes, row_offsets, starts, *extras, shape, encoding, lanes, stored,
+                out_dtype, fusion: Fusion):
+    """y = add + A f(x), [1, cols] (or [1, 2 cols]) -> [1, rows]; `extras` as `fusion.names`."""
+    matrix = strips.Matrix(shape, encoding, lanes, stored, values.dtype)
+    plan = plan_fused(matrix, x.dtype, fusion)
+    return run(plan, out_dtype, values, codes, row_offsets, starts, x, *extras)
+
+
+def plan_fused(matrix: strips.Matrix, x_dtype, fusion: Fusion) -> Plan | None:
+    """None where shared memory has no room for it."""
+    plan = Plan(matrix, x_dtype, 1, config.choose(matrix, x_dtype, 1))
+    if not plan.settings.stage_x:
+        return None
+    plan = dataclasses.replace(plan, fusion=fusion)
+    return plan if 4 * plan.shared_slots <= config.SHARED_BYTES else None
+
+
 def run(plan: Plan, out_dtype, *operands):
-    """The product by a given plan, of the arrays values, codes, row_offsets, starts and x."""
+    """The product by a given plan, of values, codes, row_offsets, starts, x and what is around."""
+    names = "values", "codes", "row_offsets", "starts", "x", *plan.fusion.names, "y"
     return lanes.run(
-        lambda ops: program(ops, plan), ("values", "codes", "row_offsets", "starts", "x", "y"),
-        operands, jax.ShapeDtypeStruct((plan.batch, plan.matrix.shape[0]), out_dtype),
-        blocks=plan.blocks, warps=plan.settings.warps, shared_slots=plan.x.slots)
+        lambda ops: program(ops, plan), names, operands,
+        jax.ShapeDtypeStruct((plan.batch, plan.matrix.shape[0]), out_dtype),
+        blocks=plan.blocks, warps=plan.settings.warps, shared_slots=plan.shared_slots)

@@ -1,4 +1,6 @@
 """Vectors in the shared memory of a block: x, gathered by column, and the block's share of y."""
+import math
+
 import jax.numpy as jnp
 
 AHEAD = 8  # elements per thread and vector that are in flight while they are staged
@@ -21,14 +23,20 @@ class Vectors:
     one of a float32 costs; an odd one, and other types, become float32. Gathering from shared
     memory is what limits the products, not converting.
 
+    What is staged may be a function of what is read, `before`: "norm", elements times those of the
+    array `scale`, while their squares are added up; "gate", silu(a) * b of rows that hold a and b.
+
     Attributes:
       scale: what columns are multiplied by in `at`: bytes between two of them in shared memory.
       slots: 32-bit words of shared memory that they take.
     """
 
-    def __init__(self, dtype, *, length: int, slack: int, count: int, batch: int, staged: bool):
+    def __init__(self, dtype, *, length: int, slack: int, count: int, batch: int, staged: bool,
+                 before: str | None = None):
+        if before and not staged:
+            raise ValueError(f"{before!r} comes before vectors that are staged, these are not")
         self.dtype, self.length, self.count, self.batch = jnp.dtype(dtype), length, count, batch
-        self.staged, self._columns = staged, length + slack
+        self.staged, self.before, self._columns = staged, before, length + slack
         self.packed = staged and self.dtype.itemsize == 2 and count % 2 == 0
         self._words = count // 2 if self.packed else count
         self.scale = 4 * self._words if staged else 1
@@ -40,17 +48,21 @@ class Vectors:
         self._head = self._read(ops.thread()) if self.staged else []
 
     def finish(self):
-        """Fills shared memory; the block's barrier has to follow."""
-        self._write(self._head)
-        if not self.staged:
-            return
+        """Fills shared memory; the block's barrier has to follow.
 
-        def copy(column):
-            self._write(self._read(column))
-            return column + AHEAD * self.threads
+        Returns:
+          The sum of the squares of the elements that the thread read, if there is a norm.
+        """
+        squares = self._write(self._head, self.ops.real(0))
+        if not self.staged:
+            return squares
+
+        def copy(state):
+            column, squares = state
+            return column + AHEAD * self.threads, self._write(self._read(column), squares)
 
         start = self.ops.thread() + AHEAD * self.threads
-        self.ops.loop(lambda column: column < self._columns, copy, start)
+        return self.ops.loop(lambda state: state[0] < self._columns, copy, (start, squares))[1]
 
     def at(self, column) -> list:
         """The elements of all vectors at a column times `scale`, as float32."""
@@ -65,24 +77,47 @@ class Vectors:
                 for k in range(self.count)]
 
     def _read(self, column):
-        """The loads of a thread for `AHEAD` rounds: [(column, values of all vectors)]."""
-        ops, out = self.ops, []
+        """The loads of a thread for `AHEAD` rounds: [(column, loads of all vectors)]."""
+        out = []
         for i in range(min(AHEAD, -(-self._columns // self.threads))):
             at = column + i * self.threads
-            out.append((at, [
-                ops.load_real(self.name, (self.first + k) * self.length + at,
-                              (at < self.length) & (self.first + k < self.batch))
-                for k in range(self.count)]))
+            out.append((at, [self._loads(k, at) for k in range(self.count)]))
         return out
 
-    def _write(self, loaded):
+    def _loads(self, k: int, at) -> list:
+        """What has to be read for the element of vector k at a column."""
+        vector, where = self.first + k, (at < self.length) & (self.first + k < self.batch)
+
+        def load(name, index):
+            return self.ops.load_real(name, index, where)
+
+        if self.before == "gate":
+            row = vector * (2 * self.length)
+            return [load(self.name, row + at), load(self.name, row + self.length + at)]
+        element = load(self.name, vector * self.length + at)
+        return [element, load("scale", at)] if self.before == "norm" else [element]
+
+    def _write(self, loaded, squares):
         ops = self.ops
-        for column, values in loaded:
+        for column, elements in loaded:
+            if self.before == "norm":
+                squares = ops.fma(elements[0][0], elements[0][0], squares)
+            values = [self._element(*loads) for loads in elements]
             if self.packed:
                 words = [ops.pack(a, b, self.dtype) for a, b in zip(values[::2], values[1::2])]
             else:
                 words = [ops.as_word(value) for value in values]
             ops.store_shared_words(column * self.scale, words, column < self._columns)
+        return squares
+
+    def _element(self, first, *second):
+        """What is staged of the loads of an element."""
+        if self.before == "norm":
+            return first * second[0]
+        if self.before == "gate":
+            grown = self.ops.exp2(first * -math.log2(math.e))
+            return first * second[0] * self.ops.reciprocal(grown + self.ops.real(1))
+        return first
 
 
 class Share:

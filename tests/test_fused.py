@@ -1,0 +1,169 @@
+"""Products with a norm or a gate before and a sum after: the kernel, and what it stands for."""
+import itertools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import macko_jax
+from macko_jax.kernels import config
+from macko_jax.kernels import spmv as kernel
+from tests.test_kernels import (
+    ENCODINGS, abstract, arrays_of, execute, needs_gpu, sparse, vectors)
+
+EPS = 1e-5
+KINDS = [("norm", False), ("norm", True), ("gated", False), ("gated", True), (None, True)]
+
+
+def make(rows, cols, density, kind, add, dtype=np.float16):
+    """The dense matrix, x [1, cols] (or with a gate [1, 2 cols]), the norm's scale, what is added."""
+    dense = sparse(rows, cols, density, dtype)
+    x = 3 * vectors(1, 2 * cols if kind == "gated" else cols, dtype=dtype)
+    scale = 1 + vectors(1, cols, seed=2, dtype=dtype)[0] if kind == "norm" else None
+    return dense, x, scale, vectors(1, rows, seed=3, dtype=dtype) if add else None
+
+
+def options(kind, scale, add):
+    return {"norm": None if scale is None else (scale, EPS), "gated": kind == "gated", "add": add}
+
+
+def assert_exact(y, dense, x, scale, add, rounding=0.0):
+    """Against float64, within the bound of a float32 sum, 32 roundings before it and one of y."""
+    x, dense = np.asarray(x, np.float64), np.asarray(dense, np.float64)
+    if scale is not None:
+        x = x / np.sqrt((x * x).mean() + EPS) * np.asarray(scale, np.float64)
+    if x.shape[-1] != dense.shape[1]:
+        gate, passed = np.split(x, 2, axis=-1)
+        x = gate / (1 + np.exp(-gate)) * passed
+    exact, size = x @ dense.T, np.abs(x) @ np.abs(dense).T
+    if add is not None:
+        exact, size = exact + add, size + np.abs(add)
+    terms = (dense != 0).sum(1) + 34
+    bound = (terms * np.finfo(np.float32).eps + rounding) * size
+    assert np.all(np.abs(y - exact) <= bound), np.abs(y - exact).max()
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("kind,add", KINDS)
+@pytest.mark.parametrize("shape", [(5, 1, 0.6), (1, 700, 0.5), (37, 301, 0.5)], ids=str)
+def test_program(shape, kind, add, encoding):
+    dense, x, scale, addend = make(*shape, kind, add)
+    matrix = macko_jax.compress(dense, encoding=encoding)
+    settings = config.Settings(
+        blocks=min(3, shape[0]), warps=4, unroll=2, vectors=1, stage_x=True)
+    fusion = kernel.Fusion(EPS if kind == "norm" else None, kind == "gated", add)
+    plan = kernel.Plan(abstract(matrix), x.dtype, 1, settings, fusion)
+    operands = arrays_of(matrix, "values", "codes", "row_offsets", "starts")
+    operands |= {"x": x, "scale": scale, "add": addend}
+    y = execute(
+        kernel.program, plan, {name: a for name, a in operands.items() if a is not None},
+        {"y": np.full((1, shape[0]), np.nan, np.float32)},
+        blocks=plan.blocks, warps=4, slots=plan.shared_slots)
+    assert_exact(y, dense, x, scale, addend)
+
+
+@pytest.mark.parametrize("tokens", [(), (1,), (2, 3)], ids=str)
+@pytest.mark.parametrize("density", [0.4, 0.0])
+@pytest.mark.parametrize("kind,add", [*KINDS, (None, False)])
+def test_what_it_stands_for(kind, add, density, tokens):
+    dense, x, scale, addend = make(21, 40, density, kind, add, np.float32)
+    matrix = macko_jax.compress(dense, encoding="delta4")
+    x = np.broadcast_to(x[0], (*tokens, x.shape[1]))
+    if addend is not None:
+        addend = np.broadcast_to(addend[0], (*tokens, 21))
+    y = jax.jit(lambda m, x: macko_jax.fused_spmv(m, x, **options(kind, scale, addend)))(matrix, x)
+    assert y.shape == (*tokens, 21)
+    for row in y.reshape(-1, 21):
+        assert_exact(row[None], dense, x.reshape(-1, x.shape[-1])[:1], scale,
+                     None if addend is None else addend.reshape(-1, 21)[:1])
+
+
+@pytest.mark.parametrize("kind,add", KINDS)
+def test_derivatives_and_vmap_are_those_of_the_separate_operations(kind, add):
+    dense, x, scale, addend = make(13, 24, 0.5, kind, add, np.float32)
+    matrix = macko_jax.compress(dense)
+
+    def fused(x, scale, addend):
+        return macko_jax.fused_spmv(matrix, x, **options(kind, scale, addend))
+
+    def separate(x, scale, addend):  # two tokens are never one kernel
+        two = None if addend is None else jnp.concatenate([addend, addend])
+        return fused(jnp.concatenate([x, x]), scale, two)[:1] if x.shape[0] == 1 else None
+
+    loss = lambda function: lambda *args: (function(*args) ** 2).sum()
+    found = jax.grad(loss(fused), (0, 1, 2), allow_int=True)(x, scale, addend)
+    wanted = jax.grad(loss(separate), (0, 1, 2), allow_int=True)(x, scale, addend)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    many = jax.vmap(fused, in_axes=(0, None, None))(np.stack([x, 2 * x]), scale, addend)
+    np.testing.assert_allclose(many[1], fused(2 * x, scale, addend), rtol=1e-5, atol=1e-5)
+
+    by_values = jax.grad(lambda m: loss(lambda m: macko_jax.fused_spmv(
+        m, x, **options(kind, scale, addend)))(m), allow_int=True)(matrix).values
+    assert by_values.shape == matrix.values.shape and np.any(by_values)
+
+
+def lowered(platform, tokens, kind, add):
+    dense, x, scale, addend = make(64, 96, 0.5, kind, add)
+    matrix = macko_jax.compress(dense)
+    x = jnp.broadcast_to(x, (tokens, x.shape[1]))
+    addend = None if addend is None else jnp.broadcast_to(addend, (tokens, 64))
+    function = jax.jit(lambda m, x: macko_jax.fused_spmv(m, x, **options(kind, scale, addend)))
+    return function.trace(matrix, x).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("kind,add", KINDS)
+def test_one_kernel_for_one_token_on_cuda(kind, add):
+    arithmetic = "stablehlo.rsqrt", "stablehlo.logistic", "stablehlo.add", "stablehlo.multiply"
+    text = lowered("cuda", 1, kind, add)
+    assert text.count("@mosaic_gpu") == 1 and not any(name in text for name in arithmetic)
+    for text in lowered("cuda", 2, kind, add), lowered("cpu", 1, kind, add):
+        assert any(name in text for name in arithmetic)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer(bias):
+    layer = nnx.Linear(24, 13, use_bias=bias, rngs=nnx.Rngs(0))
+    layer.kernel[...] = sparse(24, 13, 0.5, np.float32)
+    if bias:
+        layer.bias[...] = vectors(1, 13)[0]
+    packed, _ = macko_jax.flax_nnx.substitute(layer)
+    _, x, scale, add = make(13, 24, 0.5, "norm", True, np.float32)
+    normalized = x / np.sqrt((x * x).mean() + EPS) * scale
+    found = packed.fused(x, norm=(scale, EPS), add=add)
+    np.testing.assert_allclose(found, layer(normalized) + add, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(packed.fused(x), layer(x), rtol=1e-5, atol=1e-5)
+    gated = np.concatenate([x, 2 * x], axis=-1)
+    np.testing.assert_allclose(
+        packed.fused(gated, gated=True), layer(jax.nn.silu(x) * 2 * x), rtol=1e-5, atol=1e-5)
+
+
+def test_errors_say_what_is_wrong():
+    matrix = macko_jax.compress(sparse(13, 24, 0.5, np.float32))
+    x = jnp.ones((1, 24))
+    with pytest.raises(ValueError, match=r"\[\.\.\., 48\] with a gate, got \[1, 24\]"):
+        macko_jax.fused_spmv(matrix, x, gated=True)
+    with pytest.raises(ValueError, match=r"scale .* has shape \[24\], got \[13\]"):
+        macko_jax.fused_spmv(matrix, x, norm=(jnp.ones(13), EPS))
+    with pytest.raises(ValueError, match="not both"):
+        macko_jax.fused_spmv(matrix, x, norm=(jnp.ones(24), EPS), gated=True)
+    with pytest.raises(ValueError, match=r"add .* got \[1, 24\]"):
+        macko_jax.fused_spmv(matrix, x, add=x)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("kind,add,shape", list(itertools.product(
+    ["norm", "gated", None], [True], [(5, 1, 0.6), (37, 301, 0.5), (4096, 4096, 0.5)])), ids=str)
+def test_on_gpu(kind, add, shape, dtype, encoding):
+    dense, x, scale, addend = make(*shape, kind, add, dtype)
+    matrix = macko_jax.compress(dense, encoding=encoding)
+    product = jax.jit(lambda m, x: macko_jax.fused_spmv(m, x, **options(kind, scale, addend)))
+    y = np.asarray(product(matrix, x))
+    assert_exact(y.astype(np.float64), dense, x, scale, np.asarray(addend, np.float64),
+                 rounding=float(jnp.finfo(dtype).eps))
+    np.testing.assert_array_equal(y, product(matrix, x))
