@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(RUN) -m examples.demo $(ARGS)
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) $(NEW_ENOUGH) || { echo "Python 3.11 or newer is needed:" \

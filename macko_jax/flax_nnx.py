@@ -119,7 +119,7 @@ class MackoLinear(nnx.Module):
         gated: bool = False,
         add: jax.Array | None = None,
     ) -> jax.Array:
-        """What the layer makes of f(inputs), plus `add`; on a GPU one kernel where there is one token.
+        """add + what the layer makes of f(inputs); on a GPU one kernel, where there is one token.
 
         Args:
             inputs: as the layer takes them; where `gated`, twice as wide.

@@ -1,9 +1,9 @@
 """A product together with what a transformer's block does before and after it, for decoding.
 
-A decode step multiplies one vector by each matrix, in microseconds. The norm before a projection, the
-gate before the last one and the sum with the residual stream after it are tiny, but each costs the
-start of a kernel of its own. On CUDA a kernel does them while it stages x and writes y; everywhere
-else, and for more than one vector, they are the same operations one after the other.
+A decode step multiplies one vector by each matrix, in microseconds. The norm before a projection,
+the gate before the last one and the sum with the residual stream after it are tiny, but each costs
+the start of a kernel of its own. On CUDA a kernel does them while it stages x and writes y;
+everywhere else, and for more than one vector, they are the same operations one after the other.
 """
 import functools
 import math
@@ -30,9 +30,10 @@ def fused_spmv(
     """add + A f(x): a sparse product with a norm or a gate before, and a sum after it.
 
     f(x) is x / sqrt(mean(x^2) + eps) * scale (RMSNorm, arXiv 1910.07467) where `norm` is given, and
-    silu(x[:cols]) * x[cols:] (SwiGLU, arXiv 2002.05202) where `gated`. One 16-bit or float32 vector on
-    CUDA takes one kernel, which computes f and the sum in float32; otherwise f(x) is rounded to the
-    type of x, the product to its own, as the separate operations do. Differentiable like `spmv`.
+    silu(x[:cols]) * x[cols:] (SwiGLU, arXiv 2002.05202) where `gated`. One 16-bit or float32 vector
+    on CUDA takes one kernel, which computes f and the sum in float32; otherwise f(x) is rounded to
+    the type of x, the product to its own, as the separate operations do. Differentiable like
+    `spmv`.
 
     Args:
       matrix: A [rows, cols].

@@ -18,7 +18,7 @@ KINDS = [("norm", False), ("norm", True), ("gated", False), ("gated", True), (No
 
 
 def make(rows, cols, density, kind, add, dtype=np.float16):
-    """The dense matrix, x [1, cols] (or with a gate [1, 2 cols]), the norm's scale, what is added."""
+    """The dense matrix, x [1, cols] (a gate: [1, 2 cols]), the norm's scale, what is added."""
     dense = sparse(rows, cols, density, dtype)
     x = 3 * vectors(1, 2 * cols if kind == "gated" else cols, dtype=dtype)
     scale = 1 + vectors(1, cols, seed=2, dtype=dtype)[0] if kind == "norm" else None

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from macko_jax.kernels import config, lanes, strips, walks
-from macko_jax.kernels.lanes import WARP
 
 PIECE = 16  # bytes that a lane moves at a time
 TOGETHER = 2  # groups that a lane visits at a time

@@ -10,7 +10,6 @@ random banks takes about 3.6 turns for 32 lanes, so shared memory is nearly as t
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
@@ -96,7 +95,8 @@ def program(ops, plan: Plan) -> None:
         if fusion.eps is not None:
             sums = [total * inverse for total in sums]
         if fusion.add:
-            sums = [total + addend for total, addend in zip(sums, added.at(row, row < walk.end_row))]
+            addend = added.at(row, row < walk.end_row)
+            sums = [total + a for total, a in zip(sums, addend)]
         for k, total in enumerate(sums):
             vector = first_vector + k
             ops.store_real("y", vector * rows + row, total,

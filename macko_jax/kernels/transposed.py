@@ -140,7 +140,7 @@ def spmv_transposed(
 
 
 def run(plan: Plan, *operands):
-    """Partial sums [batch, share, cols] from the arrays values, codes, row_offsets, starts and y."""
+    """Partial sums [batch, share, cols] from values, codes, row_offsets, starts and y."""
     shape = plan.batch, plan.share, plan.matrix.shape[1]
     return lanes.run(
         lambda ops: program(ops, plan), ("values", "codes", "row_offsets", "starts", "y", "x"),
