@@ -17,6 +17,7 @@ from tests.dsf_cases import hard_layers, real_layer, reference, small_layer
 FAST = dict(search_rounds=4, refine_rounds=6, width=1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer,density", [
     ("l0.query", 0.5), ("l0.query", 0.2), ("l0.attn_out", 0.3), ("l0.inter", 0.4),
 ])

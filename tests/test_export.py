@@ -113,6 +113,7 @@ class ConvNet(nnx.Module):
         return self.head(nnx.relu(self.grouped(x)).mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_factorized_convolutional_network_runs_packed():
     model, x = ConvNet(nnx.Rngs(0)), draw(0, 32, 8, 8, 1)
     model.eval()

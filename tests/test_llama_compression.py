@@ -181,6 +181,7 @@ def live_bytes():
     return sum(array.nbytes for array in jax.live_arrays())
 
 
+@pytest.mark.slow
 def test_scripts_compress_and_evaluate(tmp_path):
     save_model(tmp_path / "dense", vocab_size=256, num_hidden_layers=1)
     text = tmp_path / "text.txt"
