@@ -132,6 +132,7 @@ def test_factorized_convolutional_network_runs_packed():
     np.testing.assert_allclose(packed(x), pair(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pruned_transformer_packs():
     model, batches = Net(), token_batches()
     pruned = compress_model(model, batches, **MIXED).model
@@ -162,6 +163,7 @@ def test_pairs_in_a_scanned_stack():
         )
 
 
+@pytest.mark.slow
 def test_linen_pairs():
     class Model(nn.Module):
         @nn.compact

@@ -87,6 +87,7 @@ def test_every_layer_is_calibrated_on_the_outputs_of_the_compressed_ones():
         partly.layers[i].kernel[...] = expected.T
 
 
+@pytest.mark.slow
 def test_one_pass_uses_the_dense_inputs():
     model, batches = Net(), token_batches()
     new, report = compress_model(
@@ -122,6 +123,7 @@ def test_given_gram_matrices_are_those_of_one_pass():
         compress_model(model, batches, grams=grams | {"gate": np.eye(3)}, **call)
 
 
+@pytest.mark.slow
 def test_layers_of_one_shape_are_factorized_together(monkeypatch):
     model, batches = Net(), token_batches()
     call = dict(calibration="one-pass", density=0.5, rules=[
