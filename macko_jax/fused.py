@@ -7,6 +7,7 @@ everywhere else, and for more than one vector, they are the same operations one 
 """
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,17 @@ from macko_jax import dispatch
 from macko_jax.api import spmv
 from macko_jax.format import MackoMatrix
 from macko_jax.primitive import vary_alike
+
+
+class _Static(NamedTuple):
+    """What a fused product is compiled for; `eps` is None where there is no norm."""
+
+    eps: float | None
+    gated: bool
+    out_dtype: Any
+    shape: tuple[int, int]
+    encoding: str
+    lanes: int
 
 
 def fused_spmv(
@@ -71,11 +83,11 @@ def fused_spmv(
     whole = add is None or add.size == matrix.shape[0]
     if not (one and plain and whole and jnp.issubdtype(x.dtype, jnp.floating)):
         return _compose(matrix, x, scale, add, eps=eps, gated=gated)
+    static = _Static(eps, gated, out_dtype, matrix.shape, matrix.encoding, matrix.lanes)
     extras = {"scale": scale, "add": None if add is None else add.reshape(1, -1)}
     y = _one_vector(
-        (eps, gated, out_dtype, matrix.shape, matrix.encoding, matrix.lanes), matrix.values,
-        x.reshape(1, expected), matrix.codes, matrix.row_offsets, matrix.starts,
-        {name: array for name, array in extras.items() if array is not None})
+        static, matrix.values, x.reshape(1, expected), matrix.codes, matrix.row_offsets,
+        matrix.starts, {name: array for name, array in extras.items() if array is not None})
     return y.reshape(*x.shape[:-1], matrix.shape[0])
 
 
@@ -109,29 +121,29 @@ def _one_vector_jvp(static, primals, tangents):
 
 def _from_parts(values, x, codes, row_offsets, starts, *extras, static, names):
     """`_compose` of the primitive's operands."""
-    eps, gated, _, shape, encoding, lanes = static
-    matrix = MackoMatrix(values, codes, row_offsets, starts, shape=shape, encoding=encoding,
-                         lanes=lanes)
+    matrix = MackoMatrix(values, codes, row_offsets, starts, shape=static.shape,
+                         encoding=static.encoding, lanes=static.lanes)
     extras = dict(zip(names, extras))
-    return _compose(matrix, x, extras.get("scale"), extras.get("add"), eps=eps, gated=gated)
+    return _compose(matrix, x, extras.get("scale"), extras.get("add"), eps=static.eps,
+                    gated=static.gated)
 
 
 def _kernel(values, x, codes, row_offsets, starts, *extras, static, names):
     """The same in one kernel, or None where it does not serve."""
     from macko_jax.kernels import products, spmv as kernel, strips  # imports that only GPUs need
-    eps, gated, out_dtype, shape, encoding, lanes = static
-    fusion = kernel.Fusion(eps, gated, "add" in names)
-    matrix = strips.Matrix(shape, encoding, lanes, values.shape[0], values.dtype)
+    fusion = kernel.Fusion(static.eps, static.gated, "add" in names)
+    layout = dict(shape=static.shape, encoding=static.encoding, lanes=static.lanes,
+                  stored=values.shape[0])
     problem = dispatch.Problem(
-        product="spmv", platform="cuda", shape=shape, encoding=encoding, lanes=lanes,
-        stored=values.shape[0], batch=1, dtypes=(values.dtype, x.dtype), out_dtype=out_dtype)
+        product="spmv", platform="cuda", batch=1, dtypes=(values.dtype, x.dtype),
+        out_dtype=static.out_dtype, **layout)
+    matrix = strips.Matrix(**layout, dtype=values.dtype)
     if products.why_not(problem) or kernel.plan_fused(matrix, x.dtype, fusion) is None:
         return None
     extras = dict(zip(names, extras))
     return kernel.fused_spmv(
         values, x, codes, row_offsets, starts, *(extras[name] for name in fusion.names),
-        shape=shape, encoding=encoding, lanes=lanes, stored=values.shape[0], out_dtype=out_dtype,
-        fusion=fusion)
+        out_dtype=static.out_dtype, fusion=fusion, **layout)
 
 
 def _on_cuda(*operands, **params):
@@ -147,7 +159,7 @@ _fused_p = Primitive("macko_fused_spmv")
 _fused_p.def_impl(jax.jit(_fused_p.bind, static_argnames=("static", "names")))
 _fused_p.def_abstract_eval(
     lambda values, x, *_, static, **__: x.update(
-        shape=(1, static[3][0]), dtype=static[2], weak_type=False))
+        shape=(1, static.shape[0]), dtype=static.out_dtype, weak_type=False))
 batching.primitive_batchers[_fused_p] = _batch
 for _platform, _function in (None, _from_parts), ("cuda", _on_cuda):
     mlir.register_lowering(
