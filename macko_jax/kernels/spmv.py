@@ -110,7 +110,7 @@ def program(ops, plan: Plan) -> None:
                     first_slot=plan.shared_slots - added.slots, threads=threads)
     squares = x.finish()
     if fusion.eps is not None:
-        _share_squares(ops, squares, x.slots)
+        _share_squares(ops, *squares, x.slots)
     ops.barrier()
     if fusion.eps is not None:
         inverse = _inverse_norm(ops, x.slots, settings.warps, matrix.shape[1], fusion.eps)

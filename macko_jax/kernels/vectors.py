@@ -51,9 +51,10 @@ class Vectors:
         """Fills shared memory; the block's barrier has to follow.
 
         Returns:
-          The sum of the squares of the elements that the thread read, if there is a norm.
+          A list of the sum of the squares of what the thread read, empty if there is no norm.
         """
-        squares = self._write(self._head, self.ops.real(0))
+        squares = [self.ops.real(0)] if self.before == "norm" else []
+        squares = self._write(self._head, squares)
         if not self.staged:
             return squares
 
@@ -86,22 +87,20 @@ class Vectors:
 
     def _loads(self, k: int, at) -> list:
         """What has to be read for the element of vector k at a column."""
-        vector, where = self.first + k, (at < self.length) & (self.first + k < self.batch)
-
         def load(name, index):
+            where = (at < self.length) & (self.first + k < self.batch)
             return self.ops.load_real(name, index, where)
 
         if self.before == "gate":
-            row = vector * (2 * self.length)
+            row = (self.first + k) * (2 * self.length)
             return [load(self.name, row + at), load(self.name, row + self.length + at)]
-        element = load(self.name, vector * self.length + at)
+        element = load(self.name, (self.first + k) * self.length + at)
         return [element, load("scale", at)] if self.before == "norm" else [element]
 
     def _write(self, loaded, squares):
         ops = self.ops
         for column, elements in loaded:
-            if self.before == "norm":
-                squares = ops.fma(elements[0][0], elements[0][0], squares)
+            squares = [ops.fma(x, x, total) for total, (x, _) in zip(squares, elements)]
             values = [self._element(*loads) for loads in elements]
             if self.packed:
                 words = [ops.pack(a, b, self.dtype) for a, b in zip(values[::2], values[1::2])]
