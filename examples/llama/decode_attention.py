@@ -187,7 +187,11 @@ def program(ops, plan: Plan):
         updated = []
         for query, (largest, weight, mixed) in zip(queries, softmaxes):
             scores = [
-                ops.select(where, _sum(ops, _dot(ops, query, key), LANES), ops.real(NEVER))
+                ops.select(
+                    where,
+                    *lanes.sum_over_lanes(ops, [_dot(ops, query, key)], LANES),
+                    ops.real(NEVER),
+                )
                 for (where, _), key in zip(rows, keys)
             ]
             new = _maximum(ops, [largest, *scores])
@@ -324,12 +328,3 @@ def _maximum(ops, values):
     for value in values[1:]:
         largest = ops.maximum(largest, value)
     return largest
-
-
-def _sum(ops, value, count):
-    """Over `count` neighbouring lanes, a power of two."""
-    distance = count // 2
-    while distance:
-        value = value + ops.exchange(value, distance)
-        distance //= 2
-    return value

@@ -380,6 +380,15 @@ def _float_type(dtype) -> ir.Type:
         jnp.dtype(dtype).name].get()
 
 
+def sum_over_lanes(ops, values: list, count: int) -> list:
+    """Each value added up over `count` neighbouring lanes, a power of two, in all of them."""
+    distance = count // 2
+    while distance:
+        values = [value + ops.exchange(value, distance) for value in values]
+        distance //= 2
+    return values
+
+
 def run(program, names, operands, result, *, blocks: int, warps: int, shared_slots: int):
     """Runs a lane program on a grid of `blocks` blocks of `warps` warps.
 

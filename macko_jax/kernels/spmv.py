@@ -88,10 +88,7 @@ def program(ops, plan: Plan) -> None:
         return sums
 
     def finish(row, sums):
-        distance = matrix.lanes // 2
-        while distance:
-            sums = [total + ops.exchange(total, distance) for total in sums]
-            distance //= 2
+        sums = lanes.sum_over_lanes(ops, sums, matrix.lanes)
         if fusion.eps is not None:
             sums = [total * inverse for total in sums]
         if fusion.add:
@@ -110,16 +107,16 @@ def program(ops, plan: Plan) -> None:
                     first_slot=plan.shared_slots - added.slots, threads=threads)
     squares = x.finish()
     if fusion.eps is not None:
-        _share_squares(ops, *squares, x.slots)
+        _share_squares(ops, squares, x.slots)
     ops.barrier()
     if fusion.eps is not None:
         inverse = _inverse_norm(ops, x.slots, settings.warps, matrix.shape[1], fusion.eps)
     walk.run(started, lambda: [ops.real(0)] * settings.vectors, multiply, finish)
 
 
-def _share_squares(ops, squares, first_slot: int) -> None:
+def _share_squares(ops, squares: list, first_slot: int) -> None:
     """Writes a warp's sum of squares to shared memory, one slot a warp."""
-    total = _sum_over_warp(ops, squares)
+    [total] = lanes.sum_over_lanes(ops, squares, WARP)
     ops.store_shared((ops.thread() >> 5) + first_slot, total, (ops.thread() & (WARP - 1)) == 0)
 
 
@@ -128,16 +125,8 @@ def _inverse_norm(ops, first_slot: int, warps: int, length: int, eps: float):
     lane = ops.thread() & (WARP - 1)
     index = ops.select(lane < warps, lane, ops.integer(0))
     [mine] = ops.load_shared((index + first_slot) * 4, 1)
-    total = _sum_over_warp(ops, ops.select(lane < warps, mine, ops.real(0)))
+    [total] = lanes.sum_over_lanes(ops, [ops.select(lane < warps, mine, ops.real(0))], WARP)
     return ops.reciprocal_sqrt(ops.fma(total, ops.real(1 / length), ops.real(eps)))
-
-
-def _sum_over_warp(ops, value):
-    distance = WARP // 2
-    while distance:
-        value = value + ops.exchange(value, distance)
-        distance //= 2
-    return value
 
 
 def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype):
