@@ -86,8 +86,10 @@ def attend(heads, kv_heads, slots, live, window):
     with on_host():
         arguments = jax.tree.map(np.asarray, attention.make(heads, kv_heads, slots, live))
     call = functools.partial(decode_attention.attend, heads=heads, window=window)
-    yield "attention", np.asarray(jax.jit(call)(*arguments)).astype(np.float32), \
-        attention.expected(*arguments, heads, window)
+    found, cache = jax.jit(call)(*arguments)
+    wanted, wanted_cache = attention.expected(*arguments, heads, window)
+    yield "attention", np.asarray(found).astype(np.float32), wanted
+    yield "cache", np.nan_to_num(cache), np.nan_to_num(wanted_cache)
 
 
 def on_host():

@@ -30,63 +30,74 @@ DIM = decode_attention.HEAD_DIM
 
 
 def make(heads, kv_heads, slots, lengths, dtype=jnp.float16):
-    """Projected rows [B, n], the angles of their positions, a cache and the positions."""
+    """Projected rows [B, n], the angles of their positions, a cache and the positions.
+
+    `lengths` count the rows' own tokens, which the cache lacks.
+    """
     rng = np.random.default_rng(0)
     rows = jnp.asarray(2 * rng.normal(size=(len(lengths), (heads + 2 * kv_heads) * DIM)), dtype)
     cache = rng.normal(size=(len(lengths), kv_heads, slots, 2, DIM))
     for sequence, live in zip(cache, lengths):
-        sequence[:, live:] = np.nan  # what is not live is never read
+        sequence[:, live - 1 :] = np.nan  # what is not live is never read
     positions = np.array(lengths) - 1
     angles = positions[:, None] * 10000.0 ** (-np.arange(0, DIM, 2) / DIM)
     rotation = tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
     return rows, rotation, jnp.asarray(cache, dtype), jnp.asarray(positions, jnp.int32)
 
 
+def rotated(heads, cos, sin):
+    early, late = heads[:, : DIM // 2], heads[:, DIM // 2 :]
+    return np.concatenate([early * cos - late * sin, late * cos + early * sin], axis=1)
+
+
 def expected(rows, rotation, cache, positions, heads, window):
-    """The same in float64: [B, H * D]."""
-    out = []
+    """The same in float64, but for keys, rounded to the cache's type: [B, H * D], and the cache."""
+    out, kv_heads, caches = [], cache.shape[1], np.array(cache)
     for row, cos, sin, slots, position in zip(
-        *(np.asarray(a, np.float64) for a in (rows, *rotation, cache)), positions
+        *(np.asarray(a, np.float64) for a in (rows, *rotation)), caches, positions
     ):
+        query, key, value = np.split(row.reshape(-1, DIM), [heads, heads + kv_heads])
+        slots[:, int(position)] = np.stack([rotated(key, cos, sin), value], axis=1)
         live = int(position) + 1
         first = 0 if window is None else max(0, live - window)
-        query = row[: heads * DIM].reshape(heads, 2, DIM // 2)
-        early, late = query[:, 0], query[:, 1]
-        query = np.concatenate([early * cos - late * sin, late * cos + early * sin], axis=1)
-        seen = slots[:, first:live].repeat(heads // len(slots), axis=0)
-        scores = np.einsum("hd,hsd->hs", query, seen[:, :, 0]) / math.sqrt(DIM)
+        seen = np.float64(slots[:, first:live]).repeat(heads // kv_heads, axis=0)
+        scores = np.einsum("hd,hsd->hs", rotated(query, cos, sin), seen[:, :, 0]) / math.sqrt(DIM)
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
         out.append(np.einsum("hs,hsd->hd", weights, seen[:, :, 1]).reshape(-1))
-    return np.array(out)
+    return np.array(out), caches
+
+
+def assert_cache(found, wanted):
+    """But for new keys, which may be rounded the other way, every element is the same."""
+    found, wanted = np.float64(found), np.float64(wanted)
+    np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2, equal_nan=True)
+    differ = (found != wanted) & ~np.isnan(wanted)
+    assert differ.sum() <= 1e-2 * found.shape[0] * found.shape[1] * DIM
 
 
 def emulate(rows, rotation, cache, positions, heads, window):
     batch, kv_heads, slots = cache.shape[:3]
-    plan = decode_attention.Plan(
-        batch, heads, kv_heads, rows.shape[1] // DIM, slots, window, cache.dtype
-    )
-    size = batch * heads * DIM if plan.splits == 1 else plan.blocks * plan.group * plan.width
-    arrays = {"query": rows, "cos": rotation[0], "sin": rotation[1], "cache": cache,
-              "position": positions, "out": np.full(size, np.nan, np.float32)}  # fmt: skip
+    plan = decode_attention.Plan(batch, heads, kv_heads, slots, window, cache.dtype)
+    arrays = {"rows": rows, "cos": rotation[0], "sin": rotation[1], "position": positions,
+              "cache": cache, "out": np.full(batch * heads * DIM, np.nan, np.float32)}  # fmt: skip
     ops = emulation.NumpyLanes(
         {name: np.array(array) for name, array in arrays.items()}, blocks=plan.blocks,
-        threads=32 * plan.warps, shared_slots=plan.shared_slots,
+        threads=32 * plan.warps, shared_slots=plan.shared_slots, cluster=plan.splits,
     )  # fmt: skip
     with np.errstate(under="ignore"):
         decode_attention.program(ops, plan)
-    out = ops.arrays["out"]
-    out = out if plan.splits == 1 else decode_attention.join(jnp.asarray(out), plan)
-    return out.reshape(batch, -1)
+    return ops.arrays["out"].reshape(batch, -1), ops.arrays["cache"].reshape(cache.shape)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_program_is_attention(case):
     heads, kv_heads, slots, live, window = case
     arguments = make(heads, kv_heads, slots, live)
-    found = emulate(*arguments, heads, window)
-    wanted = expected(*arguments, heads, window)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    found, cache = emulate(*arguments, heads, window)
+    wanted, wanted_cache = expected(*arguments, heads, window)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
+    assert_cache(cache, wanted_cache)
 
 
 @pytest.mark.parametrize("case", ["grouped", "long batch"])
@@ -94,7 +105,9 @@ def test_kernel_lowers_for_cuda(case):
     heads, kv_heads, slots, live, window = CASES[case]
     attend = jax.jit(decode_attention.attend, static_argnames=("heads", "window"))
     traced = attend.trace(*make(heads, kv_heads, slots, live), heads=heads, window=window)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 1
+    assert "output_operand_alias" in text  # the cache is changed in place
 
 
 @pytest.mark.gpu
@@ -104,12 +117,13 @@ def test_kernel_lowers_for_cuda(case):
 def test_kernel_gives_attention(case, dtype):
     heads, kv_heads, slots, live, window = case
     arguments = make(heads, kv_heads, slots, live, dtype)
-    found = decode_attention.attend(*arguments, heads=heads, window=window)
-    wanted = expected(*arguments, heads, window)
+    found, cache = decode_attention.attend(*arguments, heads=heads, window=window)
+    wanted, wanted_cache = expected(*arguments, heads, window)
     rounding = 2 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(
-        found.astype(jnp.float32), wanted, rtol=rounding, atol=rounding / math.sqrt(max(live))
+        found.astype(jnp.float32), wanted, rtol=rounding, atol=2 * rounding
     )
+    assert_cache(cache, wanted_cache)
 
 
 @pytest.mark.parametrize("divisor", [1, 3, 7, 32, 40, 64, 2**15])

@@ -1,11 +1,12 @@
-"""Attention of one token a sequence over its cache, in one GPU kernel: rotation, softmax, mixing.
+"""Attention of one token a sequence in one GPU kernel: rotation, the cache's update, softmax, mixing.
 
 A block serves the query heads of one key-value head, at most four. Eight lanes of a warp share a
 slot and each holds 16 elements of its key and value, so that a warp has four slots at a time, or a
 multiple, each with a running softmax (Milakov and Gimelshein, arXiv 1805.02867). At the end these
 meet by shuffles and in shared memory. Only live slots are read, so the work follows the live length
-whatever the size of the cache. Long caches are shared out among several blocks, whose partial
-results XLA joins (flash-decoding).
+whatever the size of the cache. Long caches are shared out among the blocks of a cluster, which read
+each other's partial results (flash-decoding). The new token's key and value never pass through the
+cache: the warp that writes them there begins its softmax with them.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ TOGETHER = lanes.WARP // LANES  # slots that a warp reads at once
 CHUNK = 8  # consecutive elements in the 16 bytes of one load; a lane has two such chunks of a head
 CHUNKS = HEAD_DIM // CHUNK
 MOST_HEADS = 4  # query heads of a block: each takes 32 registers
-ENOUGH_BLOCKS = 128  # to keep a GPU busy: about one for each of its multiprocessors
+ENOUGH_BLOCKS = 64  # more, each with a multiprocessor to itself, would not all run at once
+MOST_SPLITS = 8  # blocks of a cluster, on every GPU that has them
 MOST_KV_HEADS = 2**11  # of all sequences; see `_divide`
 NEVER = -1e30  # score of a slot that is not visible; finite, so that differences are numbers
 
@@ -34,16 +36,14 @@ class Plan:
     Attributes:
       batch: sequences.
       heads, kv_heads: query and key-value heads.
-      row: how many times `HEAD_DIM` elements lie between two sequences' queries.
       slots: of the cache.
       window: how many tokens back are visible, or None.
-      dtype: of the query row and the cache.
+      dtype: of the rows and the cache.
     """
 
     batch: int
     heads: int
     kv_heads: int
-    row: int
     slots: int
     window: int | None
     dtype: object
@@ -61,11 +61,11 @@ class Plan:
 
     @property
     def splits(self):
-        """Blocks among which slots are shared out, a power of two.
+        """Blocks of a cluster, among which slots are shared out, a power of two.
 
         As many as it takes to have enough blocks, but every block has slots for all its lanes.
         """
-        wanted = ENOUGH_BLOCKS // self.head_groups
+        wanted = min(MOST_SPLITS, ENOUGH_BLOCKS // self.head_groups)
         return 1 << max(1, min(wanted, self.slots // self.slots_at_once)).bit_length() - 1
 
     @property
@@ -102,8 +102,14 @@ class Plan:
         return HEAD_DIM + 2
 
     @property
+    def row(self):
+        """Heads of a sequence's row: of queries, keys and values."""
+        return self.heads + 2 * self.kv_heads
+
+    @property
     def shared_slots(self):
-        return self.warps * self.group * self.width
+        """Partial results of each warp, and of the block."""
+        return (self.warps + 1) * self.group * self.width
 
 
 def fits(cache):
@@ -116,44 +122,33 @@ def fits(cache):
     )
 
 
-def attend(query_rows, rotation, cache, positions, *, heads, window):
-    """Attention of the query heads of one token a sequence over the live slots of a cache.
+def attend(rows, rotation, cache, positions, *, heads, window):
+    """Attention of one token a sequence to the live slots of a cache and to itself.
 
     Args:
-      query_rows: [B, n], each beginning with the H query heads of D elements, not yet rotated.
+      rows: [B, (H + 2 K) * D], a token's query, key and value heads, not yet rotated.
       rotation: (cos, sin) of the tokens' angles, each of B * D / 2 elements, float32.
-      cache: [B, K, S, 2, D]: keys and values, the tokens' own among them.
-      positions: [B] int32, the tokens' positions; slots up to them are live.
-      heads, window: H, and how many tokens back are visible (None: all).
+      cache: [B, K, S, 2, D]: keys and values of the tokens before.
+      positions: [B] int32, the tokens' positions; the slots before them are live.
+      heads, window: H, and how many tokens back are visible, itself included (None: all).
 
     Returns:
-      [B, H * D] in the dtype of the query rows.
+      [B, H * D] in the dtype of the rows, and the cache with the tokens' keys and values.
     """
     batch, kv_heads, slots = cache.shape[:3]
-    row = query_rows.shape[-1] // HEAD_DIM
-    plan = Plan(batch, heads, kv_heads, row, slots, window, cache.dtype)
-    alone = plan.splits == 1
-    size = batch * heads * HEAD_DIM if alone else plan.blocks * plan.group * plan.width
-    operands = (query_rows, *rotation, cache, positions)
-    out = lanes.run(
-        lambda ops: program(ops, plan), ("query", "cos", "sin", "cache", "position", "out"),
-        [operand.reshape(-1) for operand in operands],
-        jax.ShapeDtypeStruct((size,), query_rows.dtype if alone else jnp.float32),
-        blocks=plan.blocks, warps=plan.warps, shared_slots=plan.shared_slots,
+    plan = Plan(batch, heads, kv_heads, slots, window, cache.dtype)
+    mixed, [changed] = lanes.run(
+        lambda ops: program(ops, plan), ("rows", "cos", "sin", "position", "cache", "out"),
+        [operand.reshape(-1) for operand in (rows, *rotation, positions)],
+        jax.ShapeDtypeStruct((batch * heads * HEAD_DIM,), rows.dtype), blocks=plan.blocks,
+        warps=plan.warps, shared_slots=plan.shared_slots, cluster=plan.splits,
+        changed=[cache.reshape(-1)],
     )  # fmt: skip
-    return (out if alone else join(out, plan).astype(query_rows.dtype)).reshape(batch, -1)
-
-
-def join(partial, plan):
-    """Of the blocks' partial results, the mixture of all slots: [B * H * D] float32."""
-    partial = partial.reshape(-1, plan.splits, plan.group, plan.width)
-    mixed, largest, weight = jnp.split(partial, [HEAD_DIM, HEAD_DIM + 1], axis=-1)
-    share = jnp.exp2(largest - largest.max(axis=1, keepdims=True))
-    return ((share * mixed).sum(1) / (share * weight).sum(1)).reshape(-1)
+    return mixed.reshape(batch, -1), changed.reshape(cache.shape)
 
 
 def program(ops, plan: Plan):
-    """The lane program on query, cos, sin, cache, position and out, all flat."""
+    """The lane program on rows, cos, sin, position, cache and out, all flat."""
     thread, block = ops.thread(), ops.block()
     lane, warp = thread & (lanes.WARP - 1), thread >> 5
     chunk, place = lane & (LANES - 1), lane >> 3  # of the slot, and the slot of the warp's four
@@ -161,14 +156,16 @@ def program(ops, plan: Plan):
     heads, split = block >> (plan.splits.bit_length() - 1), block & (plan.splits - 1)
     kv_head = _divide(heads, plan.parts, plan.head_groups)  # of all sequences
     sequence = _divide(heads, plan.parts * plan.kv_heads, plan.head_groups)
-    live = ops.load_integer("position", sequence) + 1
+    live = ops.load_integer("position", sequence)  # slots before the token's own
     oldest = ops.integer(0)
     if plan.window is not None:
-        oldest = ops.select(live >= plan.window, live - plan.window, oldest)
+        oldest = ops.select(live >= plan.window - 1, live - (plan.window - 1), oldest)
     turn = _angles(ops, sequence, chunk)
     first_query = heads * plan.group + sequence * (plan.row - plan.heads)
+    scale = math.log2(math.e) / math.sqrt(HEAD_DIM)  # for scores in powers of two
     queries = [
-        _rotated_query(ops, plan, first_query + j, chunk, turn) for j in range(plan.group)
+        [element * scale for element in _rotated_head(ops, plan, first_query + j, chunk, turn)]
+        for j in range(plan.group)
     ]
 
     def read(slot):
@@ -204,13 +201,33 @@ def program(ops, plan: Plan):
             updated.append((new, weight, mixed))
         return first + swept, updated
 
+    def with_own_token():
+        """The softmaxes of a warp that has seen the new token, once it is in the cache."""
+        row = sequence * plan.row + plan.heads + (kv_head - sequence * plan.kv_heads)
+        key = _rotated_head(ops, plan, row, chunk, turn)
+        key = [ops.pack(a, b, plan.dtype) for a, b in zip(key[::2], key[1::2])]
+        value = _load_head(ops, "rows", row + plan.kv_heads, chunk, chunk < LANES)
+        first_part = heads == kv_head * plan.parts
+        for i, words in enumerate((key, value)):
+            slot = (kv_head * plan.slots + live) * 2 + i
+            _store_head(ops, "cache", slot, chunk, words, first_part & (place == 0))
+        key, value, mine = _numbers(ops, plan, key), _numbers(ops, plan, value), place == 0
+        return [
+            ops.select(
+                mine,
+                (*lanes.sum_over_lanes(ops, [_dot(ops, query, key)], LANES), ops.real(1), value),
+                empty,
+            )
+            for query in queries
+        ]
+
     empty = (ops.real(NEVER), ops.real(0), [ops.real(0)] * (2 * CHUNK))
+    last = (split == plan.splits - 1) & (warp == plan.warps - 1)  # which has the fewest slots
+    softmaxes = ops.branch(last, with_own_token, [empty for _ in queries])
     start = (split * plan.warps + warp) * (TOGETHER * plan.unroll)
     if plan.window is not None:  # whole steps before the first visible slot are left out
         start = start + (oldest & (2**32 - swept))
-    _, softmaxes = ops.loop(
-        lambda state: state[0] < live, step, (start, [empty for _ in queries])
-    )
+    _, softmaxes = ops.loop(lambda state: state[0] < live, step, (start, softmaxes))
     for j, softmax in enumerate(softmaxes):
         largest, weight, mixed = _join_places(ops, softmax)
         base = (warp * plan.group + j) * plan.width
@@ -221,6 +238,8 @@ def program(ops, plan: Plan):
         ops.store_shared(base + (HEAD_DIM + 1), weight, lane == 0)
     ops.barrier()
     _join_warps(ops, plan, thread, block)
+    if plan.splits > 1:
+        _join_blocks(ops, plan, thread, heads, split)
 
 
 def _divide(number, divisor, below):
@@ -272,10 +291,33 @@ def _join_warps(ops, plan, thread, block):
             out = block * elements + element
             ops.store_real("out", out, mixed * ops.reciprocal(weight), inside)
             continue
-        base = (block * plan.group + j) * plan.width
-        ops.store_real("out", base + d, mixed, inside)
-        ops.store_real("out", base + HEAD_DIM, largest, inside & (d == 0))
-        ops.store_real("out", base + (HEAD_DIM + 1), weight, inside & (d == 0))
+        base = (j + plan.warps * plan.group) * plan.width
+        ops.store_shared(base + d, mixed, inside)
+        ops.store_shared(base + HEAD_DIM, largest, inside & (d == 0))
+        ops.store_shared(base + (HEAD_DIM + 1), weight, inside & (d == 0))
+
+
+def _join_blocks(ops, plan, thread, heads, split):
+    """Adds up the softmaxes of a cluster's blocks; each block does its share of the elements."""
+    share = plan.group * HEAD_DIM // plan.splits
+    inside = thread < share
+    element = ops.select(inside, thread, ops.integer(0)) + split * share
+    j, d = element >> 7, element & (HEAD_DIM - 1)
+    base = (j + plan.warps * plan.group) * plan.width
+    ops.cluster_barrier()
+    blocks = [
+        [ops.load_peer((base + offset) * 4, peer) for offset in (HEAD_DIM, HEAD_DIM + 1, d)]
+        for peer in range(plan.splits)
+    ]
+    new = _maximum(ops, [largest for largest, _, _ in blocks])
+    weight, mixed = ops.real(0), ops.real(0)
+    for largest, its_weight, its_mixed in blocks:
+        kept = ops.exp2(largest - new)
+        weight = ops.fma(kept, its_weight, weight)
+        mixed = ops.fma(kept, its_mixed, mixed)
+    out = heads * (plan.group * HEAD_DIM) + element
+    ops.store_real("out", out, mixed * ops.reciprocal(weight), inside)
+    ops.cluster_barrier()  # whose shared memory is being read must not end
 
 
 def _load_head(ops, name, row, chunk, where):
@@ -285,6 +327,12 @@ def _load_head(ops, name, row, chunk, where):
         for half in (0, CHUNKS // 2)
         for word in ops.load_words(name, row * CHUNKS + (chunk + half), CHUNK // 2, where)
     ]
+
+
+def _store_head(ops, name, row, chunk, words, where):
+    """The opposite of `_load_head`."""
+    for half, some in (0, words[: CHUNK // 2]), (CHUNKS // 2, words[CHUNK // 2 :]):
+        ops.store_words(name, row * CHUNKS + (chunk + half), some, where)
 
 
 def _numbers(ops, plan, words):
@@ -306,14 +354,12 @@ def _angles(ops, sequence, chunk):
     ]
 
 
-def _rotated_query(ops, plan, head, chunk, turn):
-    """A lane's elements of a rotated query head, scaled for scores in powers of two."""
-    query = _numbers(ops, plan, _load_head(ops, "query", head, chunk, chunk < LANES))
-    first, second = query[:CHUNK], query[CHUNK:]  # the elements that turn together
-    scale = math.log2(math.e) / math.sqrt(HEAD_DIM)
+def _rotated_head(ops, plan, head, chunk, turn):
+    """A lane's elements of a head of the rows, rotated."""
+    elements = _numbers(ops, plan, _load_head(ops, "rows", head, chunk, chunk < LANES))
+    first, second = elements[:CHUNK], elements[CHUNK:]  # those that turn together
     rotated = [a * c - b * s for a, b, c, s in zip(first, second, *turn)]
-    rotated += [b * c + a * s for a, b, c, s in zip(first, second, *turn)]
-    return [element * scale for element in rotated]
+    return rotated + [b * c + a * s for a, b, c, s in zip(first, second, *turn)]
 
 
 def _dot(ops, a, b):

@@ -109,27 +109,24 @@ class Attention(nnx.Module):
         query, key, value = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        key = _rotate(key, rotary)
-        new = jnp.stack([key, value], axis=3).swapaxes(1, 2)
-        if layer_cache is None:
-            layer_cache = new
-            query = _rotate(query, rotary)
-            if _fits_flash_attention(query, self.window):
+        if layer_cache is not None and length == 1 and _has_decode_kernel(layer_cache):
+            if self.query_norm is not None:
+                qkv = jnp.concatenate([query, key, value], axis=2)
+            mixed, layer_cache = _decode_kernel().attend(
+                qkv.reshape(batch, -1), rotary, layer_cache, positions[:, 0], heads=self.heads,
+                window=self.window,
+            )  # fmt: skip
+        else:
+            query, key = _rotate(query, rotary), _rotate(key, rotary)
+            new = jnp.stack([key, value], axis=3).swapaxes(1, 2)
+            whole = layer_cache is None
+            layer_cache = new if whole else _write(layer_cache, new, positions)
+            if whole and _fits_flash_attention(query, self.window):
                 mixed = jax.nn.dot_product_attention(
                     query, key, value, is_causal=True, implementation="cudnn"
                 )
             else:
                 mixed = _attention(query, layer_cache, positions, self.window)
-        else:
-            layer_cache = _write(layer_cache, new, positions)
-            if length == 1 and _follows_live_length(layer_cache):
-                rows = (qkv if self.query_norm is None else query).reshape(batch, -1)
-                mixed = _decode_kernel().attend(
-                    rows, rotary, layer_cache, positions[:, 0], heads=self.heads,
-                    window=self.window,
-                )  # fmt: skip
-            else:
-                mixed = _attention(_rotate(query, rotary), layer_cache, positions, self.window)
         mixed = mixed.reshape(batch, length, self.heads * self.head_dim)
         return _project(self.out, mixed, add=x, dropout=dropout), layer_cache
 
@@ -319,8 +316,8 @@ def _decode_kernel():
     return decode_attention
 
 
-def _follows_live_length(layer_cache):
-    """Whether a kernel attends to the live slots of a cache, whatever its size."""
+def _has_decode_kernel(layer_cache):
+    """Whether a kernel rotates one token, adds it to a cache and attends to the live slots."""
     return jax.default_backend() == "gpu" and _decode_kernel().fits(layer_cache)
 
 
@@ -587,7 +584,7 @@ def draw(structure, arrays, tokens, lengths, new_tokens, key, sampling, chunk):
     for _ in range(0, new_tokens - 1, chunk):
         cache = generation.cache
         if cache.slots < live + chunk:
-            enough = full if _follows_live_length(cache.layers[0]) else cache_slots(live + chunk)
+            enough = full if _has_decode_kernel(cache.layers[0]) else cache_slots(live + chunk)
             generation = dataclasses.replace(generation, cache=widen(cache, min(enough, full)))
         live += chunk
         drawn, generation = decode(structure, arrays, generation, chunk, sampling)

@@ -18,9 +18,9 @@ class NumpyLanes:
       arrays: name -> NumPy array; stores write into them.
     """
 
-    def __init__(self, arrays, *, blocks, threads, shared_slots):
+    def __init__(self, arrays, *, blocks, threads, shared_slots, cluster=1):
         self.arrays = {name: a.reshape(-1) for name, a in arrays.items()}
-        self._blocks, self._threads = blocks, threads
+        self._blocks, self._threads, self._cluster = blocks, threads, cluster
         self._shared = np.zeros((blocks, 2 * shared_slots), np.uint16)
         self._written = np.zeros(self._shared.shape, bool)
         self._active = np.ones(blocks * threads, bool)
@@ -90,6 +90,16 @@ class NumpyLanes:
 
     def warp_barrier(self):
         self._whole_warps()
+
+    # Cluster: its blocks are in step, too
+
+    def cluster_barrier(self): self.barrier()
+
+    def load_peer(self, offset, peer):
+        at = self._shared_at(offset, 4, self._active)[:, None] + np.arange(2)
+        block = (self._lane_block // self._cluster * self._cluster + np.uint32(peer))[:, None]
+        assert peer < self._cluster and self._written[block, at][self._active].all()
+        return np.ascontiguousarray(self._shared[block, at]).view(np.float32)[:, 0]
 
     def _whole_warps(self):
         warps = self._active.reshape(-1, WARP)

@@ -7,6 +7,7 @@ between lanes. Carried state is any pytree of registers.
 """
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mosaic_gpu
 from jax.experimental.mosaic.gpu import utils as mosaic
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -215,6 +216,22 @@ class MosaicLanes:
     def barrier(self): gpu.barrier()
     def warp_barrier(self): nvvm.bar_warp_sync(_constant(_i32(), FULL_WARP))
 
+    # Cluster
+
+    def cluster_barrier(self):
+        """A barrier of all threads of the cluster's blocks, for their shared memory."""
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"), [], "barrier.cluster.arrive.release.aligned;"
+            " barrier.cluster.wait.acquire.aligned;", "~{memory}", has_side_effects=True)
+
+    def load_peer(self, offset, peer):
+        """The float32 at a byte offset in the shared memory of block `peer` of the cluster."""
+        address = llvm.ptrtoint(_i32(), self._shared_at(offset))
+        return Register(llvm.inline_asm(
+            ir.F32Type.get(), [address, _constant(_i32(), peer)],
+            "{.reg .u32 a; mapa.shared::cluster.u32 a, $1, $2; ld.shared::cluster.f32 $0, [a];}",
+            "=f,r,r,~{memory}", has_side_effects=True))
+
     # Memory
 
     def load_words(self, name, index, count, where, *, fill=0, stream=False):
@@ -389,35 +406,52 @@ def sum_over_lanes(ops, values: list, count: int) -> list:
     return values
 
 
-def run(program, names, operands, result, *, blocks: int, warps: int, shared_slots: int):
+def run(program, names, operands, result, *, blocks: int, warps: int, shared_slots: int,
+        cluster: int = 1, changed=()):
     """Runs a lane program on a grid of `blocks` blocks of `warps` warps.
 
     Args:
-      program: called with the vocabulary; finds the operands and the result under `names`.
-      names: of the operands in order, then of the result.
+      program: called with the vocabulary; finds all arrays under `names`.
+      names: of the operands, of the arrays that are changed, and of the result, in this order.
       operands: arrays in GPU memory.
       result: shape and dtype of the result.
       shared_slots: float32 elements of shared memory of a block.
+      cluster: consecutive blocks, up to 8, that run together and read each other's shared memory.
+      changed: arrays that the program reads and writes in place. XLA copies one first that is
+        read elsewhere.
+
+    Returns:
+      The result; where arrays are changed, a pair of the result and the list of them.
     """
-    dtypes = [a.dtype for a in operands] + [result.dtype]
+    dtypes = [a.dtype for a in (*operands, *changed, result)]
 
     def body(*refs):
         block = jax.lax.axis_index("block")
+        if cluster > 1:
+            block = block * cluster + jax.lax.axis_index("peer")
 
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(),) * len(refs) + (plgpu.Layout.WG_SPLAT(()),))
-        def emit(_, *arguments):
-            *arrays, shared, index = arguments
-            program(MosaicLanes(
-                {name: typed for name, *typed in zip(names, arrays, dtypes)}, shared,
-                index.registers.item()))
+        def with_shared(shared):
+            @plgpu.inline_mgpu(
+                arg_types=(plgpu.RefType(),) * (len(refs) + 1) + (plgpu.Layout.WG_SPLAT(()),))
+            def emit(_, *arguments):
+                *arrays, shared, index = arguments
+                program(MosaicLanes(
+                    {name: typed for name, *typed in zip(names, arrays, dtypes)}, shared,
+                    index.registers.item()))
 
-        emit(*refs, block)
+            emit(*refs, shared, block)
 
-    return plgpu.kernel(
-        body, out_type=result, scratch_types=[plgpu.SMEM((shared_slots,), jnp.float32)],
-        grid=(blocks,), grid_names=("block",), num_threads=warps // WARPGROUP,
+        pl.run_scoped(
+            with_shared, plgpu.SMEM((shared_slots,), jnp.float32), collective_axes="warpgroup")
+
+    mesh = plgpu.Mesh(
+        grid=(blocks // cluster,), grid_names=("block",), num_threads=warps // WARPGROUP,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=mosaic_gpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True),
-    )(*operands)
+        **({"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}))
+    params = plgpu.CompilerParams(
+        lowering_semantics=mosaic_gpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True)
+    varying = jax.typeof(operands[0]).manual_axis_type  # inside shard_map: of all operands alike
+    result = jax.ShapeDtypeStruct(result.shape, result.dtype, manual_axis_type=varying)
+    changed = [jax.new_ref(array) for array in changed]
+    out = pl.kernel(body, out_type=result, mesh=mesh, compiler_params=params)(*operands, *changed)
+    return (out, [ref[...] for ref in changed]) if changed else out
