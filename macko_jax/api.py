@@ -61,10 +61,9 @@ def _spmv(matrix: MackoMatrix, x: jax.Array, implementation: str | None) -> jax.
     if not jnp.issubdtype(x.dtype, jnp.floating):
         x = x.astype(out_dtype)
     values = matrix.values
-    if matrix.encoding != "bitmask" and matrix.scales is None:
-        # Without a bitmask a slot is known to be padding by its value, and it must stay zero: no
-        # gradient. The branches are equal once differentiated, so compilers drop the select.
-        values = jnp.where(layout.is_zero(values), jax.lax.stop_gradient(values), values)
+    # Without a bitmask a slot is known to be padding by its value, and it must stay zero.
+    tells = matrix.encoding == "bitmask" or matrix.scales is not None
+    pattern = jnp.zeros(0, values.dtype) if tells else jax.lax.stop_gradient(values)
     batch, (rows, cols) = x.shape[:-1], matrix.shape
     product_dtype = out_dtype
     if matrix.scales is not None:
@@ -72,7 +71,7 @@ def _spmv(matrix: MackoMatrix, x: jax.Array, implementation: str | None) -> jax.
         product_dtype = jnp.promote_types(out_dtype, "float32")
     y = primitive.contract(
         "y", {"values": values, "x": x.reshape(math.prod(batch), cols)},
-        (matrix.codes, matrix.row_offsets, matrix.starts),
+        (matrix.codes, matrix.row_offsets, matrix.starts, pattern), own=True,
         shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes,
         stored=matrix.stored, out_dtype=product_dtype, implementation=implementation)
     if matrix.scales is not None:

@@ -31,6 +31,11 @@ def is_zero(values: jax.Array) -> jax.Array:
     return bits << 1 == 0
 
 
+def masked(values: jax.Array, pattern: jax.Array) -> jax.Array:
+    """The values where the pattern is not zero, and zero elsewhere; all of them if it is empty."""
+    return jnp.where(is_zero(pattern), jnp.zeros_like(values), values) if pattern.size else values
+
+
 def lane_chunks(count, lanes: int):
     """First group of each lane's chunk in column order, [rows, lanes], for rows of `count` groups.
 

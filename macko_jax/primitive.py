@@ -7,6 +7,10 @@ With s over the stored slots and k over a batch of vectors, the trilinear form
 has one product per role: `spmv` is its derivative by y, `spmv_transposed` by x, `spmv_values` by
 the values. Each is linear in its two operands, and the transpose in either operand is again one of
 the three, so derivatives of every order stay within them.
+
+Slots that are padding are left out of the sum. Where an encoding does not tell them, they are those
+where the array `pattern`, the matrix's own values, is zero; else it is empty. If the operand in the
+role of the values is the pattern itself, nothing has to be left out: the products are told by `own`.
 """
 import functools
 
@@ -16,16 +20,16 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from macko_jax import dispatch
+from macko_jax import dispatch, layout
 
-# Result role -> (name, roles of the two linear operands). Three integer arrays follow the operands:
-# codes, row_offsets, starts.
+# Result role -> (name, roles of the two linear operands). Four arrays follow the operands: codes,
+# row_offsets, starts, pattern.
 PRODUCTS = {
     "y": ("spmv", ("values", "x")),
     "x": ("spmv_transposed", ("values", "y")),
     "values": ("spmv_values", ("x", "y")),
 }
-STATIC = ("shape", "encoding", "lanes", "stored", "out_dtype", "implementation")
+STATIC = ("shape", "encoding", "lanes", "stored", "out_dtype", "own", "implementation")
 
 
 def contract(result: str, operands: dict, structure, *, out_dtype, **static) -> jax.Array:
@@ -53,7 +57,7 @@ def _abstract(result, *avals, shape, stored, out_dtype, **_):
     return avals[0].update(shape=out, dtype=out_dtype, weak_type=False)
 
 
-def _lower(result, platform, ctx, *operands, implementation, **static):
+def _lower(result, platform, ctx, *operands, own, implementation, **static):
     name, roles = PRODUCTS[result]
     avals = dict(zip(roles, ctx.avals_in))
     problem = dispatch.Problem(
@@ -61,18 +65,25 @@ def _lower(result, platform, ctx, *operands, implementation, **static):
         lanes=static["lanes"], stored=static["stored"],
         batch=avals["x" if "x" in avals else "y"].shape[0],
         dtypes=tuple(a.dtype for a in avals.values()), out_dtype=static["out_dtype"])
-    function = dispatch.choose(problem, implementation)
-    return mlir.lower_fun(functools.partial(function, **static), multiple_results=False)(
-        ctx, *operands)
+    product = functools.partial(dispatch.choose(problem, implementation), **static)
+
+    def function(first, second, *structure):
+        if result == "values":
+            return product(first, second, *structure)
+        *structure, pattern = structure
+        return product(first if own else layout.masked(first, pattern), second, *structure)
+
+    return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
 
 
-def _tangent(result, role, tangent, *primals, out_dtype, **static):
+def _tangent(result, role, tangent, *primals, out_dtype, own, **static):
     roles = PRODUCTS[result][1]
     operands = dict(zip(roles, primals)) | {role: tangent}
-    return contract(result, operands, primals[2:], out_dtype=out_dtype, **static)
+    own = own and role != "values"
+    return contract(result, operands, primals[2:], out_dtype=out_dtype, own=own, **static)
 
 
-def _transpose(result, cotangent, *operands, out_dtype, **static):
+def _transpose(result, cotangent, *operands, out_dtype, own, **static):
     del out_dtype  # a cotangent has the type of its operand
     roles = PRODUCTS[result][1]
     structure = operands[2:]
@@ -83,7 +94,7 @@ def _transpose(result, cotangent, *operands, out_dtype, **static):
     else:
         term = contract(
             roles[linear], {result: cotangent, roles[known]: operands[known]}, structure,
-            out_dtype=aval.dtype, **static)
+            out_dtype=aval.dtype, own=own and "values" not in (result, roles[linear]), **static)
     terms = [None] * len(operands)
     terms[linear] = term
     return terms
@@ -116,7 +127,7 @@ def _define(result) -> Primitive:
     primitive.def_impl(jax.jit(primitive.bind, static_argnames=STATIC))
     primitive.def_abstract_eval(functools.partial(_abstract, result))
     ad.defjvp(primitive, *(functools.partial(_tangent, result, role) for role in roles),
-              None, None, None)
+              None, None, None, None)
     ad.primitive_transposes[primitive] = functools.partial(_transpose, result)
     batching.primitive_batchers[primitive] = functools.partial(_batch, result)
     mlir.register_lowering(primitive, functools.partial(_lower, result, "any"))

@@ -7,7 +7,7 @@ when that is the result's type.
 import jax
 import jax.numpy as jnp
 
-from macko_jax import positions
+from macko_jax import layout, positions
 
 
 def accumulator(out_dtype) -> jnp.dtype:
@@ -32,17 +32,18 @@ def spmv_transposed(
     return _matmul("kr,rc->kc", y, dense, out_dtype)
 
 
-def spmv_values(x, y, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype):
+def spmv_values(
+        x, y, codes, row_offsets, starts, pattern, *, shape, encoding, lanes, stored, out_dtype):
     """v[s] = sum_k y[k, row(s)] x[k, column(s)], the derivative by the values; 0 where no element is.
 
-    [batch, cols], [batch, rows] -> [stored]
+    [batch, cols], [batch, rows] -> [stored]; slots where `pattern` is zero are no elements, either.
     """
     row, column, valid = positions.slot_positions(
         codes, row_offsets, starts, stored=stored, shape=shape, encoding=encoding, lanes=lanes)
     dense = _matmul("kr,kc->rc", y, x, accumulator(out_dtype))
     if 0 in shape:
         return jnp.zeros(stored, out_dtype)
-    return jnp.where(valid, dense[row, column], 0).astype(out_dtype)
+    return layout.masked(jnp.where(valid, dense[row, column], 0).astype(out_dtype), pattern)
 
 
 def _matmul(subscripts, a, b, out_dtype) -> jax.Array:

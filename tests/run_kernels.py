@@ -63,7 +63,8 @@ def products(encoding, shape, dtype, batch):
     if decode.why_not(known) is None:
         yield "decode", run(decode.decode, matrix.values, *positions).astype(np.float32), dense
     if not narrow and by_values.why_not(known, x.dtype, batch) is None:
-        found = run(by_values.spmv_values, x, y, *positions, out_dtype=matrix.dtype)
+        pattern = matrix.values[:0] if encoding == "bitmask" else matrix.values
+        found = run(by_values.spmv_values, x, y, *positions, pattern, out_dtype=matrix.dtype)
         with on_host():
             found = macko_jax.decompress(dataclasses.replace(matrix, values=found))
         kept = dense != 0

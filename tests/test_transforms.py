@@ -83,6 +83,20 @@ def test_a_bitmask_keeps_elements_that_have_become_zero():
 
 
 @pytest.mark.parametrize("case", PAIR, **ids)
+def test_padding_has_no_tangent_and_no_second_derivative(case):
+    """Every slot of the matrix moves, but as far as products see only those of its elements."""
+    matrix, _, x = single(case)
+    ones = macko_jax.compress(np.ones(matrix.shape, np.float32) * np.asarray(
+        macko_jax.decompress(matrix) != 0), encoding=case.encoding, lanes=case.lanes)
+    elements = np.asarray(ones.values)
+    f = lambda v: jnp.sum(jnp.sin(macko_jax.spmv(with_values(matrix, v), x)))  # noqa: E731
+    every = jnp.ones_like(matrix.values)
+    for function in f, jax.grad(f):
+        moved = jax.jit(lambda t, function=function: jax.jvp(function, (matrix.values,), (t,))[1])
+        close(moved(every), moved(elements * every))
+
+
+@pytest.mark.parametrize("case", PAIR, **ids)
 def test_jvp_linearize_and_vjp_agree(case):
     matrix, weight, x = single(case)
     f = lambda v, x: jnp.sin(macko_jax.spmv(with_values(matrix, v), x))  # noqa: E731

@@ -1,13 +1,14 @@
 """The lane program of the gradient by the values: y[row] x[column] for every stored slot.
 
-It walks the strips as the product does, but reads no values; it writes as many bytes as a read of
-them would take.
+It walks the strips as the product does, and writes as many bytes as a read of the values takes. It
+reads them only where they tell which slots are padding.
 """
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from macko_jax import layout
 from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
 from macko_jax.kernels.vectors import Share
@@ -16,7 +17,12 @@ from macko_jax.layout import GROUP
 
 @dataclasses.dataclass(frozen=True)
 class Plan(config.Plan):
-    """How one gradient is computed."""
+    """How one gradient is computed.
+
+    Attributes:
+      masked: whether slots get zero where the array `values` is zero.
+    """
+    masked: bool = False
 
     @property
     def y(self) -> Share:
@@ -29,7 +35,7 @@ class Plan(config.Plan):
 
 
 def program(ops, plan: Plan) -> None:
-    """Computes values [stored] from the arrays codes, row_offsets, starts, x, y.
+    """Computes gradient [stored] from the arrays codes, row_offsets, starts, x, y, values.
 
     Groups beyond the last row are spare capacity and get zeros.
     """
@@ -37,7 +43,7 @@ def program(ops, plan: Plan) -> None:
     end, threads = matrix.shape[1] * x.scale, settings.warps * WARP
     walk = walks.make(
         ops, matrix, block=ops.block(), blocks=settings.blocks, warps=settings.warps,
-        unroll=settings.unroll, scale=x.scale, read_values=False)
+        unroll=settings.unroll, scale=x.scale, read_values=plan.masked)
 
     def outer(state, groups):
         [group] = groups
@@ -47,6 +53,9 @@ def program(ops, plan: Plan) -> None:
             for a, b in zip(elements, x.at(column)):
                 total = ops.fma(a, b, total)
             products.append(ops.select(column < end, total, ops.real(0)))
+        if plan.masked:
+            zeros = _zeros(group.values, matrix.dtype)
+            products = [ops.select(zero, ops.real(0), p) for zero, p in zip(zeros, products)]
         _store_group(ops, group.index, products, matrix.dtype, group.live)
         return state
 
@@ -65,15 +74,21 @@ def program(ops, plan: Plan) -> None:
     ops.loop(lambda group: group < groups, clear, spare + ops.block() * threads + ops.thread())
 
 
+def _zeros(words, dtype) -> list:
+    """Which of a group's values are zero, of either sign."""
+    magnitudes = (0x7FFFFFFF,) if jnp.dtype(dtype).itemsize == 4 else (0x7FFF, 0x7FFF0000)
+    return [(word & bits) == 0 for word in words for bits in magnitudes]
+
+
 def _store_group(ops, index, reals, dtype, where) -> None:
-    """Writes the eight values of a group."""
+    """Writes the eight gradients of a group."""
     if jnp.dtype(dtype).itemsize == 4:
         words = [ops.as_word(real) for real in reals]
     else:
         words = [ops.pack(a, b, dtype) for a, b in zip(reals[::2], reals[1::2])]
     pieces = len(words) // 4
     for i in range(pieces):
-        ops.store_words("values", index * pieces + i, words[4 * i:4 * i + 4], where)
+        ops.store_words("gradient", index * pieces + i, words[4 * i:4 * i + 4], where)
 
 
 def plan(matrix: strips.Matrix, x_dtype, batch: int) -> Plan | None:
@@ -91,15 +106,20 @@ def why_not(matrix: strips.Matrix, x_dtype, batch: int) -> str | None:
     return None
 
 
-def spmv_values(x, y, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype):
+def spmv_values(
+        x, y, codes, row_offsets, starts, pattern, *, shape, encoding, lanes, stored, out_dtype):
     """[batch, cols], [batch, rows] -> [stored], on the GPU; as `reference.spmv_values`."""
     matrix = strips.Matrix(shape, encoding, lanes, stored, jnp.dtype(out_dtype))
-    return run(plan(matrix, x.dtype, x.shape[0]), codes, row_offsets, starts, x, y)
+    masked = pattern.size > 0 and pattern.dtype == matrix.dtype
+    chosen = dataclasses.replace(plan(matrix, x.dtype, x.shape[0]), masked=masked)
+    gradient = run(chosen, codes, row_offsets, starts, x, y, *[pattern] * masked)
+    return gradient if masked else layout.masked(gradient, pattern)
 
 
 def run(plan: Plan, *operands):
-    """The gradient by a given plan, of the arrays codes, row_offsets, starts, x and y."""
+    """The gradient by a given plan, of codes, row_offsets, starts, x, y and, if masked, values."""
+    names = "codes", "row_offsets", "starts", "x", "y", *["values"] * plan.masked, "gradient"
     return lanes.run(
-        lambda ops: program(ops, plan), ("codes", "row_offsets", "starts", "x", "y", "values"),
-        operands, jax.ShapeDtypeStruct((plan.matrix.stored,), plan.matrix.dtype),
+        lambda ops: program(ops, plan), names, operands,
+        jax.ShapeDtypeStruct((plan.matrix.stored,), plan.matrix.dtype),
         blocks=plan.settings.blocks, warps=plan.settings.warps, shared_slots=plan.shared_slots)
