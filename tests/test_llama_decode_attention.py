@@ -2,6 +2,7 @@
 
 import math
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from macko_jax.kernels import emulation
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from examples.llama import decode_attention
+from examples.llama import model as llama
 
 HAS_GPU = any(device.platform == "gpu" for device in jax.local_devices())
 # heads, key-value heads, slots, live tokens of each sequence, window; more than 1024 slots take
@@ -133,3 +135,54 @@ def test_division_is_exact(divisor, below):
     found = decode_attention._divide(numbers, divisor, below)
     assert found.dtype == np.uint32
     np.testing.assert_array_equal(found, numbers // divisor)
+
+
+def by_emulation(rows, rotation, cache, positions, *, heads, window):
+    """`attend`, its program executed on the CPU."""
+
+    def call(rows, cos, sin, cache, positions):
+        rows, cos, sin, cache, positions = map(np.asarray, (rows, cos, sin, cache, positions))
+        angles = cos.reshape(len(rows), -1), sin.reshape(len(rows), -1)
+        mixed, changed = emulate(rows, angles, cache, positions, heads, window)
+        return mixed.astype(rows.dtype), changed
+
+    results = jax.ShapeDtypeStruct((len(rows), heads * DIM), rows.dtype), cache
+    return jax.pure_callback(call, results, rows, *rotation, cache, positions)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("qk_norm,windows", [(False, None), (True, (3, None))])
+def test_model_decodes_with_it_as_without(qk_norm, windows, batch, monkeypatch):
+    config = llama.Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=DIM, max_position_embeddings=96,
+        qk_norm=qk_norm, sliding_windows=windows,
+    )  # fmt: skip
+    model = llama.Llama(config, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+    structure, arrays = llama.Structure.of(model)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (batch, 9)))
+
+    def decode():
+        """Hidden states of the last tokens, one after the other, and the cache at the end."""
+
+        @jax.jit
+        def extend(arrays, tokens, cache=None):
+            return structure.build(arrays).hidden(tokens, cache)
+
+        cache, out = llama.widen(extend(arrays, tokens[:, :5])[1], 32), []
+        for i in range(5, 9):
+            hidden, cache = extend(arrays, tokens[:, i : i + 1], cache)
+            out.append(hidden)
+        return np.concatenate(out, axis=1), cache
+
+    monkeypatch.setattr(llama, "_has_decode_kernel", lambda cache: False)
+    wanted, wanted_cache = decode()
+    monkeypatch.setattr(llama, "_has_decode_kernel", lambda cache: True)
+    if not HAS_GPU:
+        monkeypatch.setattr(decode_attention, "attend", by_emulation)
+    found, cache = decode()
+    # float16 of numbers of size 1 to 4, through two layers
+    np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2)
+    for a, b in zip(cache.layers, wanted_cache.layers, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-2)
+    np.testing.assert_array_equal(cache.lengths, wanted_cache.lengths)
