@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from macko_jax import dispatch, layout, primitive
+from macko_jax import dispatch, primitive
 from macko_jax.format import MackoMatrix
 
 

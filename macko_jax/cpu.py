@@ -22,7 +22,7 @@ def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, store
     4 MB (bitmask); or 16 bytes a group up to 8 vectors, a dense matrix beyond (delta4).
     """
     acc = reference.accumulator(out_dtype)
-    batch, (rows, cols) = x.shape[0], shape
+    batch, rows = x.shape[0], shape[0]
     if stored == 0 or batch == 0 or 0 in shape:
         return jnp.zeros((batch, rows), out_dtype)
     if encoding == "bitmask":

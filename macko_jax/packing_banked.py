@@ -32,7 +32,7 @@ class Elements:
 
     def fill(self, capacity: int):
         """values, codes, row_offsets and starts, with room for `capacity` groups."""
-        rows, cols = self.counts.shape[0], self.weight.shape[1] * LANES
+        cols = self.weight.shape[1] * LANES
         offsets = np.concatenate([[0], np.cumsum(self.counts.sum(axis=1))])
         begin = np.cumsum(self.counts) - self.counts.reshape(-1)
         values, delta = packing_numpy.fill_deltas(

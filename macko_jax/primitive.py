@@ -101,7 +101,6 @@ def _transpose(result, cotangent, *operands, out_dtype, own, **static):
 
 
 def _batch(result, operands, dims, **params):
-    roles = PRODUCTS[result][1]
     batched = [i for i, d in enumerate(dims) if d is not None]
     moved = [o if d is None else jnp.moveaxis(o, d, 0) for o, d in zip(operands, dims)]
     primitive = PRIMITIVES[result]

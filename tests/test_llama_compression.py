@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import dsf_jax
-from dsf_jax import export
 from flax import nnx
 import jax
 import jax.numpy as jnp

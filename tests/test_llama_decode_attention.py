@@ -102,6 +102,15 @@ def test_program_is_attention(case):
     assert_cache(cache, wanted_cache)
 
 
+def test_a_token_past_the_last_slot_changes_nothing():
+    rows, rotation, cache, positions = make(4, 2, 64, [65])
+    found, changed = emulate(rows, rotation, cache, positions, 4, None)
+    np.testing.assert_array_equal(changed, cache)
+    wider = jnp.pad(cache, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
+    wanted, _ = expected(rows, rotation, wider, positions, 4, None)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("case", ["grouped", "long batch"])
 def test_kernel_lowers_for_cuda(case):
     heads, kv_heads, slots, live, window = CASES[case]

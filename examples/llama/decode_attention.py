@@ -129,7 +129,8 @@ def attend(rows, rotation, cache, positions, *, heads, window):
       rows: [B, (H + 2 K) * D], a token's query, key and value heads, not yet rotated.
       rotation: (cos, sin) of the tokens' angles, each of B * D / 2 elements, float32.
       cache: [B, K, S, 2, D]: keys and values of the tokens before.
-      positions: [B] int32, the tokens' positions; the slots before them are live.
+      positions: [B] int32, the tokens' positions; the slots before them are live. A token past
+        the last slot attends to all of them, and is not kept.
       heads, window: H, and how many tokens back are visible, itself included (None: all).
 
     Returns:
@@ -157,6 +158,8 @@ def program(ops, plan: Plan):
     kv_head = _divide(heads, plan.parts, plan.head_groups)  # of all sequences
     sequence = _divide(heads, plan.parts * plan.kv_heads, plan.head_groups)
     live = ops.load_integer("position", sequence)  # slots before the token's own
+    has_slot = live < plan.slots
+    live = ops.select(has_slot, live, ops.integer(plan.slots))
     oldest = ops.integer(0)
     if plan.window is not None:
         oldest = ops.select(live >= plan.window - 1, live - (plan.window - 1), oldest)
@@ -210,7 +213,7 @@ def program(ops, plan: Plan):
         first_part = heads == kv_head * plan.parts
         for i, words in enumerate((key, value)):
             slot = (kv_head * plan.slots + live) * 2 + i
-            _store_head(ops, "cache", slot, chunk, words, first_part & (place == 0))
+            _store_head(ops, "cache", slot, chunk, words, first_part & has_slot & (place == 0))
         key, value, mine = _numbers(ops, plan, key), _numbers(ops, plan, value), place == 0
         return [
             ops.select(

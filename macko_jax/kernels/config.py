@@ -69,13 +69,18 @@ def multiprocessors() -> int:
     return getattr(gpus[0], "core_count", 132) if gpus else 132
 
 
+def row_blocks(rows: int) -> int:
+    """Blocks that share so many rows, each with a multiprocessor to itself."""
+    return min(multiprocessors(), rows)
+
+
 def row_buffers(matrix, buffer_bytes: int, other_bytes: int = 0) -> tuple[int, int] | None:
     """Warps, and rows that each works on at a time, where every such row needs a shared buffer.
 
     No more warps than the rows of a block keep busy. None if not even one row for each warp of a
     warpgroup fits beside the `other_bytes`.
     """
-    rows = -(-matrix.shape[0] // min(multiprocessors(), matrix.shape[0]))
+    rows = -(-matrix.shape[0] // row_blocks(matrix.shape[0]))
     rows_per_warp = 32 // matrix.lanes
     while rows_per_warp:
         warps = (SHARED_BYTES - other_bytes) // (rows_per_warp * buffer_bytes)
@@ -99,7 +104,7 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
     vectors = min(most, 1 << (batch - 1).bit_length())
     while vectors > 1 and not _fits(matrix, x_dtype, vectors):
         vectors //= 2
-    blocks = min(multiprocessors(), rows)
+    blocks = row_blocks(rows)
     tasks = -(-rows // blocks) * matrix.lanes // 32  # of a block's warps
     groups_per_lane = matrix.stored / GROUP / rows / matrix.lanes
     # The sums of 8 vectors leave the 64 registers of a lane of 32 warps no room to load ahead.

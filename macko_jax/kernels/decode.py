@@ -36,7 +36,7 @@ def buffer_bytes(matrix: strips.Matrix) -> int:
 def plan(matrix: strips.Matrix) -> Plan | None:
     """With as many row buffers as shared memory has room for; None if for less than four."""
     fitting = config.row_buffers(matrix, buffer_bytes(matrix))
-    return fitting and Plan(matrix, min(config.multiprocessors(), matrix.shape[0]), *fitting)
+    return fitting and Plan(matrix, config.row_blocks(matrix.shape[0]), *fitting)
 
 
 def program(ops, plan: Plan) -> None:

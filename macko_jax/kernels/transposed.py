@@ -55,7 +55,7 @@ class Plan:
 
 def plan(matrix: strips.Matrix, batch: int) -> Plan | None:
     """With as many sums as shared memory has room for; None if for less than four rows."""
-    share = min(config.multiprocessors(), matrix.shape[0])
+    share = config.row_blocks(matrix.shape[0])
     none = Plan(matrix, batch, share, 0, 0)
     fitting = config.row_buffers(matrix, 4 * none.columns, 4 * none.shared_slots)
     return fitting and dataclasses.replace(none, warps=fitting[0], rows_per_warp=fitting[1])
