@@ -229,14 +229,9 @@ def validate(matrix: MackoMatrix) -> None:
     if is_banked:
         return _check_banked(values, codes, offsets, starts, count, cols)
     bitmask = matrix.encoding == "bitmask"
-    chunk = layout.lane_chunks(count, matrix.lanes)
     check = _check_bitmask if bitmask else _check_delta4
-    order = np.arange(offsets[-1])
-    begin = np.repeat(offsets[:-1], count)
-    order = begin + layout.logical_group(order - begin, np.repeat(count, count), matrix.lanes)
-    logical = np.empty((offsets[-1], GROUP), values.dtype)
-    logical[order] = values.reshape(-1, GROUP)[:offsets[-1]]
-    expected = check(codes, logical, offsets, count, chunk, order, cols)
+    chunk = layout.lane_chunks(count, matrix.lanes)
+    expected = check(values.reshape(-1, GROUP), codes, offsets, count, chunk, cols)
     expected = np.where(chunk < count[:, None], expected, cols)
     if (wrong := (starts != expected).any(axis=1)).any():
         row = int(wrong.argmax())
@@ -273,51 +268,62 @@ def _check_metadata(matrix: MackoMatrix) -> tuple[int, int]:
     return shape
 
 
-def _check_bitmask(codes, logical, offsets, count, chunk, order, cols) -> np.ndarray:
+def _check_bitmask(values, codes, offsets, count, chunk, cols) -> np.ndarray:
     """Checks bits against row lengths; returns the starts [rows, lanes] that they imply."""
-    del order
-    rows = count.size
-    bits = np.unpackbits(codes.astype("<u4").view(np.uint8), bitorder="little")
-    bits = bits.reshape(rows, WORD * layout.words_per_row(cols))
-    if bits[:, cols:].any():
+    words = codes.reshape(count.size, layout.words_per_row(cols))
+    if cols % WORD and (words[:, -1] >> np.uint32(cols % WORD)).any():
         raise ValueError(f"codes have bits beyond the last of {cols} columns")
-    nnz = bits.sum(axis=1, dtype=np.int64)
+    ones = np.bitwise_count(words)
+    nnz = ones.sum(axis=1, dtype=np.int64)
     if (wrong := -(-nnz // GROUP) != count).any():
         row = int(wrong.argmax())
         raise ValueError(
             f"row {row} has {nnz[row]} bits set, but row_offsets give it {count[row]} groups of 8")
-    _check_tail(logical, offsets, count, nnz)
-    position = np.flatnonzero(bits)
-    before = (np.cumsum(nnz) - nnz)[:, None] + GROUP * chunk - 1
+    _check_tail(values, offsets, count, nnz, chunk.shape[1])
+    # A lane starts after the bit before its first element: that word, and the bit within it.
     inside = (chunk > 0) & (chunk < count[:, None])
+    rank = ((np.cumsum(nnz) - nnz)[:, None] + GROUP * chunk - 1)[inside]
+    through = np.cumsum(ones, dtype=np.int64)
+    word = np.searchsorted(through, rank, side="right")
+    bits = np.unpackbits(codes[word].astype("<u4").view(np.uint8), bitorder="little")
+    seen = np.cumsum(bits.reshape(-1, WORD), axis=1, dtype=np.uint8)
+    sought = rank - through[word] + ones.reshape(-1)[word] + 1
     start = np.zeros_like(chunk)
-    start[inside] = position[before[inside]] % bits.shape[1] + 1
+    start[inside] = word % words.shape[1] * WORD + (seen == sought[:, None]).argmax(axis=1) + 1
     return start
 
 
-def _check_delta4(codes, logical, offsets, count, chunk, order, cols) -> np.ndarray:
-    """Checks that deltas stay within the columns; returns the starts that they imply."""
-    words = np.empty(offsets[-1], np.uint32)
-    words[order] = codes[:offsets[-1]]
-    delta = (words[:, None] >> (4 * np.arange(GROUP, dtype=np.uint32))) & layout.MAX_DELTA
-    passed = np.concatenate([[0], np.cumsum(delta + np.int64(1))])
-    row = np.repeat(np.arange(count.size), GROUP * count)
-    column = passed[1:] - passed[GROUP * offsets[row]] - 1
+def _check_delta4(values, codes, offsets, count, chunk, cols) -> np.ndarray:
+    """Checks that deltas stay within the columns; returns the starts that they imply.
+
+    Most groups need only the sum of their deltas; those that pass the last column are looked into.
+    """
+    row = np.repeat(np.arange(count.size), count)
+    local = np.arange(row.size) - offsets[row]
+    memory = np.empty_like(local)  # index in memory of the groups in column order
+    memory[offsets[row] + layout.logical_group(local, count[row], chunk.shape[1])] = np.arange(
+        row.size)
+    words = codes[memory]
+    pairs = (words & 0x0F0F0F0F) + (words >> 4 & 0x0F0F0F0F)
+    passed = np.concatenate([[0], np.cumsum((pairs * np.uint32(0x01010101) >> 24) + np.int64(GROUP))])
+    base = passed[offsets[:-1]]
+
+    [last] = np.nonzero(passed[1:] - base[row] > cols)
+    delta = words[last, None] >> (4 * np.arange(GROUP, dtype=np.uint32)) & layout.MAX_DELTA
+    column = (passed[last] - base[row[last]])[:, None] + np.cumsum(delta + np.int64(1), axis=1) - 1
     beyond = column >= cols
-    if (wrong := beyond & (logical.reshape(-1) != 0)).any():
-        slot = int(wrong.argmax())
+    if (wrong := beyond & (values[memory[last]] != 0)).any():
+        slot = np.unravel_index(wrong.argmax(), wrong.shape)
         raise ValueError(
-            f"the deltas of row {row[slot]} run to column {column[slot]}; it has {cols}")
-    last = np.add.reduceat(~beyond, GROUP * offsets[:-1][count > 0]) if beyond.size else beyond
-    elements = np.zeros_like(count)
-    elements[count > 0] = last
+            f"the deltas of row {row[last[slot[0]]]} run to column {column[slot]}; it has {cols}")
+    elements = GROUP * count - np.bincount(
+        row[last], beyond.sum(axis=1), minlength=count.size).astype(np.int64)
     if (wrong := -(-elements // GROUP) != count).any():
         row = int(wrong.argmax())
         raise ValueError(
             f"row {row} has {elements[row]} elements within its {cols} columns, but row_offsets "
             f"give it {count[row]} groups of 8")
-    begin = offsets[:-1, None]
-    return passed[GROUP * (begin + chunk)] - passed[GROUP * begin]
+    return passed[offsets[:-1, None] + chunk] - base[:, None]
 
 
 def _check_banked(values, codes, offsets, counts, row_groups, cols) -> None:
@@ -350,12 +356,16 @@ def _check_banked(values, codes, offsets, counts, row_groups, cols) -> None:
                          f"{place[slot] * banked.LANES + lane}; it has {cols}")
 
 
-def _check_tail(logical, offsets, count, nnz) -> None:
+def _check_tail(values, offsets, count, nnz, lanes: int) -> None:
     """The slots that fill up a row's last group must hold zero."""
-    tail = (GROUP * offsets[:-1] + nnz)[:, None] + np.arange(GROUP - 1)
-    inside = tail < GROUP * offsets[1:, None]
-    if (wrong := (logical.reshape(-1)[tail[inside]] != 0)).any():
-        row = int(np.nonzero(inside)[0][wrong.argmax()])
+    [rows] = np.nonzero(nnz % GROUP)
+    count = count[rows]
+    lane = np.minimum(count, lanes) - 1  # of the last group in column order, and its turn
+    turn = count // lanes + (lane < count % lanes) - 1
+    last = values[offsets[rows] + turn * lanes + lane]
+    tail = np.arange(GROUP) >= (nnz[rows] % GROUP)[:, None]
+    if (wrong := (tail & (last != 0)).any(axis=1)).any():
+        row = int(rows[wrong.argmax()])
         raise ValueError(f"row {row} has values other than zero after its {nnz[row]} elements")
 
 
