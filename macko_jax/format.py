@@ -279,7 +279,7 @@ def _check_bitmask(values, codes, offsets, count, chunk, cols) -> np.ndarray:
         row = int(wrong.argmax())
         raise ValueError(
             f"row {row} has {nnz[row]} bits set, but row_offsets give it {count[row]} groups of 8")
-    _check_tail(values, offsets, count, nnz, chunk.shape[1])
+    _check_tail(values, offsets, count, nnz, chunk)
     # A lane starts after the bit before its first element: that word, and the bit within it.
     inside = (chunk > 0) & (chunk < count[:, None])
     rank = ((np.cumsum(nnz) - nnz)[:, None] + GROUP * chunk - 1)[inside]
@@ -304,13 +304,12 @@ def _check_delta4(values, codes, offsets, count, chunk, cols) -> np.ndarray:
     memory[offsets[row] + layout.logical_group(local, count[row], chunk.shape[1])] = np.arange(
         row.size)
     words = codes[memory]
-    pairs = (words & 0x0F0F0F0F) + (words >> 4 & 0x0F0F0F0F)
-    passed = np.concatenate([[0], np.cumsum((pairs * np.uint32(0x01010101) >> 24) + np.int64(GROUP))])
+    passed = np.concatenate([[0], np.cumsum(layout.delta_totals(words), dtype=np.int64)])
     base = passed[offsets[:-1]]
 
     [last] = np.nonzero(passed[1:] - base[row] > cols)
-    delta = words[last, None] >> (4 * np.arange(GROUP, dtype=np.uint32)) & layout.MAX_DELTA
-    column = (passed[last] - base[row[last]])[:, None] + np.cumsum(delta + np.int64(1), axis=1) - 1
+    within = np.stack(layout.delta_prefixes(words[last]), axis=1)
+    column = (passed[last] - base[row[last]])[:, None] + within
     beyond = column >= cols
     if (wrong := beyond & (values[memory[last]] != 0)).any():
         slot = np.unravel_index(wrong.argmax(), wrong.shape)
@@ -356,12 +355,12 @@ def _check_banked(values, codes, offsets, counts, row_groups, cols) -> None:
                          f"{place[slot] * banked.LANES + lane}; it has {cols}")
 
 
-def _check_tail(values, offsets, count, nnz, lanes: int) -> None:
+def _check_tail(values, offsets, count, nnz, chunk) -> None:
     """The slots that fill up a row's last group must hold zero."""
     [rows] = np.nonzero(nnz % GROUP)
-    count = count[rows]
-    lane = np.minimum(count, lanes) - 1  # of the last group in column order, and its turn
-    turn = count // lanes + (lane < count % lanes) - 1
+    lanes = chunk.shape[1]
+    lane = np.minimum(count[rows], lanes) - 1  # of the last group in column order
+    turn = count[rows] - 1 - chunk[rows, lane]
     last = values[offsets[rows] + turn * lanes + lane]
     tail = np.arange(GROUP) >= (nnz[rows] % GROUP)[:, None]
     if (wrong := (tail & (last != 0)).any(axis=1)).any():

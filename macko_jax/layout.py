@@ -137,16 +137,26 @@ def delta_prefixes(codes: jax.Array) -> list[jax.Array]:
     Eight prefix sums at once: adjacent nibbles are paired into bytes, and one multiplication by
     0x01010101 sums the bytes below each byte; the deltas add up to 120, so no byte overflows.
     """
-    low, high = codes & 0x0F0F0F0F, (codes >> 4) & 0x0F0F0F0F
-    odd = (low + high) * jnp.uint32(0x01010101)
-    even = odd - high
+    even, odd = _delta_bytes(codes)
     sums = [((odd if j % 2 else even) >> (8 * (j // 2))) & 0xFF for j in range(GROUP)]
-    return [s.astype(jnp.int32) + j for j, s in enumerate(sums)]
+    return [s.astype(np.int32) + j for j, s in enumerate(sums)]
+
+
+def delta_totals(codes) -> jax.Array:
+    """Columns that each group of delta4 codes passes, [groups] int32, for NumPy and JAX arrays."""
+    return (_delta_bytes(codes)[1] >> 24).astype(np.int32) + GROUP
+
+
+def _delta_bytes(codes):
+    """Words whose bytes are the sums of deltas up to elements 0, 2, 4, 6 and 1, 3, 5, 7."""
+    low, high = codes & 0x0F0F0F0F, (codes >> 4) & 0x0F0F0F0F
+    odd = (low + high) * np.uint32(0x01010101)
+    return odd - high, odd
 
 
 def delta_bases(codes: jax.Array, row_offsets: jax.Array, row: jax.Array) -> jax.Array:
     """Column from which each group of delta4 codes in logical order counts, [groups] int32."""
-    advance = delta_prefixes(codes)[-1] + 1
+    advance = delta_totals(codes)
     # Wraps for matrices of more than 2**31 positions; differences inside a row are still right.
     before = jnp.cumsum(advance) - advance
     return before - before.at[row_offsets.at[row].get(mode="clip")].get(mode="clip")
