@@ -187,11 +187,7 @@ def program(ops, plan: Plan):
         updated = []
         for query, (largest, weight, mixed) in zip(queries, softmaxes):
             scores = [
-                ops.select(
-                    where,
-                    *lanes.sum_over_lanes(ops, [_dot(ops, query, key)], LANES),
-                    ops.real(NEVER),
-                )
+                ops.select(where, _score(ops, query, key), ops.real(NEVER))
                 for (where, _), key in zip(rows, keys)
             ]
             new = _maximum(ops, [largest, *scores])
@@ -214,13 +210,9 @@ def program(ops, plan: Plan):
         for i, words in enumerate((key, value)):
             slot = (kv_head * plan.slots + live) * 2 + i
             _store_head(ops, "cache", slot, chunk, words, first_part & has_slot & (place == 0))
-        key, value, mine = _numbers(ops, plan, key), _numbers(ops, plan, value), place == 0
+        key, value = _numbers(ops, plan, key), _numbers(ops, plan, value)
         return [
-            ops.select(
-                mine,
-                (*lanes.sum_over_lanes(ops, [_dot(ops, query, key)], LANES), ops.real(1), value),
-                empty,
-            )
+            ops.select(place == 0, (_score(ops, query, key), ops.real(1), value), empty)
             for query in queries
         ]
 
@@ -283,13 +275,10 @@ def _join_warps(ops, plan, thread, block):
             row = j + warp * plan.group
             return ops.load_shared((row * plan.width + offset) * 4, 1)[0]
 
-        scores = [at(warp, HEAD_DIM) for warp in range(plan.warps)]
-        largest = _maximum(ops, scores)
-        weight, mixed = ops.real(0), ops.real(0)
-        for warp, score in enumerate(scores):
-            share = ops.exp2(score - largest)
-            weight = ops.fma(share, at(warp, HEAD_DIM + 1), weight)
-            mixed = ops.fma(share, at(warp, d), mixed)
+        largest, weight, mixed = _join(ops, [
+            [at(warp, offset) for offset in (HEAD_DIM, HEAD_DIM + 1, d)]
+            for warp in range(plan.warps)
+        ])  # fmt: skip
         if plan.splits == 1:
             out = block * elements + element
             ops.store_real("out", out, mixed * ops.reciprocal(weight), inside)
@@ -308,19 +297,24 @@ def _join_blocks(ops, plan, thread, heads, split):
     j, d = element >> 7, element & (HEAD_DIM - 1)
     base = (j + plan.warps * plan.group) * plan.width
     ops.cluster_barrier()
-    blocks = [
+    _, weight, mixed = _join(ops, [
         [ops.load_peer((base + offset) * 4, peer) for offset in (HEAD_DIM, HEAD_DIM + 1, d)]
         for peer in range(plan.splits)
-    ]
-    new = _maximum(ops, [largest for largest, _, _ in blocks])
-    weight, mixed = ops.real(0), ops.real(0)
-    for largest, its_weight, its_mixed in blocks:
-        kept = ops.exp2(largest - new)
-        weight = ops.fma(kept, its_weight, weight)
-        mixed = ops.fma(kept, its_mixed, mixed)
+    ])  # fmt: skip
     out = heads * (plan.group * HEAD_DIM) + element
     ops.store_real("out", out, mixed * ops.reciprocal(weight), inside)
     ops.cluster_barrier()  # whose shared memory is being read must not end
+
+
+def _join(ops, softmaxes):
+    """The softmax (largest score, weight, one element of the mixture) of several."""
+    new = _maximum(ops, [largest for largest, _, _ in softmaxes])
+    weight, mixed = ops.real(0), ops.real(0)
+    for largest, its_weight, its_mixed in softmaxes:
+        kept = ops.exp2(largest - new)
+        weight = ops.fma(kept, its_weight, weight)
+        mixed = ops.fma(kept, its_mixed, mixed)
+    return new, weight, mixed
 
 
 def _load_head(ops, name, row, chunk, where):
@@ -363,6 +357,12 @@ def _rotated_head(ops, plan, head, chunk, turn):
     first, second = elements[:CHUNK], elements[CHUNK:]  # those that turn together
     rotated = [a * c - b * s for a, b, c, s in zip(first, second, *turn)]
     return rotated + [b * c + a * s for a, b, c, s in zip(first, second, *turn)]
+
+
+def _score(ops, query, key):
+    """The product of two heads, of which each of `LANES` lanes has its elements."""
+    [score] = lanes.sum_over_lanes(ops, [_dot(ops, query, key)], LANES)
+    return score
 
 
 def _dot(ops, a, b):

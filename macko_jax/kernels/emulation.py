@@ -96,10 +96,10 @@ class NumpyLanes:
     def cluster_barrier(self): self.barrier()
 
     def load_peer(self, offset, peer):
-        at = self._shared_at(offset, 4, self._active)[:, None] + np.arange(2)
-        block = (self._lane_block // self._cluster * self._cluster + np.uint32(peer))[:, None]
-        assert peer < self._cluster and self._written[block, at][self._active].all()
-        return np.ascontiguousarray(self._shared[block, at]).view(np.float32)[:, 0]
+        assert peer < self._cluster, f"block {peer} of a cluster of {self._cluster}"
+        first = self._lane_block // self._cluster * self._cluster
+        [word] = self._load_shared(first + np.uint32(peer), offset, 1)
+        return word.view(np.float32)
 
     def _whole_warps(self):
         warps = self._active.reshape(-1, WARP)
@@ -154,14 +154,17 @@ class NumpyLanes:
     # Shared memory
 
     def load_shared_words(self, offset, count):
-        at = self._shared_at(offset, 4 * count, self._active)[:, None] + np.arange(2 * count)
-        block = self._lane_block[:, None]
-        assert self._written[block, at][self._active].all(), "shared slot never written"
-        return list(np.ascontiguousarray(self._shared[block, at]).view(np.uint32).T)
+        return self._load_shared(self._lane_block, offset, count)
 
     def load_shared(self, offset, count):
-        return [np.ascontiguousarray(w).view(np.float32)
-                for w in self.load_shared_words(offset, count)]
+        return [w.view(np.float32) for w in self.load_shared_words(offset, count)]
+
+    def _load_shared(self, block, offset, count):
+        at = self._shared_at(offset, 4 * count, self._active)[:, None] + np.arange(2 * count)
+        place = block[:, None], at
+        assert self._written[place][self._active].all(), "shared slot never written"
+        words = np.ascontiguousarray(self._shared[place]).view(np.uint32)
+        return [np.ascontiguousarray(w) for w in words.T]
 
     def store_shared_words(self, offset, words, where):
         halves = np.stack(words, axis=1).view(np.uint16)
