@@ -8,7 +8,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from macko_jax import layout
 from macko_jax.kernels import config, lanes, strips, walks
 from macko_jax.kernels.lanes import WARP
 from macko_jax.kernels.vectors import Share
@@ -108,12 +107,11 @@ def why_not(matrix: strips.Matrix, x_dtype, batch: int) -> str | None:
 
 def spmv_values(
         x, y, codes, row_offsets, starts, pattern, *, shape, encoding, lanes, stored, out_dtype):
-    """[batch, cols], [batch, rows] -> [stored], on the GPU; as `reference.spmv_values`."""
+    """As `reference.spmv_values`, on the GPU; a gradient and its pattern have one type."""
     matrix = strips.Matrix(shape, encoding, lanes, stored, jnp.dtype(out_dtype))
-    masked = pattern.size > 0 and pattern.dtype == matrix.dtype
+    masked = pattern.size > 0
     chosen = dataclasses.replace(plan(matrix, x.dtype, x.shape[0]), masked=masked)
-    gradient = run(chosen, codes, row_offsets, starts, x, y, *[pattern] * masked)
-    return gradient if masked else layout.masked(gradient, pattern)
+    return run(chosen, codes, row_offsets, starts, x, y, *[pattern] * masked)
 
 
 def run(plan: Plan, *operands):
