@@ -88,9 +88,11 @@ def attend(heads, kv_heads, slots, live, window):
         arguments = jax.tree.map(np.asarray, attention.make(heads, kv_heads, slots, live))
     call = functools.partial(decode_attention.attend, heads=heads, window=window)
     found, cache = jax.jit(call)(*arguments)
-    wanted, wanted_cache = attention.expected(*arguments, heads, window)
+    rows, rotation, before, positions = arguments
+    wanted = attention.expected(rows, rotation, cache, positions, heads, window)
     yield "attention", np.asarray(found).astype(np.float32), wanted
-    yield "cache", np.nan_to_num(cache), np.nan_to_num(wanted_cache)
+    wanted = attention.with_own_tokens(rows, rotation, before, positions, heads)
+    yield "cache", np.nan_to_num(cache), np.nan_to_num(wanted)
 
 
 def on_host():
