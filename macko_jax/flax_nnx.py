@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 from jax import lax
 
 from macko_jax.format import MackoMatrix
+from macko_jax.fused import Step, fused_chain
 from macko_jax.projection import matrix_shape, pack_kernel, project
 from macko_jax.rules import Report, Rules, assign_rules
 
@@ -94,6 +96,12 @@ class MackoLinear(nnx.Module):
             scales=None if self.scales is None else self.scales[...],
         )
 
+    def is_matrix(self, dtype) -> bool:
+        """Whether the layer does nothing but multiply the last axis of inputs of this dtype."""
+        alike = jnp.dtype(dtype) == self.values.dtype == jnp.dtype(self.dtype or dtype)
+        simple = isinstance(self.in_features, int) and isinstance(self.out_features, int)
+        return self.bias is None and alike and simple and self.axis in (-1, (-1,))
+
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Multiply by the kernel and add the bias.
 
@@ -141,6 +149,34 @@ class MackoLinear(nnx.Module):
             gated=gated,
             add=add,
         )
+
+
+def chain(
+    x: jax.Array, steps: Sequence[tuple[MackoLinear, dict]], *, blank: jax.Array | None = None
+) -> jax.Array:
+    """Layers of which each takes the result of the one before, as `macko_jax.fused_chain` does.
+
+    Args:
+        x: the first layer's inputs.
+        steps: the layers, each with the options of `MackoLinear.fused`; `add` may be the number of
+            an earlier step, whose result is added.
+        blank: see `macko_jax.fused_chain`.
+
+    Returns:
+        The last layer's result. Layers with a bias, or of another type than x, and those that
+        contract other axes than the last, take a kernel each.
+    """
+    if all(layer.is_matrix(x.dtype) for layer, _ in steps):
+        return fused_chain(
+            x, [Step(layer.matrix, **options) for layer, options in steps], blank=blank)
+    results = []
+    for layer, options in steps:
+        add = options.get("add")
+        if isinstance(add, int):
+            options = options | {"add": results[add]}
+        x = layer.fused(x, **options)
+        results.append(x)
+    return x
 
 
 def substitute(model: Model, rules: Rules = None) -> tuple[Model, Report]:

@@ -1,12 +1,14 @@
-"""A product together with what a transformer's block does before and after it, for decoding.
+"""Products together with what a transformer's block does around them, for decoding.
 
 A decode step multiplies one vector by each matrix, in microseconds. The norm before a projection,
 the gate before the last one and the sum with the residual stream after it are tiny, but each costs
-the start of a kernel of its own. On CUDA a kernel does them while it stages x and writes y;
-everywhere else, and for more than one vector, they are the same operations one after the other.
+the start of a kernel of its own; and so does the next product. On CUDA one kernel does a product
+with all of that, or a chain of them; everywhere else, and for more than one vector, they are the
+same operations one after the other.
 """
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,13 +21,36 @@ from macko_jax.api import spmv
 from macko_jax.format import MackoMatrix
 from macko_jax.primitive import vary_alike
 
+ARRAYS = "values", "codes", "row_offsets", "starts"
+
+
+class Step(NamedTuple):
+    """One product of a chain, add + A f(x), with x the result of the step before.
+
+    Attributes:
+      matrix, norm, gated: as in `fused_spmv`.
+      add: as in `fused_spmv`, or the number of an earlier step, from 0, whose result is added.
+    """
+
+    matrix: MackoMatrix
+    norm: tuple[jax.Array, float] | None = None
+    gated: bool = False
+    add: jax.Array | int | None = None
+
 
 class _Static(NamedTuple):
-    """What a fused product is compiled for; `eps` is None where there is no norm."""
+    """What a step is compiled for.
+
+    Attributes:
+      eps: None where there is no norm.
+      added: number of the step whose result is added, or None.
+      extras: names of the operands after those of the matrix, of "scale" and "add".
+    """
 
     eps: float | None
     gated: bool
-    out_dtype: Any
+    added: int | None
+    extras: tuple[str, ...]
     shape: tuple[int, int]
     encoding: str
     lanes: int
@@ -60,107 +85,208 @@ def fused_spmv(
     Raises:
       ValueError: both a norm and a gate, or shapes that do not fit.
     """
-    cols = matrix.shape[1]
+    step = Step(matrix, norm, gated, add)
+    _check(step, x.shape, [])
+    return _one_vector(x, [step]) if _fits(step, x) else _compose(x, step)
+
+
+def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None = None) -> jax.Array:
+    """Products of which each takes the result of the one before, as `fused_spmv` computes them.
+
+    On CUDA, one 16-bit vector takes one kernel for all of them, if every matrix has as many rows as
+    the GPU has multiprocessors, and rows and columns in whole eights. Its blocks hand results to
+    each other through memory and wait for them, so that all must run at once: nothing else may
+    hold multiprocessors of that GPU for ever. Differentiable like `spmv`.
+
+    Args:
+      x: of the first product.
+      steps: the products.
+      blank: what the kernel needs to start from: uint16, 0xFFFF everywhere, one for every row of
+        all matrices but the last. Made here if it is not given; a kernel that runs before can make
+        it for less.
+
+    Returns:
+      The last product, [..., rows].
+
+    Raises:
+      ValueError: no steps, both a norm and a gate, or shapes that do not fit.
+    """
+    if not steps:
+        raise ValueError("fused_chain needs at least one step")
+    for i, step in enumerate(steps):
+        rows = [earlier.matrix.shape[0] for earlier in steps[:i]]
+        _check(step, (*x.shape[:-1], *rows[-1:]) if i else x.shape, rows)
+    if len(steps) > 1 and all(_fits(step, x) for step in steps):
+        return _one_vector(x, steps, blank)
+    return _one_after_the_other(x, steps)
+
+
+def _check(step, x_shape, earlier_rows):
+    """Raises ValueError for a step that does not fit x, or the rows of the steps before it."""
+    matrix, norm, gated, add = step
+    rows, cols = matrix.shape
     if norm is not None and gated:
         raise ValueError("fused_spmv takes a norm or a gate before the product, not both")
     expected = 2 * cols if gated else cols
-    if x.ndim == 0 or x.shape[-1] != expected:
+    if not x_shape or x_shape[-1] != expected:
         raise ValueError(
             f"fused_spmv of a {list(matrix.shape)} matrix takes x of shape [..., {expected}] "
-            f"{'with' if gated else 'without'} a gate, got {list(x.shape)}")
+            f"{'with' if gated else 'without'} a gate, got {list(x_shape)}")
     if norm is not None and norm[0].shape != (cols,):
         raise ValueError(
             f"the norm's scale of a {list(matrix.shape)} matrix has shape [{cols}], got "
             f"{list(norm[0].shape)}")
-    if add is not None and (add.shape or (1,))[-1] not in (1, matrix.shape[0]):
+    if isinstance(add, int):
+        if not (0 <= add < len(earlier_rows) and earlier_rows[add] == rows):
+            raise ValueError(
+                f"step {len(earlier_rows)} adds the result of step {add} to {rows} rows; the steps "
+                f"before it have {earlier_rows} rows")
+    elif add is not None and (add.shape or (1,))[-1] not in (1, rows):
         raise ValueError(
-            f"what a {list(matrix.shape)} matrix's product is added to, add [..., "
-            f"{matrix.shape[0]}], got {list(add.shape)}")
-    scale, eps = norm or (None, None)
-    out_dtype = jnp.promote_types(matrix.dtype, x.dtype)
-    one = math.prod(x.shape[:-1]) == 1 and (norm is not None or gated or add is not None)
+            f"what a {list(matrix.shape)} matrix's product is added to, add [..., {rows}], got "
+            f"{list(add.shape)}")
+
+
+def _fits(step, x) -> bool:
+    """Whether the primitive computes the step: one vector, and more than a plain product."""
+    matrix, add = step.matrix, step.add
+    one = math.prod(x.shape[:-1]) == 1
+    more = step.norm is not None or step.gated or add is not None
+    whole = add is None or isinstance(add, int) or add.size == matrix.shape[0]
     plain = matrix.scales is None and matrix.values.ndim == 1
-    whole = add is None or add.size == matrix.shape[0]
-    if not (one and plain and whole and jnp.issubdtype(x.dtype, jnp.floating)):
-        return _compose(matrix, x, scale, add, eps=eps, gated=gated)
-    static = _Static(eps, gated, out_dtype, matrix.shape, matrix.encoding, matrix.lanes)
-    extras = {"scale": scale, "add": None if add is None else add.reshape(1, -1)}
-    y = _one_vector(
-        static, matrix.values, x.reshape(1, expected), matrix.codes, matrix.row_offsets,
-        matrix.starts, {name: array for name, array in extras.items() if array is not None})
-    return y.reshape(*x.shape[:-1], matrix.shape[0])
+    return one and more and whole and plain and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _compose(matrix, x, scale, add, *, eps, gated):
-    """The operations one after the other."""
-    if eps is not None:
+def _extras(step) -> dict[str, jax.Array]:
+    """The operands of a step that come on top of its matrix."""
+    extras = {}
+    if step.norm is not None:
+        extras["scale"] = step.norm[0]
+    if step.add is not None and not isinstance(step.add, int):
+        extras["add"] = step.add.reshape(1, -1)
+    return extras
+
+
+def _one_after_the_other(x, steps):
+    results = []
+    for step in steps:
+        add = results[step.add] if isinstance(step.add, int) else step.add
+        x = fused_spmv(step.matrix, x, norm=step.norm, gated=step.gated, add=add)
+        results.append(x)
+    return x
+
+
+def _compose(x, step):
+    """The operations of one step."""
+    if step.norm is not None:
+        scale, eps = step.norm
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
         x = (wide * scale).astype(x.dtype)
-    if gated:
+    if step.gated:
         gate, passed = jnp.split(x, 2, axis=-1)
         x = jax.nn.silu(gate) * passed
-    y = spmv(matrix, x)
-    return y if add is None else (add + y).astype(y.dtype)
+    y = spmv(step.matrix, x)
+    return y if step.add is None else (step.add + y).astype(y.dtype)
+
+
+def _one_vector(x, steps, blank=None):
+    static = tuple(
+        _Static(
+            None if step.norm is None else step.norm[1], step.gated,
+            step.add if isinstance(step.add, int) else None, tuple(_extras(step)),
+            step.matrix.shape, step.matrix.encoding, step.matrix.lanes)
+        for step in steps)
+    parts = [
+        (*(getattr(step.matrix, name) for name in ARRAYS), *_extras(step).values())
+        for step in steps]
+    y = _product(static, x.reshape(1, -1), parts, [] if blank is None else [blank])
+    return y.reshape(*x.shape[:-1], y.shape[1])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _one_vector(static, values, x, codes, row_offsets, starts, extras):
-    operands = vary_alike(values, x, codes, row_offsets, starts, *extras.values())
-    return _fused_p.bind(*operands, static=static, names=tuple(extras))
+def _product(static, x, parts, blank):
+    operands, tree = jax.tree.flatten((x, parts, blank))
+    return _fused_p.bind(*vary_alike(*operands), static=static, tree=tree)
 
 
-@_one_vector.defjvp
-def _one_vector_jvp(static, primals, tangents):
-    def composed(values, x, *rest):
-        *structure, extras = rest
-        return _from_parts(
-            values, x, *structure, *extras.values(), static=static, names=tuple(extras))
-    return jax.jvp(composed, primals, tangents)
+@_product.defjvp
+def _product_jvp(static, primals, tangents):
+    return jax.jvp(functools.partial(_separate, static), primals, tangents)
 
 
-def _from_parts(values, x, codes, row_offsets, starts, *extras, static, names):
-    """`_compose` of the primitive's operands."""
-    matrix = MackoMatrix(values, codes, row_offsets, starts, shape=static.shape,
-                         encoding=static.encoding, lanes=static.lanes)
-    extras = dict(zip(names, extras))
-    return _compose(matrix, x, extras.get("scale"), extras.get("add"), eps=static.eps,
-                    gated=static.gated)
+def _separate(static, x, parts, blank):
+    """The product, or chain, as what it is made of."""
+    del blank
+    steps = [_step(known, part) for known, part in zip(static, parts)]
+    return _one_after_the_other(x, steps) if len(steps) > 1 else _compose(x, *steps)
 
 
-def _kernel(values, x, codes, row_offsets, starts, *extras, static, names):
+def _step(known: _Static, part) -> Step:
+    extras = dict(zip(known.extras, part[len(ARRAYS):]))
+    matrix = MackoMatrix(
+        *part[:len(ARRAYS)], shape=known.shape, encoding=known.encoding, lanes=known.lanes)
+    norm = None if known.eps is None else (extras["scale"], known.eps)
+    return Step(matrix, norm, known.gated, extras.get("add", known.added))
+
+
+def _kernel(static, x, parts, blank):
     """The same in one kernel, or None where it does not serve."""
-    from macko_jax.kernels import products, spmv as kernel, strips  # imports that only GPUs need
-    fusion = kernel.Fusion(static.eps, static.gated, "add" in names)
-    layout = dict(shape=static.shape, encoding=static.encoding, lanes=static.lanes,
-                  stored=values.shape[0])
-    problem = dispatch.Problem(
-        product="spmv", platform="cuda", batch=1, dtypes=(values.dtype, x.dtype),
-        out_dtype=static.out_dtype, **layout)
-    matrix = strips.Matrix(**layout, dtype=values.dtype)
-    if products.why_not(problem) or kernel.plan_fused(matrix, x.dtype, fusion) is None:
+    from macko_jax.kernels import chain, config, products, spmv as kernel, strips, vectors
+    steps = []
+    for known, part in zip(static, parts):
+        layout = dict(shape=known.shape, encoding=known.encoding, lanes=known.lanes,
+                      stored=part[0].shape[0])
+        problem = dispatch.Problem(
+            product="spmv", platform="cuda", batch=1, dtypes=(part[0].dtype, x.dtype),
+            out_dtype=_out_dtype(x, parts), **layout)
+        if products.why_not(problem):
+            return None
+        adds = known.added is not None or "add" in known.extras
+        fusion = kernel.Fusion(known.eps, known.gated, adds)
+        matrix = strips.Matrix(**layout, dtype=part[0].dtype)
+        steps.append(chain.Step(matrix, fusion, known.added))
+    if len(steps) == 1:
+        [step], [part] = steps, parts
+        plan = kernel.plan_fused(step.matrix, x.dtype, step.fusion)
+        operands = *part[:len(ARRAYS)], x, *part[len(ARRAYS):]
+        return plan and kernel.run(plan, _out_dtype(x, parts), *operands)
+    plan = chain.Plan(tuple(steps), x.dtype, config.multiprocessors())
+    floats = [a for part in parts for a in part if jnp.issubdtype(a.dtype, jnp.floating)]
+    if chain.why_not(plan) or any(a.dtype != x.dtype for a in floats):
         return None
-    extras = dict(zip(names, extras))
-    return kernel.fused_spmv(
-        values, x, codes, row_offsets, starts, *(extras[name] for name in fusion.names),
-        out_dtype=static.out_dtype, fusion=fusion, **layout)
+    exchange = blank[0] if blank else jnp.full(plan.exchanged, vectors.BLANK, jnp.uint16)
+    return chain.run(plan, exchange, x, *(array for part in parts for array in part))[None]
 
 
-def _on_cuda(*operands, **params):
-    y = _kernel(*operands, **params)
-    return _from_parts(*operands, **params) if y is None else y
+def _out_dtype(x, parts):
+    return functools.reduce(jnp.promote_types, [part[0].dtype for part in parts], x.dtype)
 
 
-def _batch(operands, dims, **params):
-    return jax.vmap(functools.partial(_from_parts, **params), in_axes=dims)(*operands), 0
+def _lower(*operands, on_cuda, static, tree):
+    arguments = static, *jax.tree.unflatten(tree, operands)
+    y = _kernel(*arguments) if on_cuda else None
+    return _separate(*arguments) if y is None else y
+
+
+def _batch(operands, dims, *, static, tree):
+    def one(*operands):
+        return _separate(static, *jax.tree.unflatten(tree, operands))
+
+    return jax.vmap(one, in_axes=dims)(*operands), 0
+
+
+def _abstract(*operands, static, tree):
+    x, parts, _ = jax.tree.unflatten(tree, operands)
+    return x.update(
+        shape=(1, static[-1].shape[0]), dtype=_out_dtype(x, parts), weak_type=False)
 
 
 _fused_p = Primitive("macko_fused_spmv")
-_fused_p.def_impl(jax.jit(_fused_p.bind, static_argnames=("static", "names")))
-_fused_p.def_abstract_eval(
-    lambda values, x, *_, static, **__: x.update(
-        shape=(1, static.shape[0]), dtype=static.out_dtype, weak_type=False))
+_fused_p.def_impl(jax.jit(_fused_p.bind, static_argnames=("static", "tree")))
+_fused_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[_fused_p] = _batch
-for _platform, _function in (None, _from_parts), ("cuda", _on_cuda):
+for _platform in None, "cuda":
+    _function = functools.partial(_lower, on_cuda=_platform == "cuda")
     mlir.register_lowering(
         _fused_p, mlir.lower_fun(_function, multiple_results=False), platform=_platform)

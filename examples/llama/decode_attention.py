@@ -15,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from macko_jax.kernels import lanes
+from macko_jax.kernels import lanes, vectors
 
 HEAD_DIM = 128
 LANES = 8  # that share a slot
@@ -26,6 +26,7 @@ MOST_HEADS = 4  # query heads of a block: each takes 32 registers
 ENOUGH_BLOCKS = 64  # more, each with a multiprocessor to itself, would not all run at once
 MOST_SPLITS = 8  # blocks of a cluster, on every GPU that has them
 MOST_KV_HEADS = 2**11  # of all sequences; see `_divide`
+BLANKS = vectors.BLANK * 0x10001  # two of them
 NEVER = -1e30  # score of a slot that is not visible; finite, so that differences are numbers
 
 
@@ -39,6 +40,7 @@ class Plan:
       slots: of the cache.
       window: how many tokens back are visible, or None.
       dtype: of the rows and the cache.
+      blanks: elements of the array `blank`.
     """
 
     batch: int
@@ -47,6 +49,7 @@ class Plan:
     slots: int
     window: int | None
     dtype: object
+    blanks: int = 0
 
     @property
     def group(self):
@@ -122,7 +125,7 @@ def fits(cache):
     )
 
 
-def attend(rows, rotation, cache, positions, *, heads, window):
+def attend(rows, rotation, cache, positions, *, heads, window, blanks=0):
     """Attention of one token a sequence to the live slots of a cache and to itself.
 
     Args:
@@ -132,20 +135,26 @@ def attend(rows, rotation, cache, positions, *, heads, window):
       positions: [B] int32, the tokens' positions; the slots before them are live. A token past
         the last slot attends to all of them, and is not kept.
       heads, window: H, and how many tokens back are visible, itself included (None: all).
+      blanks: how many, in whole eights, the chain of products after it needs.
 
     Returns:
-      [B, H * D] in the dtype of the rows, and the cache with the tokens' keys and values.
+      [B, H * D] in the dtype of the rows; the cache with the tokens' keys and values; and [blanks]
+      uint16, see `macko_jax.fused_chain`.
     """
     batch, kv_heads, slots = cache.shape[:3]
-    plan = Plan(batch, heads, kv_heads, slots, window, cache.dtype)
-    mixed, [changed] = lanes.run(
-        lambda ops: program(ops, plan), ("rows", "cos", "sin", "position", "cache", "out"),
+    plan = Plan(batch, heads, kv_heads, slots, window, cache.dtype, blanks)
+    (mixed, blank), [changed] = lanes.run(
+        lambda ops: program(ops, plan),
+        ("rows", "cos", "sin", "position", "cache", "out", "blank"),
         [operand.reshape(-1) for operand in (rows, *rotation, positions)],
-        jax.ShapeDtypeStruct((batch * heads * HEAD_DIM,), rows.dtype), blocks=plan.blocks,
-        warps=plan.warps, shared_slots=plan.shared_slots, cluster=plan.splits,
+        [
+            jax.ShapeDtypeStruct((batch * heads * HEAD_DIM,), rows.dtype),
+            jax.ShapeDtypeStruct((max(blanks, CHUNK),), jnp.uint16),
+        ],
+        blocks=plan.blocks, warps=plan.warps, shared_slots=plan.shared_slots, cluster=plan.splits,
         changed=[cache.reshape(-1)],
     )  # fmt: skip
-    return mixed.reshape(batch, -1), changed.reshape(cache.shape)
+    return mixed.reshape(batch, -1), changed.reshape(cache.shape), blank[:blanks]
 
 
 def program(ops, plan: Plan):
@@ -223,6 +232,7 @@ def program(ops, plan: Plan):
     if plan.window is not None:  # whole steps before the first visible slot are left out
         start = start + (oldest & (2**32 - swept))
     _, softmaxes = ops.loop(lambda state: state[0] < live, step, (start, softmaxes))
+    _clear(ops, plan, block * (plan.warps * lanes.WARP) + thread)
     for j, softmax in enumerate(softmaxes):
         largest, weight, mixed = _join_places(ops, softmax)
         base = (warp * plan.group + j) * plan.width
@@ -235,6 +245,15 @@ def program(ops, plan: Plan):
     _join_warps(ops, plan, thread, block)
     if plan.splits > 1:
         _join_blocks(ops, plan, thread, heads, split)
+
+
+def _clear(ops, plan, thread):
+    """Fills the array `blank`; `thread` is counted over all blocks."""
+    def store(piece):
+        ops.store_words("blank", piece, [ops.integer(BLANKS)] * 4, piece < plan.blanks // CHUNK)
+        return piece + plan.blocks * plan.warps * lanes.WARP
+
+    ops.loop(lambda piece: piece < plan.blanks // CHUNK, store, thread)
 
 
 def _divide(number, divisor, below):

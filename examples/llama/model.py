@@ -13,10 +13,12 @@ D head dimension, E hidden size.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from macko_jax import flax_nnx
 import numpy as np
 
 
@@ -101,8 +103,13 @@ class Attention(nnx.Module):
         self.query_norm = norm() if config.qk_norm else None
         self.key_norm = norm() if config.qk_norm else None
 
-    def __call__(self, x, norm, positions, rotary, layer_cache, dropout):
-        """x [B, T, E] plus what its normalized tokens attend to, and the cache with them."""
+    def __call__(self, x, norm, positions, rotary, layer_cache, blanks):
+        """What the normalized tokens of x [B, T, E] attend to, [B, T, H * D], before `out`.
+
+        With it come the layer's cache, extended, and the `blank` of `macko_jax.fused_chain` for the
+        products that follow, or None.
+        """
+        blank = None
         batch, length, _ = x.shape
         qkv = _project(self.qkv, x, norm=norm)
         qkv = qkv.reshape(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
@@ -112,9 +119,9 @@ class Attention(nnx.Module):
         if layer_cache is not None and length == 1 and _has_decode_kernel(layer_cache):
             if self.query_norm is not None:
                 qkv = jnp.concatenate([query, key, value], axis=2)
-            mixed, layer_cache = _decode_kernel().attend(
+            mixed, layer_cache, blank = _decode_kernel().attend(
                 qkv.reshape(batch, -1), rotary, layer_cache, positions[:, 0], heads=self.heads,
-                window=self.window,
+                window=self.window, blanks=blanks,
             )  # fmt: skip
         else:
             query, key = _rotate(query, rotary), _rotate(key, rotary)
@@ -127,28 +134,51 @@ class Attention(nnx.Module):
                 )
             else:
                 mixed = _attention(query, layer_cache, positions, self.window)
-        mixed = mixed.reshape(batch, length, self.heads * self.head_dim)
-        return _project(self.out, mixed, add=x, dropout=dropout), layer_cache
+        return mixed.reshape(batch, length, self.heads * self.head_dim), layer_cache, blank
 
 
 class MLP(nnx.Module):
-    """SwiGLU: x + down(silu(gate(norm(x))) * up(norm(x)))."""
+    """The matrices of SwiGLU: down(silu(gate(x)) * up(x)), with gate and up in one."""
 
     def __init__(self, config, linear):
         self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
         self.down = linear(config.intermediate_size, config.hidden_size)
+        self.size = config.intermediate_size
 
-    def __call__(self, x, norm, dropout):
-        return _project(
-            self.down, _project(self.gate_up, x, norm=norm), gated=True, add=x, dropout=dropout
-        )
+
+class Step(NamedTuple):
+    """A linear layer with what a block does before and after it: y = add + linear(f(x)).
+
+    norm: f, a module, or None.
+    gated: f(gate, x) = silu(gate) * x of the halves of x.
+    add: an array, or the number of an earlier step whose result is added.
+    """
+
+    linear: nnx.Module
+    norm: RMSNorm | None = None
+    gated: bool = False
+    add: jax.Array | int | None = None
+
+
+def _chain(x, steps, dropout=None, blank=None):
+    """Applies steps, each to the result of the one before; dropout to what is added to something.
+
+    Packed layers are given all of it, since for one token they do that in one kernel.
+    """
+    if dropout is None and all(isinstance(s.linear, flax_nnx.MackoLinear) for s in steps):
+        packed = [(linear, {"norm": norm and (norm.scale[...], norm.eps), "gated": gated, "add": add})
+                  for linear, norm, gated, add in steps]
+        return flax_nnx.chain(x, packed, blank=blank)
+    results = []
+    for linear, norm, gated, add in steps:
+        add = results[add] if isinstance(add, int) else add
+        x = _project(linear, x, norm=norm, gated=gated, add=add, dropout=dropout)
+        results.append(x)
+    return x
 
 
 def _project(linear, x, *, norm=None, gated=False, add=None, dropout=None):
-    """A linear layer with what a block does before and after it.
-
-    A packed layer is given all of it, since for one token it does that in one kernel.
-    """
+    """One step of `_chain`."""
     if hasattr(linear, "fused") and dropout is None:
         norm = None if norm is None else (norm.scale[...], norm.eps)
         return linear.fused(x, norm=norm, gated=gated, add=add)
@@ -171,10 +201,16 @@ class Block(nnx.Module):
         self.mlp = MLP(config, linear)
 
     def __call__(self, x, positions, rotary, layer_cache, dropout):
-        x, layer_cache = self.attention(
-            x, self.attention_norm, positions, rotary, layer_cache, dropout
+        mlp = self.mlp
+        steps = [
+            Step(self.attention.out, add=x), Step(mlp.gate_up, norm=self.mlp_norm),
+            Step(mlp.down, gated=True, add=0),
+        ]  # fmt: skip
+        blanks = x.shape[-1] + 2 * mlp.size
+        mixed, layer_cache, blank = self.attention(
+            x, self.attention_norm, positions, rotary, layer_cache, blanks
         )
-        return self.mlp(x, self.mlp_norm, dropout), layer_cache
+        return _chain(mixed, steps, dropout, blank), layer_cache
 
 
 class Llama(nnx.Module):

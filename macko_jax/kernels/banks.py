@@ -35,8 +35,8 @@ class Walk(strips.RowWalk):
         ops = self.ops
         live = row < self.end_row
         safe = ops.select(live, row, ops.integer(0))
-        begin = ops.load_integer("row_offsets", safe)
-        count = ops.load_integer("starts", safe * LANES + self.part)
+        begin = ops.load_integer("row_offsets" + self.suffix, safe)
+        count = ops.load_integer("starts" + self.suffix, safe * LANES + self.part)
         return Strip(row, ops.integer(0), ops.select(live, count, ops.integer(0)), begin, self.part)
 
     def _advance(self, strip: Strip):
@@ -52,8 +52,8 @@ class Walk(strips.RowWalk):
             votes = ops.ballot(live)
             index = cursor + ops.population(votes & below)
             cursor = cursor + ops.population(votes)
-            low = ops.load_small("codes", index * 2, 2, live)
-            high = ops.load_small("codes", index + high_bytes, 1, live)
+            low = ops.load_small("codes" + self.suffix, index * 2, 2, live)
+            high = ops.load_small("codes" + self.suffix, index + high_bytes, 1, live)
             out.append((index, live, low | (high << 16), self._values(index, live)))
         return out, {"cursor": cursor}
 

@@ -106,12 +106,17 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
         vectors //= 2
     blocks = row_blocks(rows)
     tasks = -(-rows // blocks) * matrix.lanes // 32  # of a block's warps
-    groups_per_lane = matrix.stored / GROUP / rows / matrix.lanes
     # The sums of 8 vectors leave the 64 registers of a lane of 32 warps no room to load ahead.
     warps = min(_warps(tasks), 16) if vectors == 8 else _warps(tasks)
     return Settings(
-        blocks=blocks, warps=warps, unroll=2 if groups_per_lane > 2.5 else 1,
+        blocks=blocks, warps=warps, unroll=groups_ahead(matrix),
         vectors=vectors, stage_x=_fits(matrix, x_dtype, vectors))
+
+
+def groups_ahead(matrix) -> int:
+    """Groups that each lane loads ahead where a block has all its warps."""
+    groups_per_lane = matrix.stored / GROUP / matrix.shape[0] / matrix.lanes
+    return 2 if groups_per_lane > 2.5 else 1
 
 
 def _fits(matrix, x_dtype, vectors: int) -> bool:

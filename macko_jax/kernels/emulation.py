@@ -107,8 +107,8 @@ class NumpyLanes:
 
     # Memory
 
-    def load_words(self, name, index, count, where, *, fill=0, stream=False):
-        del stream
+    def load_words(self, name, index, count, where, *, fill=0, how=None):
+        del how
         words = self.arrays[name].view(np.uint32)
         where = where & self._active
         at = self._in_range(name, index.astype(np.int64) * count, where, words.size - count + 1)
@@ -127,8 +127,9 @@ class NumpyLanes:
         at = self._in_range(name, offset.astype(np.int64) // size, where, array.size)
         return np.where(where, array[at], 0).astype(np.uint32)
 
-    def load_real(self, name, index, where):
+    def load_real(self, name, index, where, dtype=None):
         array, where = self.arrays[name], where & self._active
+        array = array if dtype is None else array.view(dtype)
         at = self._in_range(name, index.astype(np.int64), where, array.size)
         return np.where(where, array[at], 0).astype(np.float32)
 
@@ -137,6 +138,10 @@ class NumpyLanes:
         at = self._in_range(name, index.astype(np.int64), where, array.size)[where]
         assert np.unique(at).size == at.size, f"two lanes store the same element of {name}"
         array[at] = value[where].astype(array.dtype)
+
+    def publish(self, name, index, value, dtype, where):
+        bits = value.astype(dtype).view(np.uint16)
+        self.store_half(name, index, np.where(np.isnan(value), 0x7FFF, bits), where)
 
     def store_words(self, name, index, words, where):
         array, where = self.arrays[name].view(np.uint32), where & self._active

@@ -17,6 +17,8 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 WARP = 32
 WARPGROUP = 4  # warps; the granularity of Mosaic GPU's blocks
 FULL_WARP = 0xFFFFFFFF
+# How global memory is read.
+CACHED, STREAM, FRESH = ".global", ".global.cs", ".relaxed.gpu.global"
 
 
 class Register:
@@ -234,10 +236,11 @@ class MosaicLanes:
 
     # Memory
 
-    def load_words(self, name, index, count, where, *, fill=0, stream=False):
+    def load_words(self, name, index, count, where, *, fill=0, how=CACHED):
         """`count` consecutive 32-bit words at word index `index * count`; `fill` where not `where`.
 
-        `stream` marks data that is read once: it is evicted first, and spares the caches.
+        `how` is `STREAM` for data that is read once, which then spares the caches, and `FRESH` for
+        data that other blocks write meanwhile; each 16-bit half is then old or new.
         """
         vector = ir.VectorType.get((count,), _i32()) if count > 1 else _i32()
         address = self._address(self._pointers[name], index, vector)
@@ -245,7 +248,7 @@ class MosaicLanes:
         listed = "{" + ",".join(outs) + "}" if count > 1 else "$0"
         preset = "".join(f"mov.u32 {out}, {fill:#x};" for out in outs)
         asm = (f"{{.reg .pred p; setp.ne.u32 p, ${count + 1}, 0; {preset}"
-               f" @p ld.global{'.cs' if stream else ''}{form}.b32 {listed}, [${count}];}}")
+               f" @p ld{how}{form}.b32 {listed}, [${count}];}}")
         kinds = [_i32()] * count
         result = kinds[0] if count == 1 else llvm.StructType.get_literal(kinds)
         out = llvm.inline_asm(
@@ -269,11 +272,14 @@ class MosaicLanes:
         return Register(llvm.inline_asm(
             _i32(), [address, self._flag(where)], asm, "=r,l,r", has_side_effects=True))
 
-    def load_real(self, name, index, where):
-        """One element of a float array as float32; 0 where not `where`."""
-        kind = _float_type(self._dtypes[name])
+    def load_real(self, name, index, where, dtype=None):
+        """One element of an array as float32; 0 where not `where`.
+
+        `dtype` is what the bits stand for if the array is not of floats.
+        """
+        dtype = jnp.dtype(dtype or self._dtypes[name])
+        kind, bits = _float_type(dtype), dtype.itemsize * 8
         address, flag = self._address(self._pointers[name], index, kind), self._flag(where)
-        bits = self._dtypes[name].itemsize * 8
         asm = (f"{{.reg .pred p; setp.ne.u32 p, $2, 0; mov.b{bits} $0, 0;"
                f" @p ld.global.b{bits} $0, [$1];}}")
         word = _i32() if bits == 32 else _i16()
@@ -288,6 +294,18 @@ class MosaicLanes:
         with mosaic.when(where.value):
             rounded = value.value if kind == ir.F32Type.get() else arith.truncf(kind, value.value)
             llvm.store(rounded, self._address(self._pointers[name], index, kind))
+
+    def publish(self, name, index, value, dtype, where):
+        """Writes a float32 as 16 bits of `dtype` for other blocks, which read it meanwhile.
+
+        What is no number becomes 0x7FFF, so that no result is 0xFFFF.
+        """
+        word = arith.bitcast(_i16(), arith.truncf(_float_type(dtype), value.value))
+        address = self._address(self._pointers[name], index, _i16())
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"), [address, word, self._flag(where)],
+            "{.reg .pred p; setp.ne.u32 p, $2, 0; @p st.relaxed.gpu.global.b16 [$0], $1;}",
+            "l,h,r,~{memory}", has_side_effects=True)
 
     def store_words(self, name, index, words, where):
         """Writes consecutive 32-bit words at word index `index * len(words)`, where told."""
@@ -412,18 +430,18 @@ def run(program, names, operands, result, *, blocks: int, warps: int, shared_slo
 
     Args:
       program: called with the vocabulary; finds all arrays under `names`.
-      names: of the operands, of the arrays that are changed, and of the result, in this order.
+      names: of the operands, of the arrays that are changed, and of the results, in this order.
       operands: arrays in GPU memory.
-      result: shape and dtype of the result.
+      result: shape and dtype of the result, or a list of them.
       shared_slots: float32 elements of shared memory of a block.
       cluster: consecutive blocks, up to 8, that run together and read each other's shared memory.
       changed: arrays that the program reads and writes in place. XLA copies one first that is
         read elsewhere.
 
     Returns:
-      The result; where arrays are changed, a pair of the result and the list of them.
+      The result or results; where arrays are changed, a pair of that and the list of them.
     """
-    dtypes = [a.dtype for a in (*operands, *changed, result)]
+    dtypes = [a.dtype for a in (*operands, *changed, *jax.tree.leaves(result))]
 
     def body(*refs):
         block = jax.lax.axis_index("block")
@@ -451,7 +469,8 @@ def run(program, names, operands, result, *, blocks: int, warps: int, shared_slo
     params = plgpu.CompilerParams(
         lowering_semantics=mosaic_gpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True)
     varying = jax.typeof(operands[0]).manual_axis_type  # inside shard_map: of all operands alike
-    result = jax.ShapeDtypeStruct(result.shape, result.dtype, manual_axis_type=varying)
+    result = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varying), result)
     changed = [jax.new_ref(array) for array in changed]
     out = pl.kernel(body, out_type=result, mesh=mesh, compiler_params=params)(*operands, *changed)
     return (out, [ref[...] for ref in changed]) if changed else out

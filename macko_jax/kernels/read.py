@@ -17,7 +17,7 @@ def program(ops, chunks: int, blocks: int) -> None:
     def step(state):
         chunk, total = state
         words = [word for i in range(AHEAD) for word in ops.load_words(
-            "x", chunk + i * stride, 4, chunk + i * stride < chunks, stream=True)]
+            "x", chunk + i * stride, 4, chunk + i * stride < chunks, how=lanes.STREAM)]
         for word in words:
             total = total + word
         return chunk + AHEAD * stride, total

@@ -8,6 +8,7 @@ bytes, and can issue 128 lane instructions and 32 shared words in that clock. Th
 random banks takes about 3.6 turns for 32 lanes, so shared memory is nearly as tight as DRAM.
 """
 import dataclasses
+import functools
 
 import jax
 
@@ -30,6 +31,11 @@ class Fusion:
     add: bool = False
 
     @property
+    def before(self) -> str | None:
+        """What is done to x; see `vectors.Vectors`."""
+        return "norm" if self.eps is not None else "gate" if self.gated else None
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of the operands that come on top."""
         return ("scale",) * (self.eps is not None) + ("add",) * self.add
@@ -42,7 +48,7 @@ class Plan(config.Plan):
 
     @property
     def before(self) -> str | None:
-        return "norm" if self.fusion.eps is not None else "gate" if self.fusion.gated else None
+        return self.fusion.before
 
     @property
     def added(self) -> Share:
@@ -81,12 +87,6 @@ def program(ops, plan: Plan) -> None:
         ops, matrix, block=block, blocks=settings.blocks, warps=settings.warps,
         unroll=settings.unroll, scale=x.scale)
 
-    def multiply(sums, groups):
-        [group] = groups
-        for column, weight in zip(group.columns, strips.unpack(ops, group.values, matrix.dtype)):
-            sums = [ops.fma(weight, element, total) for element, total in zip(x.at(column), sums)]
-        return sums
-
     def finish(row, sums):
         sums = lanes.sum_over_lanes(ops, sums, matrix.lanes)
         if fusion.eps is not None:
@@ -107,20 +107,29 @@ def program(ops, plan: Plan) -> None:
                     first_slot=plan.shared_slots - added.slots, threads=threads)
     squares = x.finish()
     if fusion.eps is not None:
-        _share_squares(ops, squares, x.slots)
+        share_squares(ops, squares, x.slots)
     ops.barrier()
     if fusion.eps is not None:
-        inverse = _inverse_norm(ops, x.slots, settings.warps, matrix.shape[1], fusion.eps)
-    walk.run(started, lambda: [ops.real(0)] * settings.vectors, multiply, finish)
+        inverse = inverse_norm(ops, x.slots, settings.warps, matrix.shape[1], fusion.eps)
+    walk.run(started, lambda: [ops.real(0)] * settings.vectors,
+             functools.partial(multiply, ops, matrix, x), finish)
 
 
-def _share_squares(ops, squares: list, first_slot: int) -> None:
+def multiply(ops, matrix: strips.Matrix, x, sums: list, groups: list) -> list:
+    """The sums over a row, of each vector, with one more group in them."""
+    [group] = groups
+    for column, weight in zip(group.columns, strips.unpack(ops, group.values, matrix.dtype)):
+        sums = [ops.fma(weight, element, total) for element, total in zip(x.at(column), sums)]
+    return sums
+
+
+def share_squares(ops, squares: list, first_slot: int) -> None:
     """Writes a warp's sum of squares to shared memory, one slot a warp."""
     [total] = lanes.sum_over_lanes(ops, squares, WARP)
     ops.store_shared((ops.thread() >> 5) + first_slot, total, (ops.thread() & (WARP - 1)) == 0)
 
 
-def _inverse_norm(ops, first_slot: int, warps: int, length: int, eps: float):
+def inverse_norm(ops, first_slot: int, warps: int, length: int, eps: float):
     """1 / sqrt(mean(x^2) + eps) from the warps' sums, in every lane."""
     lane = ops.thread() & (WARP - 1)
     index = ops.select(lane < warps, lane, ops.integer(0))
@@ -136,16 +145,8 @@ def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, store
     return run(plan, out_dtype, values, codes, row_offsets, starts, x)
 
 
-def fused_spmv(values, x, codes, row_offsets, starts, *extras, shape, encoding, lanes, stored,
-                out_dtype, fusion: Fusion):
-    """y = add + A f(x), [1, cols] (or [1, 2 cols]) -> [1, rows]; `extras` as `fusion.names`."""
-    matrix = strips.Matrix(shape, encoding, lanes, stored, values.dtype)
-    plan = plan_fused(matrix, x.dtype, fusion)
-    return run(plan, out_dtype, values, codes, row_offsets, starts, x, *extras)
-
-
 def plan_fused(matrix: strips.Matrix, x_dtype, fusion: Fusion) -> Plan | None:
-    """None where shared memory has no room for it."""
+    """The plan of add + A f(x) for one vector; None where shared memory has no room for it."""
     plan = Plan(matrix, x_dtype, 1, config.choose(matrix, x_dtype, 1))
     if not plan.settings.stage_x:
         return None

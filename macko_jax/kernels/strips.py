@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from macko_jax.kernels.lanes import WARP
+from macko_jax.kernels.lanes import STREAM, WARP
 from macko_jax.layout import GROUP, WORD, words_per_row
 
 
@@ -81,7 +81,8 @@ class Delta4:
 
     reads_codes_by_group = True
 
-    def __init__(self, ops, matrix):
+    def __init__(self, ops, matrix, codes):
+        del codes  # are read by group
         self.ops, self.cols = ops, matrix.shape[1]
 
     def open(self, row, start):
@@ -122,8 +123,8 @@ class Bitmask:
 
     reads_codes_by_group = False
 
-    def __init__(self, ops, matrix):
-        self.ops, self.words = ops, words_per_row(matrix.shape[1])
+    def __init__(self, ops, matrix, codes):
+        self.ops, self.words, self.codes = ops, words_per_row(matrix.shape[1]), codes
 
     def open(self, row, start):
         word, bit = row * self.words + (start >> 5), start & (WORD - 1)
@@ -133,7 +134,7 @@ class Bitmask:
 
     def _load(self, word, end):
         # Past the row every bit is set, so that the search of an idle lane ends within the slack.
-        return self.ops.load_words("codes", word, 1, word < end, fill=0xFFFFFFFF)[0]
+        return self.ops.load_words(self.codes, word, 1, word < end, fill=0xFFFFFFFF)[0]
 
     def _advance(self, place):
         inside = place.word < place.end
@@ -172,14 +173,16 @@ class RowWalk:
 
     def __init__(self, ops, matrix: Matrix, *, block, blocks: int, warps: int, unroll: int,
                  scale: int = 1, read_values: bool = True, rows_per_warp: int | None = None,
-                 together: int = 1):
+                 together: int = 1, suffix: str = ""):
         """`block` of `blocks` is the lane's share of the rows; columns come multiplied by `scale`.
 
         A warp works on `rows_per_warp` rows at a time, by default as many as it has lanes for. It
         visits `together` groups of a row at a time: where few warps fit on a multiprocessor, what
-        they do for one group has to hide the latencies of another.
+        they do for one group has to hide the latencies of another. `suffix` ends the names of the
+        matrix's arrays.
         """
         self.ops, self.matrix, self.unroll, self.scale = ops, matrix, unroll, scale
+        self.suffix = suffix
         self.together = together
         words = GROUP * jnp.dtype(matrix.dtype).itemsize // 4 if read_values else 0
         self.loads = [min(words, 4)] * (-(-words // 4))  # words of each load of a group's values
@@ -200,7 +203,7 @@ class RowWalk:
     def _values(self, group, live) -> list:
         """Issues the loads of the words of a group's values."""
         return [word for i, words in enumerate(self.loads) for word in self.ops.load_words(
-            "values", group * len(self.loads) + i, words, live, stream=True)]
+            "values" + self.suffix, group * len(self.loads) + i, words, live, how=STREAM)]
 
     def start(self):
         """Issues the first loads; what `run` begins with."""
@@ -256,15 +259,15 @@ class Walk(RowWalk):
 
     def __init__(self, ops, matrix: Matrix, **options):
         super().__init__(ops, matrix, **options)
-        self.decoder = DECODERS[matrix.encoding](ops, matrix)
+        self.decoder = DECODERS[matrix.encoding](ops, matrix, "codes" + self.suffix)
 
     def _open(self, row) -> Strip:
         ops, lanes = self.ops, self.matrix.lanes
         live = row < self.end_row
         safe = ops.select(live, row, ops.integer(0))
-        begin = ops.load_integer("row_offsets", safe)
-        end = ops.select(live, ops.load_integer("row_offsets", safe + 1), begin)
-        start = ops.load_integer("starts", safe * lanes + self.part)
+        begin = ops.load_integer("row_offsets" + self.suffix, safe)
+        end = ops.select(live, ops.load_integer("row_offsets" + self.suffix, safe + 1), begin)
+        start = ops.load_integer("starts" + self.suffix, safe * lanes + self.part)
         return Strip(row, begin + self.part, end, self.decoder.open(safe, start))
 
     def _advance(self, strip: Strip):
@@ -276,7 +279,7 @@ class Walk(RowWalk):
         for group, live in self._groups(strip):
             code = ops.integer(0)
             if self.decoder.reads_codes_by_group:
-                [code] = ops.load_words("codes", group, 1, live, stream=True)
+                [code] = ops.load_words("codes" + self.suffix, group, 1, live, how=STREAM)
             out.append((code, self._values(group, live)))
         return out, {}
 

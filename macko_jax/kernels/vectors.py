@@ -1,8 +1,13 @@
 """Vectors in the shared memory of a block: x, gathered by column, and the block's share of y."""
+import functools
 import math
 
 import jax.numpy as jnp
 
+from macko_jax.kernels.lanes import FRESH
+
+BLANK = 0xFFFF  # 16 bits in the place of an element that no block has published yet
+PIECE = 8  # elements of a published vector that a thread reads at a time
 AHEAD = 8  # elements per thread and vector that are in flight while they are staged
 
 
@@ -32,19 +37,24 @@ class Vectors:
     """
 
     def __init__(self, dtype, *, length: int, slack: int, count: int, batch: int, staged: bool,
-                 before: str | None = None):
+                 before: str | None = None, first_slot: int = 0):
         if before and not staged:
             raise ValueError(f"{before!r} comes before vectors that are staged, these are not")
         self.dtype, self.length, self.count, self.batch = jnp.dtype(dtype), length, count, batch
         self.staged, self.before, self._columns = staged, before, length + slack
+        self._base = 4 * first_slot
         self.packed = staged and self.dtype.itemsize == 2 and count % 2 == 0
         self._words = count // 2 if self.packed else count
         self.scale = 4 * self._words if staged else 1
         self.slots = self._columns * self._words if staged else 1
 
-    def begin(self, ops, name, first, threads: int):
-        """Issues the first loads of the array `name` [batch, length], from vector `first` on."""
+    def begin(self, ops, name, first, threads: int, scale="scale"):
+        """Issues the first loads of the array `name` [batch, length], from vector `first` on.
+
+        `scale` is the name of the norm's array.
+        """
         self.ops, self.name, self.first, self.threads = ops, name, first, threads
+        self._scale = scale
         self._head = self._read(ops.thread()) if self.staged else []
 
     def finish(self):
@@ -69,10 +79,10 @@ class Vectors:
         """The elements of all vectors at a column times `scale`, as float32."""
         ops = self.ops
         if self.packed:
-            words = ops.load_shared_words(column, self._words)
+            words = ops.load_shared_words(column + self._base, self._words)
             return [half for word in words for half in ops.pair(word, self.dtype)]
         if self.staged:
-            return ops.load_shared(column, self.count)
+            return ops.load_shared(column + self._base, self.count)
         return [ops.load_real(self.name, (self.first + k) * self.length + column,
                               (column < self.length) & (self.first + k < self.batch))
                 for k in range(self.count)]
@@ -95,7 +105,7 @@ class Vectors:
             row = (self.first + k) * (2 * self.length)
             return [load(self.name, row + at), load(self.name, row + self.length + at)]
         element = load(self.name, (self.first + k) * self.length + at)
-        return [element, load("scale", at)] if self.before == "norm" else [element]
+        return [element, load(self._scale, at)] if self.before == "norm" else [element]
 
     def _write(self, loaded, squares):
         ops = self.ops
@@ -106,8 +116,54 @@ class Vectors:
                 words = [ops.pack(a, b, self.dtype) for a, b in zip(values[::2], values[1::2])]
             else:
                 words = [ops.as_word(value) for value in values]
-            ops.store_shared_words(column * self.scale, words, column < self._columns)
+            place = column * self.scale + self._base
+            ops.store_shared_words(place, words, column < self._columns)
         return squares
+
+    def receive(self, ops, name, first: int, scale, threads: int):
+        """Fills shared memory with a vector while other blocks of the kernel write it.
+
+        It is one 16-bit vector of whole `PIECE`s, published as elements from `first` on of the array
+        `name`, which is all `BLANK` before. `scale` is the name of the norm's array. The block's
+        barrier has to follow.
+
+        Returns:
+          As `finish`.
+        """
+        self.ops = ops
+        parts = [first, first + self.length] if self.before == "gate" else [first]
+        squares = [ops.real(0)] if self.before == "norm" else []
+        arrivals = []
+        for round_ in range(-(-self._columns // (PIECE * threads))):
+            piece = ops.thread() + round_ * threads
+            inside = piece < self.length // PIECE
+            sources = [piece + part // PIECE for part in parts]
+            arrivals.append((piece, inside, [(at, self._look(name, at, inside)) for at in sources]))
+        for piece, inside, arriving in arrivals:
+            rows = [self._numbers(self._await(name, at, inside, seen)) for at, seen in arriving]
+            if self.before == "norm":
+                squares = [functools.reduce(lambda total, x: ops.fma(x, x, total), rows[0], squares[0])]
+                rows.append(self._numbers(ops.load_words(scale, piece, PIECE // 2, inside)))
+            words = [ops.as_word(self._element(*elements)) for elements in zip(*rows)]
+            for i in range(0, PIECE, 4):
+                place = piece * (PIECE * 4) + (4 * i + self._base)
+                ops.store_shared_words(place, words[i:i + 4], piece < self._columns // PIECE)
+        return squares
+
+    def _look(self, name, piece, where):
+        return self.ops.load_words(name, piece, PIECE // 2, where, how=FRESH)
+
+    def _await(self, name, piece, where, seen):
+        """The words of a piece once all of its elements are there."""
+        def missing(words):
+            gone = [half for word in words for half in (
+                (word & BLANK) == BLANK, (word >> 16) == BLANK)]
+            return functools.reduce(lambda a, b: a | b, gone)
+
+        return self.ops.loop(missing, lambda _: self._look(name, piece, where), seen)
+
+    def _numbers(self, words):
+        return [number for word in words for number in self.ops.pair(word, self.dtype)]
 
     def _element(self, first, *second):
         """What is staged of the loads of an element."""
@@ -131,15 +187,21 @@ class Share:
         self.size = -(-rows // blocks)
         self.slots = self.size * count
 
-    def stage(self, ops, name, walk, *, first_vector, first_slot: int, threads: int):
-        """Copies the share of `walk`'s block; the block's barrier has to follow."""
+    def stage(self, ops, name, walk, *, first_vector, first_slot: int, threads: int, first: int = 0,
+              dtype=None):
+        """Copies the share of `walk`'s block; the block's barrier has to follow.
+
+        The vectors begin at element `first` of the array, whose bits are of type `dtype` if that is
+        given.
+        """
         self.ops, self.walk, self.first_slot = ops, walk, first_slot
 
         def copy(index):
             row = walk.first_row + index
             for k in range(self.count):
                 inside = (row < walk.end_row) & (first_vector + k < self.batch)
-                value = ops.load_real(name, (first_vector + k) * self.rows + row, inside)
+                at = (first_vector + k) * self.rows + row + first
+                value = ops.load_real(name, at, inside, dtype)
                 ops.store_shared(index + (first_slot + k * self.size), value, index < self.size)
             return index + threads
 
