@@ -96,11 +96,17 @@ class MackoLinear(nnx.Module):
             scales=None if self.scales is None else self.scales[...],
         )
 
-    def is_matrix(self, dtype) -> bool:
-        """Whether the layer does nothing but multiply the last axis of inputs of this dtype."""
+    def as_step(self, dtype, **options) -> Step | None:
+        """The layer on inputs of this dtype as a step of a chain; None if it is more than that."""
         alike = jnp.dtype(dtype) == self.values.dtype == jnp.dtype(self.dtype or dtype)
         simple = isinstance(self.in_features, int) and isinstance(self.out_features, int)
-        return self.bias is None and alike and simple and self.axis in (-1, (-1,))
+        if not (alike and simple and self.axis in (-1, (-1,))):
+            return None
+        if self.bias is not None:
+            if options.get("add") is not None or self.bias.dtype != self.values.dtype:
+                return None
+            options["add"] = self.bias[...]
+        return Step(self.matrix, **options)
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Multiply by the kernel and add the bias.
@@ -159,24 +165,26 @@ def chain(
     Args:
         x: the first layer's inputs.
         steps: the layers, each with the options of `MackoLinear.fused`; `add` may be the number of
-            an earlier step, whose result is added.
+            an earlier step, whose result is added, and `kept` says that its own is returned.
         blank: see `macko_jax.fused_chain`.
 
     Returns:
-        The last layer's result. Layers with a bias, or of another type than x, and those that
-        contract other axes than the last, take a kernel each.
+        The results of the steps that are `kept`, and of the last. Layers of another type than x, that
+        contract other axes than the last, or that add something to a bias, take a kernel each.
     """
-    if all(layer.is_matrix(x.dtype) for layer, _ in steps):
-        return fused_chain(
-            x, [Step(layer.matrix, **options) for layer, options in steps], blank=blank)
-    results = []
-    for layer, options in steps:
-        add = options.get("add")
-        if isinstance(add, int):
-            options = options | {"add": results[add]}
+    as_steps = [layer.as_step(x.dtype, **options) for layer, options in steps]
+    if None not in as_steps:
+        return fused_chain(x, as_steps, blank=blank)
+    results, returned = [], []
+    for i, (layer, options) in enumerate(steps):
+        options, kept = dict(options), options.get("kept", False)
+        options.pop("kept", None)
+        if isinstance(options.get("add"), int):
+            options["add"] = results[options["add"]]
         x = layer.fused(x, **options)
         results.append(x)
-    return x
+        returned += [x] * (kept or i == len(steps) - 1)
+    return returned
 
 
 def substitute(model: Model, rules: Rules = None) -> tuple[Model, Report]:

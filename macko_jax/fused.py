@@ -30,12 +30,14 @@ class Step(NamedTuple):
     Attributes:
       matrix, norm, gated: as in `fused_spmv`.
       add: as in `fused_spmv`, or the number of an earlier step, from 0, whose result is added.
+      kept: whether its result is among those of the chain. The last step's always is.
     """
 
     matrix: MackoMatrix
     norm: tuple[jax.Array, float] | None = None
     gated: bool = False
     add: jax.Array | int | None = None
+    kept: bool = False
 
 
 class _Static(NamedTuple):
@@ -44,12 +46,14 @@ class _Static(NamedTuple):
     Attributes:
       eps: None where there is no norm.
       added: number of the step whose result is added, or None.
+      kept: whether the result is one of the chain's.
       extras: names of the operands after those of the matrix, of "scale" and "add".
     """
 
     eps: float | None
     gated: bool
     added: int | None
+    kept: bool
     extras: tuple[str, ...]
     shape: tuple[int, int]
     encoding: str
@@ -87,10 +91,14 @@ def fused_spmv(
     """
     step = Step(matrix, norm, gated, add)
     _check(step, x.shape, [])
-    return _one_vector(x, [step]) if _fits(step, x) else _compose(x, step)
+    if not _fits(step, x):
+        return _compose(x, step)
+    [y] = _one_vector(x, [step])
+    return y
 
 
-def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None = None) -> jax.Array:
+def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None = None
+                ) -> list[jax.Array]:
     """Products of which each takes the result of the one before, as `fused_spmv` computes them.
 
     On CUDA, one 16-bit vector takes one kernel for all of them, if every matrix has as many rows as
@@ -106,7 +114,7 @@ def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None 
         it for less.
 
     Returns:
-      The last product, [..., rows].
+      The results, each [..., rows], of the steps that are `kept`, and of the last.
 
     Raises:
       ValueError: no steps, both a norm and a gate, or shapes that do not fit.
@@ -116,14 +124,19 @@ def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None 
     for i, step in enumerate(steps):
         rows = [earlier.matrix.shape[0] for earlier in steps[:i]]
         _check(step, (*x.shape[:-1], *rows[-1:]) if i else x.shape, rows)
-    if len(steps) > 1 and all(_fits(step, x) for step in steps):
+    needed = sum(step.matrix.shape[0] for step in steps[:-1])
+    if blank is not None and (blank.shape, blank.dtype) != ((needed,), jnp.uint16):
+        raise ValueError(
+            f"blank has {needed} elements of uint16 here, got {list(blank.shape)} {blank.dtype}")
+    alike = all(step.matrix.dtype == x.dtype for step in steps)
+    if len(steps) > 1 and alike and all(_fits(step, x) for step in steps):
         return _one_vector(x, steps, blank)
     return _one_after_the_other(x, steps)
 
 
 def _check(step, x_shape, earlier_rows):
     """Raises ValueError for a step that does not fit x, or the rows of the steps before it."""
-    matrix, norm, gated, add = step
+    matrix, norm, gated, add, _ = step
     rows, cols = matrix.shape
     if norm is not None and gated:
         raise ValueError("fused_spmv takes a norm or a gate before the product, not both")
@@ -173,7 +186,7 @@ def _one_after_the_other(x, steps):
         add = results[step.add] if isinstance(step.add, int) else step.add
         x = fused_spmv(step.matrix, x, norm=step.norm, gated=step.gated, add=add)
         results.append(x)
-    return x
+    return [result for step, result in zip(steps[:-1], results) if step.kept] + [x]
 
 
 def _compose(x, step):
@@ -194,14 +207,14 @@ def _one_vector(x, steps, blank=None):
     static = tuple(
         _Static(
             None if step.norm is None else step.norm[1], step.gated,
-            step.add if isinstance(step.add, int) else None, tuple(_extras(step)),
+            step.add if isinstance(step.add, int) else None, step.kept, tuple(_extras(step)),
             step.matrix.shape, step.matrix.encoding, step.matrix.lanes)
         for step in steps)
     parts = [
         (*(getattr(step.matrix, name) for name in ARRAYS), *_extras(step).values())
         for step in steps]
-    y = _product(static, x.reshape(1, -1), parts, [] if blank is None else [blank])
-    return y.reshape(*x.shape[:-1], y.shape[1])
+    results = _product(static, x.reshape(1, -1), parts, [] if blank is None else [blank])
+    return [y.reshape(*x.shape[:-1], y.shape[1]) for y in results]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -219,7 +232,7 @@ def _separate(static, x, parts, blank):
     """The product, or chain, as what it is made of."""
     del blank
     steps = [_step(known, part) for known, part in zip(static, parts)]
-    return _one_after_the_other(x, steps) if len(steps) > 1 else _compose(x, *steps)
+    return _one_after_the_other(x, steps) if len(steps) > 1 else [_compose(x, *steps)]
 
 
 def _step(known: _Static, part) -> Step:
@@ -227,7 +240,7 @@ def _step(known: _Static, part) -> Step:
     matrix = MackoMatrix(
         *part[:len(ARRAYS)], shape=known.shape, encoding=known.encoding, lanes=known.lanes)
     norm = None if known.eps is None else (extras["scale"], known.eps)
-    return Step(matrix, norm, known.gated, extras.get("add", known.added))
+    return Step(matrix, norm, known.gated, extras.get("add", known.added), known.kept)
 
 
 def _kernel(static, x, parts, blank):
@@ -245,18 +258,19 @@ def _kernel(static, x, parts, blank):
         adds = known.added is not None or "add" in known.extras
         fusion = kernel.Fusion(known.eps, known.gated, adds)
         matrix = strips.Matrix(**layout, dtype=part[0].dtype)
-        steps.append(chain.Step(matrix, fusion, known.added))
+        steps.append(chain.Step(matrix, fusion, known.added, known.kept))
     if len(steps) == 1:
         [step], [part] = steps, parts
         plan = kernel.plan_fused(step.matrix, x.dtype, step.fusion)
         operands = *part[:len(ARRAYS)], x, *part[len(ARRAYS):]
-        return plan and kernel.run(plan, _out_dtype(x, parts), *operands)
+        return plan and [kernel.run(plan, _out_dtype(x, parts), *operands)]
     plan = chain.Plan(tuple(steps), x.dtype, config.multiprocessors())
     floats = [a for part in parts for a in part if jnp.issubdtype(a.dtype, jnp.floating)]
     if chain.why_not(plan) or any(a.dtype != x.dtype for a in floats):
         return None
     exchange = blank[0] if blank else jnp.full(plan.exchanged, vectors.BLANK, jnp.uint16)
-    return chain.run(plan, exchange, x, *(array for part in parts for array in part))[None]
+    results = chain.run(plan, exchange, x, *(array for part in parts for array in part))
+    return [y[None] for y in results]
 
 
 def _out_dtype(x, parts):
@@ -265,28 +279,30 @@ def _out_dtype(x, parts):
 
 def _lower(*operands, on_cuda, static, tree):
     arguments = static, *jax.tree.unflatten(tree, operands)
-    y = _kernel(*arguments) if on_cuda else None
-    return _separate(*arguments) if y is None else y
+    results = _kernel(*arguments) if on_cuda else None
+    return _separate(*arguments) if results is None else results
 
 
 def _batch(operands, dims, *, static, tree):
     def one(*operands):
         return _separate(static, *jax.tree.unflatten(tree, operands))
 
-    return jax.vmap(one, in_axes=dims)(*operands), 0
+    results = jax.vmap(one, in_axes=dims)(*operands)
+    return results, [0] * len(results)
 
 
 def _abstract(*operands, static, tree):
     x, parts, _ = jax.tree.unflatten(tree, operands)
-    return x.update(
-        shape=(1, static[-1].shape[0]), dtype=_out_dtype(x, parts), weak_type=False)
+    return [x.update(shape=(1, step.shape[0]), dtype=_out_dtype(x, parts), weak_type=False)
+            for i, step in enumerate(static) if step.kept or i == len(static) - 1]
 
 
 _fused_p = Primitive("macko_fused_spmv")
+_fused_p.multiple_results = True
 _fused_p.def_impl(jax.jit(_fused_p.bind, static_argnames=("static", "tree")))
 _fused_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[_fused_p] = _batch
 for _platform in None, "cuda":
     _function = functools.partial(_lower, on_cuda=_platform == "cuda")
     mlir.register_lowering(
-        _fused_p, mlir.lower_fun(_function, multiple_results=False), platform=_platform)
+        _fused_p, mlir.lower_fun(_function, multiple_results=True), platform=_platform)

@@ -20,7 +20,7 @@ import numpy as np
 from examples.llama import decode_attention
 import macko_jax
 from macko_jax.kernels import by_values, decode, spmv, strips, transposed
-from tests import test_fused
+from tests import test_chain, test_fused
 from tests import test_llama_decode_attention as attention
 
 PART = flags.DEFINE_string("part", "0/1", "Which part of how many.")
@@ -82,12 +82,23 @@ def fused(encoding, shape, kind):
     yield "fused", np.asarray(found).astype(np.float32), wanted.astype(np.float32)
 
 
+def chained(encoding, shape):
+    """As `products`, of a chain of products."""
+    with on_host():
+        arguments = jax.tree.map(np.asarray, test_chain.make(*shape, encoding=encoding))
+        wanted = test_chain.exact(*arguments)
+    found = jax.jit(lambda m, x, *rest: macko_jax.fused_chain(x, test_chain.steps(m, *rest)))(
+        *arguments)
+    for name, a, b in zip(("stream", "last"), found, wanted):
+        yield name, np.asarray(a).astype(np.float64)[0], b
+
+
 def attend(heads, kv_heads, slots, live, window):
     """As `products`, of the attention of a decode step."""
     with on_host():
         arguments = jax.tree.map(np.asarray, attention.make(heads, kv_heads, slots, live))
     call = functools.partial(decode_attention.attend, heads=heads, window=window)
-    found, cache = jax.jit(call)(*arguments)
+    found, cache, _ = jax.jit(call)(*arguments)
     rows, rotation, before, positions = arguments
     wanted = attention.expected(rows, rotation, cache, positions, heads, window)
     yield "attention", np.asarray(found).astype(np.float32), wanted
@@ -107,6 +118,8 @@ def cases():
             products, encoding, shape, dtype, batch)
     for encoding, shape, kind in itertools.product(ENCODINGS, SHAPES[:-1], ("norm", "gated")):
         yield f"fused {kind} {encoding} {shape}", functools.partial(fused, encoding, shape, kind)
+    for encoding, shape in itertools.product(ENCODINGS, [(136, 272, 144), (1000, 2744, 2008)]):
+        yield f"chain {encoding} {shape}", functools.partial(chained, encoding, shape)
     for name, case in attention.CASES.items():
         yield f"attention {name}", functools.partial(attend, *case)
 

@@ -5,7 +5,9 @@ import math
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from macko_jax.kernels import emulation
+import macko_jax
+import macko_jax.flax_nnx
+from macko_jax.kernels import emulation, vectors
 import numpy as np
 import pytest
 
@@ -88,37 +90,47 @@ def assert_cache(found, wanted):
     assert differ.sum() <= 1e-2 * found.shape[0] * found.shape[1] * DIM
 
 
-def emulate(rows, rotation, cache, positions, heads, window):
+def emulate(rows, rotation, cache, positions, heads, window, blanks=0):
+    """As `decode_attention.attend`, its program executed with NumPy."""
     batch, kv_heads, slots = cache.shape[:3]
-    plan = decode_attention.Plan(batch, heads, kv_heads, slots, window, cache.dtype)
+    plan = decode_attention.Plan(batch, heads, kv_heads, slots, window, cache.dtype, blanks)
     arrays = {"rows": rows, "cos": rotation[0], "sin": rotation[1], "position": positions,
-              "cache": cache, "out": np.full(batch * heads * DIM, np.nan, np.float32)}  # fmt: skip
+              "cache": cache, "out": np.full(batch * heads * DIM, np.nan, np.float32),
+              "blank": np.zeros(blanks, np.uint16)}  # fmt: skip
     ops = emulation.NumpyLanes(
         {name: np.array(array) for name, array in arrays.items()}, blocks=plan.blocks,
         threads=32 * plan.warps, shared_slots=plan.shared_slots, cluster=plan.splits,
     )  # fmt: skip
     with np.errstate(under="ignore"):
         decode_attention.program(ops, plan)
-    return ops.arrays["out"].reshape(batch, -1), ops.arrays["cache"].reshape(cache.shape)
+    names = "out", "cache", "blank"
+    mixed, changed, blank = (ops.arrays[name] for name in names)
+    return mixed.reshape(batch, -1), changed.reshape(cache.shape), blank
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_program_is_attention(case):
     heads, kv_heads, slots, live, window = case
     arguments = make(heads, kv_heads, slots, live)
-    found, cache = emulate(*arguments, heads, window)
+    found, cache, _ = emulate(*arguments, heads, window)
     rows, rotation, before, positions = arguments
     assert_cache(cache, with_own_tokens(rows, rotation, before, positions, heads))
     wanted = expected(rows, rotation, cache, positions, heads, window)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("blanks", [8, 1000, 100_000])
+def test_program_makes_blanks_for_the_chain_after_it(blanks):
+    _, _, blank = emulate(*make(4, 2, 64, [5]), 4, None, blanks)
+    assert (blank == vectors.BLANK).all()
+
+
 def test_a_token_past_the_last_slot_changes_nothing():
     rows, rotation, cache, positions = make(4, 2, 64, [65])
-    found, changed = emulate(rows, rotation, cache, positions, 4, None)
+    found, changed, _ = emulate(rows, rotation, cache, positions, 4, None)
     np.testing.assert_array_equal(changed, cache)
     wider = jnp.pad(cache, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
-    _, wider = emulate(rows, rotation, wider, positions, 4, None)
+    _, wider, _ = emulate(rows, rotation, wider, positions, 4, None)
     wanted = expected(rows, rotation, wider, positions, 4, None)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -140,7 +152,10 @@ def test_kernel_lowers_for_cuda(case):
 def test_kernel_gives_attention(case, dtype):
     heads, kv_heads, slots, live, window = case
     arguments = make(heads, kv_heads, slots, live, dtype)
-    found, cache = decode_attention.attend(*arguments, heads=heads, window=window)
+    found, cache, blank = decode_attention.attend(
+        *arguments, heads=heads, window=window, blanks=1 << 20
+    )
+    assert blank.shape == (1 << 20,) and (blank == vectors.BLANK).all()
     rows, rotation, before, positions = arguments
     assert_cache(cache, with_own_tokens(rows, rotation, before, positions, heads))
     wanted = expected(rows, rotation, cache, positions, heads, window)
@@ -159,16 +174,17 @@ def test_division_is_exact(divisor, below):
     np.testing.assert_array_equal(found, numbers // divisor)
 
 
-def by_emulation(rows, rotation, cache, positions, *, heads, window):
+def by_emulation(rows, rotation, cache, positions, *, heads, window, blanks):
     """`attend`, its program executed on the CPU."""
 
     def call(rows, cos, sin, cache, positions):
         rows, cos, sin, cache, positions = map(np.asarray, (rows, cos, sin, cache, positions))
         angles = cos.reshape(len(rows), -1), sin.reshape(len(rows), -1)
-        mixed, changed = emulate(rows, angles, cache, positions, heads, window)
-        return mixed.astype(rows.dtype), changed
+        mixed, *others = emulate(rows, angles, cache, positions, heads, window, blanks)
+        return mixed.astype(rows.dtype), *others
 
-    results = jax.ShapeDtypeStruct((len(rows), heads * DIM), rows.dtype), cache
+    mixed = jax.ShapeDtypeStruct((len(rows), heads * DIM), rows.dtype)
+    results = mixed, cache, jax.ShapeDtypeStruct((blanks,), jnp.uint16)
     return jax.pure_callback(call, results, rows, *rotation, cache, positions)
 
 
@@ -208,3 +224,39 @@ def test_model_decodes_with_it_as_without(qk_norm, windows, batch, monkeypatch):
     for a, b in zip(cache.layers, wanted_cache.layers, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-2)
     np.testing.assert_array_equal(cache.lengths, wanted_cache.lengths)
+
+
+def test_packed_model_decodes_as_its_dense_twin():
+    """On a GPU through chains of products, elsewhere through the products one after the other."""
+    config = llama.Config(
+        vocab_size=61, hidden_size=256, intermediate_size=272, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=DIM, max_position_embeddings=96,
+        qkv_bias=True,
+    )  # fmt: skip
+    dense = llama.Llama(config, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    for path, layer in nnx.iter_modules(dense):
+        if isinstance(layer, nnx.Linear) and "layers" in path:
+            kept = rng.random(layer.kernel.shape) < 0.4
+            layer.kernel[...] = jnp.asarray(4 * kept, jnp.float16) * layer.kernel[...]
+            if layer.bias is not None:
+                layer.bias[...] = jnp.asarray(rng.standard_normal(layer.bias.shape), jnp.float16)
+    packed, report = macko_jax.flax_nnx.substitute(dense, [macko_jax.Rule("layers/.*")])
+    assert len(report.packed) == 12
+    tokens = jnp.asarray(rng.integers(0, 61, (1, 12)))
+    results = []
+    for model in dense, packed:
+        structure, arrays = llama.Structure.of(model)
+
+        @jax.jit
+        def extend(arrays, tokens, cache=None, structure=structure):
+            return structure.build(arrays).hidden(tokens, cache)
+
+        _, cache = extend(arrays, tokens[:, :4])
+        cache, out = llama.widen(cache, 32), []
+        for i in range(4, 12):
+            hidden, cache = extend(arrays, tokens[:, i : i + 1], cache)
+            out.append(hidden)
+        results.append(np.concatenate(out, axis=1).astype(np.float32))
+    wanted, found = results
+    assert np.linalg.norm(found - wanted) <= 1e-2 * np.linalg.norm(wanted)

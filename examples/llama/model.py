@@ -103,15 +103,19 @@ class Attention(nnx.Module):
         self.query_norm = norm() if config.qk_norm else None
         self.key_norm = norm() if config.qk_norm else None
 
-    def __call__(self, x, norm, positions, rotary, layer_cache, blanks):
-        """What the normalized tokens of x [B, T, E] attend to, [B, T, H * D], before `out`.
+    def __call__(self, qkv, positions, rotary, layer_cache, blanks):
+        """What tokens attend to, before `out`, from their queries, keys and values.
 
-        With it come the layer's cache, extended, and the `blank` of `macko_jax.fused_chain` for the
-        products that follow, or None.
+        Args:
+          qkv: [B, T, (H + 2 K) * D].
+          positions, rotary, layer_cache: where the tokens are, and what was before them.
+          blanks: length of the array that `macko_jax.fused_chain` needs for what follows.
+
+        Returns:
+          [B, T, H * D]; the layer's cache with these tokens; and that array, or None.
         """
+        batch, length, _ = qkv.shape
         blank = None
-        batch, length, _ = x.shape
-        qkv = _project(self.qkv, x, norm=norm)
         qkv = qkv.reshape(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
         query, key, value = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
         if self.query_norm is not None:
@@ -143,7 +147,6 @@ class MLP(nnx.Module):
     def __init__(self, config, linear):
         self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
         self.down = linear(config.intermediate_size, config.hidden_size)
-        self.size = config.intermediate_size
 
 
 class Step(NamedTuple):
@@ -152,43 +155,45 @@ class Step(NamedTuple):
     norm: f, a module, or None.
     gated: f(gate, x) = silu(gate) * x of the halves of x.
     add: an array, or the number of an earlier step whose result is added.
+    kept: whether the result is used after the chain.
     """
 
     linear: nnx.Module
     norm: RMSNorm | None = None
     gated: bool = False
     add: jax.Array | int | None = None
+    kept: bool = False
+
+
+def _all_packed(steps):
+    return all(isinstance(step.linear, flax_nnx.MackoLinear) for step in steps)
 
 
 def _chain(x, steps, dropout=None, blank=None):
-    """Applies steps, each to the result of the one before; dropout to what is added to something.
+    """Applies steps, each to the result of the one before: the results kept, and the last.
 
-    Packed layers are given all of it, since for one token they do that in one kernel.
+    Packed layers are given all of it, since for one token they do that in one kernel. Dropout is
+    applied to what is added to something.
     """
-    if dropout is None and all(isinstance(s.linear, flax_nnx.MackoLinear) for s in steps):
-        packed = [(linear, {"norm": norm and (norm.scale[...], norm.eps), "gated": gated, "add": add})
-                  for linear, norm, gated, add in steps]
+    if dropout is None and _all_packed(steps):
+        norms = [step.norm and (step.norm.scale[...], step.norm.eps) for step in steps]
+        packed = [
+            (step.linear, dict(norm=norm, gated=step.gated, add=step.add, kept=step.kept))
+            for step, norm in zip(steps, norms)
+        ]
         return flax_nnx.chain(x, packed, blank=blank)
     results = []
-    for linear, norm, gated, add in steps:
-        add = results[add] if isinstance(add, int) else add
-        x = _project(linear, x, norm=norm, gated=gated, add=add, dropout=dropout)
+    for linear, norm, gated, add, _ in steps:
+        x = x if norm is None else norm(x)
+        if gated:
+            gate, up = jnp.split(x, 2, axis=-1)
+            x = jax.nn.silu(gate) * up
+        x = linear(x)
+        if add is not None:
+            x = x if dropout is None else dropout(x)
+            x = (results[add] if isinstance(add, int) else add) + x
         results.append(x)
-    return x
-
-
-def _project(linear, x, *, norm=None, gated=False, add=None, dropout=None):
-    """One step of `_chain`."""
-    if hasattr(linear, "fused") and dropout is None:
-        norm = None if norm is None else (norm.scale[...], norm.eps)
-        return linear.fused(x, norm=norm, gated=gated, add=add)
-    x = x if norm is None else norm(x)
-    if gated:
-        gate, up = jnp.split(x, 2, axis=-1)
-        x = jax.nn.silu(gate) * up
-    y = linear(x)
-    y = y if dropout is None else dropout(y)
-    return y if add is None else add + y
+    return [x for x, step in zip(results, steps[:-1]) if step.kept] + [x]
 
 
 class Block(nnx.Module):
@@ -201,16 +206,36 @@ class Block(nnx.Module):
         self.mlp = MLP(config, linear)
 
     def __call__(self, x, positions, rotary, layer_cache, dropout):
-        mlp = self.mlp
-        steps = [
-            Step(self.attention.out, add=x), Step(mlp.gate_up, norm=self.mlp_norm),
-            Step(mlp.down, gated=True, add=0),
-        ]  # fmt: skip
-        blanks = x.shape[-1] + 2 * mlp.size
-        mixed, layer_cache, blank = self.attention(
-            x, self.attention_norm, positions, rotary, layer_cache, blanks
+        x, _, layer_cache = self.advance(
+            x, self.project(x), positions, rotary, layer_cache, dropout, None
         )
-        return _chain(mixed, steps, dropout, blank), layer_cache
+        return x, layer_cache
+
+    def project(self, x):
+        """Queries, keys and values of x [B, T, E]."""
+        [qkv] = _chain(x, [self._projection()])
+        return qkv
+
+    def advance(self, x, qkv, positions, rotary, layer_cache, dropout, following):
+        """The stream x after this layer, `project` of it by the next one, and this layer's cache.
+
+        The projection is what the block `following` begins with, None at the end: from attention to
+        attention, packed layers are one chain.
+        """
+        steps = [
+            Step(self.attention.out, add=x),
+            Step(self.mlp.gate_up, norm=self.mlp_norm),
+            Step(self.mlp.down, gated=True, add=0, kept=following is not None),
+        ]
+        if following is not None:
+            steps.append(following._projection())
+        blanks = sum(s.linear.out_features for s in steps[:-1]) if _all_packed(steps) else 0
+        mixed, layer_cache, blank = self.attention(qkv, positions, rotary, layer_cache, blanks)
+        x, *qkv = _chain(mixed, steps, dropout, blank)
+        return x, *(qkv or [None]), layer_cache
+
+    def _projection(self):
+        return Step(self.attention.qkv, norm=self.attention_norm)
 
 
 class Llama(nnx.Module):
@@ -267,9 +292,13 @@ class Llama(nnx.Module):
         rotary = rotation(positions, self.config)
         x = self.embed(tokens)
         layer_caches = []
+        qkv = self.layers[0].project(x)
         for i, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            x, layer_cache = block(x, positions, rotary, layer_cache, dropout)
+            following = self.layers[i + 1] if i + 1 < len(self.layers) else None
+            x, qkv, layer_cache = block.advance(
+                x, qkv, positions, rotary, layer_cache, dropout, following
+            )
             layer_caches.append(layer_cache)
         return self.norm(x), Cache(tuple(layer_caches), start + length)
 

@@ -1,11 +1,11 @@
 """The lane program of a chain of products: each takes the result of the one before.
 
 All blocks run at once, one on each multiprocessor, and every block owns a share of the rows of every
-matrix. A product needs the whole result of the one before, so blocks have to meet between them.
-They meet in the data: results go to the array `exchange`, which is all `BLANK` at first, and a block
-reads a vector again until no element of it is missing. So a meeting costs a write and a read of the
-L2 cache, and no barrier, counter or start of a kernel; meanwhile the first loads of the next matrix
-are under way. (Compare the protocol "LL" of NCCL, which sends a flag with every word.)
+matrix. A product needs the whole result of the one before, so between them the blocks have to meet.
+They meet in the data: a block publishes its share of a result in the array `exchange`, which is all
+`BLANK` at first, and reads the whole vector again until no element of it is missing. So a meeting
+takes a write and a read or two of the L2 cache, and no barrier of the grid, no counter and no start
+of a kernel. (The protocol "LL" of NCCL sends a flag with every word in the same manner.)
 """
 import dataclasses
 import functools
@@ -19,6 +19,7 @@ from macko_jax.kernels.lanes import WARP
 from macko_jax.kernels.vectors import PIECE, Share, Vectors
 
 WARPS = 32
+THREADS = WARPS * WARP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +29,12 @@ class Step:
     Attributes:
       added: which earlier step's result is added; None if it is an operand, or if `fusion` says that
         nothing is.
+      kept: whether the result is one of the chain's results; the last step's always is.
     """
     matrix: strips.Matrix
     fusion: spmv.Fusion
     added: int | None = None
+    kept: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,35 +51,40 @@ class Plan:
 
     def x(self, i: int) -> Vectors:
         """The vector that step i gathers from."""
+        step = self.steps[i]
         return Vectors(
-            self.dtype, length=self.steps[i].matrix.shape[1], slack=self.steps[i].matrix.slack,
-            count=1, batch=1, staged=True, before=self.steps[i].fusion.before,
-            first_slot=self._slots[i][0])
+            self.dtype, length=step.matrix.shape[1], slack=step.matrix.slack, count=1, batch=1,
+            staged=True, before=step.fusion.before, first_slot=self.slot("x", i))
 
-    def added(self, i: int) -> Share:
-        """What the block adds to its results of step i."""
+    def share(self, i: int) -> Share:
+        """The elements of step i's result that belong to a block's rows."""
         return Share(rows=self.steps[i].matrix.shape[0], blocks=self.blocks, count=1, batch=1)
 
-    def squares_slot(self, i: int) -> int:
-        return self._slots[i][1]
+    def slot(self, what: str, i: int) -> int:
+        """Of shared memory, the first one of `what` of step i.
 
-    def added_slot(self, i: int) -> int:
-        return self._slots[i][2]
+        That is "x", "squares" (a sum of them for each warp), "add" (an operand) or "result".
+        """
+        return self._places[what, i]
 
     @property
     def shared_slots(self) -> int:
-        return self._slots[-1][0]
+        return self._places["end"]
 
     @functools.cached_property
-    def _slots(self) -> list[tuple]:
-        """For each step: the first slots of x, of sums of squares and of what is added; the end."""
-        sizes = []
-        for step in self.steps:
-            share = -(-step.matrix.shape[0] // self.blocks)
-            sizes.append((step.matrix.shape[1] + step.matrix.slack,
-                          WARPS * (step.fusion.eps is not None), share * step.fusion.add))
-        ends = [0, *itertools.accumulate(-(-size // 4) * 4 for size in itertools.chain(*sizes))]
-        return [tuple(ends[3 * i:3 * i + 3]) for i in range(len(self.steps) + 1)]
+    def _places(self) -> dict:
+        sizes = {}
+        for i, step in enumerate(self.steps):
+            sizes["squares", i] = WARPS
+            sizes["result", i] = sizes["add", i] = self.share(i).slots
+        # While x of a step is written, only that of the step before may still be read.
+        turns = [0, 0]
+        for i, step in enumerate(self.steps):
+            turns[i % 2] = max(turns[i % 2], step.matrix.shape[1] + step.matrix.slack)
+        sizes |= {("x", i): size for i, size in enumerate(turns)}
+        ends = itertools.accumulate((-(-size // 4) * 4 for size in sizes.values()), initial=0)
+        places = dict(zip([*sizes, "end"], ends))
+        return places | {("x", i): places["x", i % 2] for i in range(len(self.steps))}
 
     def first(self, i: int) -> int:
         """Index of the first element of step i's result in the array `exchange`."""
@@ -96,71 +104,96 @@ class Plan:
             out += [f"{name}{i}" for name in ("values", "codes", "row_offsets", "starts", *extras)]
         return ["x", *out]
 
+    @property
+    def kept(self) -> list[int]:
+        """Steps whose results are the chain's, in this order; named y and the step's number."""
+        return [i for i, step in enumerate(self.steps)
+                if step.kept or i == len(self.steps) - 1]
+
 
 def program(ops, plan: Plan) -> None:
-    """Computes y, the last step's result, on the arrays of `plan.names`, exchange and y."""
-    threads = WARPS * WARP
-    for i, (step, x) in enumerate((s, plan.x(i)) for i, s in enumerate(plan.steps)):
-        matrix, fusion = step.matrix, step.fusion
+    """Computes the results on the arrays of `plan.names`, exchange, and one for each result."""
+    for i, step in enumerate(plan.steps):
+        matrix, fusion, x = step.matrix, step.fusion, plan.x(i)
         walk = walks.make(
             ops, matrix, block=ops.block(), blocks=plan.blocks, warps=WARPS,
             unroll=config.groups_ahead(matrix), scale=x.scale, suffix=str(i))
         if i == 0:
-            x.begin(ops, "x", ops.integer(0), threads, scale="scale0")
-        started = walk.start()
-        if fusion.add:
-            added = plan.added(i)
-            source = (dict(name=f"add{i}") if step.added is None else
-                      dict(name="exchange", first=plan.first(step.added), dtype=plan.dtype))
-            added.stage(ops, walk=walk, first_vector=ops.integer(0),
-                        first_slot=plan.added_slot(i), threads=threads, **source)
-        squares = x.finish() if i == 0 else x.receive(
-            ops, "exchange", plan.first(i - 1), f"scale{i}", threads)
-        if fusion.eps is not None:
-            spmv.share_squares(ops, squares, plan.squares_slot(i))
-        ops.barrier()
+            x.begin(ops, "x", ops.integer(0), THREADS, scale="scale0")
+            started = walk.start()
+        else:  # the walk's first weights would delay what the block waits for
+            opened = walk.open()
+        if fusion.add and step.added is None:
+            plan.share(i).stage(ops, f"add{i}", walk, first_vector=ops.integer(0),
+                                first_slot=plan.slot("add", i), threads=THREADS)
+        if i == 0:
+            squares = x.finish()
+        else:
+            squares = x.receive(ops, "exchange", plan.first(i - 1), f"scale{i}", THREADS)
+            started = walk.read(opened)
         inverse = None
         if fusion.eps is not None:
+            spmv.share_squares(ops, squares, plan.slot("squares", i))
+        ops.barrier()
+        if fusion.eps is not None:
             inverse = spmv.inverse_norm(
-                ops, plan.squares_slot(i), WARPS, matrix.shape[1], fusion.eps)
+                ops, plan.slot("squares", i), WARPS, matrix.shape[1], fusion.eps)
+        walk.run(started, lambda: [ops.real(0)], functools.partial(spmv.multiply, ops, matrix, x),
+                 functools.partial(_finish, ops, plan, i, walk, inverse))
+        if i < len(plan.steps) - 1:
+            ops.barrier()
+            _publish(ops, plan, i, walk)
 
-        def finish(row, sums, i=i, step=step, walk=walk, inverse=inverse):
-            [total] = lanes.sum_over_lanes(ops, sums, step.matrix.lanes)
-            inside = row < walk.end_row
-            if inverse is not None:
-                total = total * inverse
-            if step.fusion.add:
-                total = total + added.at(row, inside)[0]
-            mine = (walk.part == 0) & inside
-            if i == len(plan.steps) - 1:
-                ops.store_real("y", row, total, mine)
-            else:
-                ops.publish("exchange", row + plan.first(i), total, plan.dtype, mine)
 
-        walk.run(started, lambda: [ops.real(0)],
-                 functools.partial(spmv.multiply, ops, matrix, x), finish)
+def _finish(ops, plan: Plan, i: int, walk, inverse, row, sums: list) -> None:
+    """Puts an element of step i's result where it belongs."""
+    step, inside = plan.steps[i], row < walk.end_row
+    place = ops.select(inside, row - walk.first_row, ops.integer(0))
+    [total] = lanes.sum_over_lanes(ops, sums, step.matrix.lanes)
+    if inverse is not None:
+        total = total * inverse
+    if step.fusion.add:
+        slot = plan.slot("add", i) if step.added is None else plan.slot("result", step.added)
+        total = total + ops.load_shared((place + slot) * 4, 1)[0]
+    mine = inside & (walk.part == 0)
+    if i in plan.kept:
+        ops.store_real(f"y{i}", row, total, mine)
+    if i < len(plan.steps) - 1:
+        ops.store_shared(place + plan.slot("result", i), total, mine)
+
+
+def _publish(ops, plan: Plan, i: int, walk) -> None:
+    """Writes the block's share of step i's result for all blocks, in as few stores as it takes."""
+    def store(row):
+        slot = row - walk.first_row + plan.slot("result", i)
+        [value] = ops.load_shared(slot * 4, 1)
+        ops.publish("exchange", row + plan.first(i), value, plan.dtype, row < walk.end_row)
+        return row + THREADS
+
+    ops.loop(lambda row: row < walk.end_row, store, walk.first_row + ops.thread())
 
 
 def why_not(plan: Plan) -> str | None:
     """None if the kernel computes the chain, or the reason why it does not."""
     if jnp.dtype(plan.dtype).itemsize != 2:
         return f"the vectors are {jnp.dtype(plan.dtype).name}, not of a 16-bit type"
-    for i, step in enumerate(plan.steps):
+    for step in plan.steps:
         rows, cols = step.matrix.shape
         if rows < plan.blocks:
             return f"a matrix of {rows} rows has too few for {plan.blocks} blocks"
         if rows % PIECE or cols % PIECE:
             return f"a {rows} x {cols} matrix has not whole pieces of {PIECE} rows and columns"
     if 4 * plan.shared_slots > config.SHARED_BYTES:
-        return "shared memory has no room for the vectors of all steps"
+        return "shared memory has no room for the vectors"
     return None
 
 
-def run(plan: Plan, exchange, *operands):
-    """The last step's result, [rows]; operands as `plan.names`."""
-    rows = plan.steps[-1].matrix.shape[0]
-    y, _ = lanes.run(
-        lambda ops: program(ops, plan), [*plan.names, "exchange", "y"], operands,
-        jax.ShapeDtypeStruct((rows,), plan.dtype), blocks=plan.blocks, warps=WARPS,
+def run(plan: Plan, exchange, *operands) -> list:
+    """The results, each [rows]; operands as `plan.names`."""
+    results = [jax.ShapeDtypeStruct((plan.steps[i].matrix.shape[0],), plan.dtype)
+               for i in plan.kept]
+    names = [*plan.names, "exchange", *(f"y{i}" for i in plan.kept)]
+    out, _ = lanes.run(
+        lambda ops: program(ops, plan), names, operands, results, blocks=plan.blocks, warps=WARPS,
         shared_slots=plan.shared_slots, changed=[exchange])
-    return y
+    return out

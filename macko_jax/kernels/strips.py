@@ -207,9 +207,17 @@ class RowWalk:
 
     def start(self):
         """Issues the first loads; what `run` begins with."""
-        strip = self._open(self._first)
+        return self.read(self.open())
+
+    def open(self):
+        """Issues the loads that say where the first rows lie."""
+        return self._open(self._first), self._open(self._first + self._stride)
+
+    def read(self, opened):
+        """Issues the first loads of what `open` found; what `run` begins with."""
+        strip, upcoming = opened
         data, moved = self._read(strip)
-        return strip._replace(**moved), data, self._open(self._first + self._stride)
+        return strip._replace(**moved), data, upcoming
 
     def run(self, started, begin_row, visit, end_row) -> None:
         """Goes through all rows of the block.

@@ -21,6 +21,15 @@ def deal_blocks(ops, blocks: int, passes: int, vectors: int):
     return block, first_vector
 
 
+def _has_blank(word):
+    """Whether one half of a word, or both, is `BLANK`."""
+    return ((word & BLANK) == BLANK) | ((word >> 16) == BLANK)
+
+
+def _any(conditions):
+    return functools.reduce(lambda a, b: a | b, conditions)
+
+
 class Vectors:
     """`count` vectors side by side in shared memory, or gathered from global memory.
 
@@ -120,8 +129,8 @@ class Vectors:
             ops.store_shared_words(place, words, column < self._columns)
         return squares
 
-    def receive(self, ops, name, first: int, scale, threads: int):
-        """Fills shared memory with a vector while other blocks of the kernel write it.
+    def receive(self, ops, name, first: int, scale, threads: int) -> list:
+        """Fills shared memory with a vector as soon as the blocks that compute it have written it.
 
         It is one 16-bit vector of whole `PIECE`s, published as elements from `first` on of the array
         `name`, which is all `BLANK` before. `scale` is the name of the norm's array. The block's
@@ -130,37 +139,42 @@ class Vectors:
         Returns:
           As `finish`.
         """
-        self.ops = ops
-        parts = [first, first + self.length] if self.before == "gate" else [first]
-        squares = [ops.real(0)] if self.before == "norm" else []
-        arrivals = []
-        for round_ in range(-(-self._columns // (PIECE * threads))):
-            piece = ops.thread() + round_ * threads
-            inside = piece < self.length // PIECE
-            sources = [piece + part // PIECE for part in parts]
-            arrivals.append((piece, inside, [(at, self._look(name, at, inside)) for at in sources]))
-        for piece, inside, arriving in arrivals:
-            rows = [self._numbers(self._await(name, at, inside, seen)) for at, seen in arriving]
-            if self.before == "norm":
-                squares = [functools.reduce(lambda total, x: ops.fma(x, x, total), rows[0], squares[0])]
-                rows.append(self._numbers(ops.load_words(scale, piece, PIECE // 2, inside)))
-            words = [ops.as_word(self._element(*elements)) for elements in zip(*rows)]
-            for i in range(0, PIECE, 4):
-                place = piece * (PIECE * 4) + (4 * i + self._base)
-                ops.store_shared_words(place, words[i:i + 4], piece < self._columns // PIECE)
+        self.ops, normed = ops, self.before == "norm"
+        firsts = [first, first + self.length] if self.before == "gate" else [first]
+        rounds = range(-(-self._columns // (PIECE * threads)))
+        pieces = [ops.thread() + i * threads for i in rounds]
+        whole = [piece < self.length // PIECE for piece in pieces]
+        scales = [ops.load_words(scale, *at) for at in self._at(pieces, 0, whole)] if normed else []
+
+        def look(where):
+            """The words of all pieces, of each part one after the other; zero where not `where`."""
+            return [[ops.load_words(name, *at, how=FRESH) for at in self._at(pieces, part, where)]
+                    for part in firsts]
+
+        def missing(parts):
+            return [_any(_has_blank(w) for words in piece for w in words) for piece in zip(*parts)]
+
+        def look_again(parts):
+            gone = missing(parts)
+            return [[ops.select(where, new, old) for where, new, old in zip(gone, news, olds)]
+                    for news, olds in zip(look(gone), parts)]
+
+        parts = ops.loop(lambda parts: _any(missing(parts)), look_again, look(whole))
+        squares = [ops.real(0)] if normed else []
+        for i, piece in enumerate(pieces):
+            rows = [self._numbers(words[i]) for words in (*parts, *([scales] if normed else []))]
+            for x in rows[0]:
+                squares = [ops.fma(x, x, total) for total in squares]
+            staged = [ops.as_word(self._element(*loads)) for loads in zip(*rows)]
+            for j in range(0, PIECE, 4):
+                place = piece * (PIECE * self.scale) + (j * self.scale + self._base)
+                ops.store_shared_words(place, staged[j:j + 4], piece < self._columns // PIECE)
         return squares
 
-    def _look(self, name, piece, where):
-        return self.ops.load_words(name, piece, PIECE // 2, where, how=FRESH)
-
-    def _await(self, name, piece, where, seen):
-        """The words of a piece once all of its elements are there."""
-        def missing(words):
-            gone = [half for word in words for half in (
-                (word & BLANK) == BLANK, (word >> 16) == BLANK)]
-            return functools.reduce(lambda a, b: a | b, gone)
-
-        return self.ops.loop(missing, lambda _: self._look(name, piece, where), seen)
+    @staticmethod
+    def _at(pieces, first: int, where):
+        """For each piece of a vector that begins at element `first`: what `load_words` needs."""
+        return [(piece + first // PIECE, PIECE // 2, w) for piece, w in zip(pieces, where)]
 
     def _numbers(self, words):
         return [number for word in words for number in self.ops.pair(word, self.dtype)]
