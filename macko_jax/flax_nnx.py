@@ -169,8 +169,8 @@ def chain(
         blank: see `macko_jax.fused_chain`.
 
     Returns:
-        The results of the steps that are `kept`, and of the last. Layers of another type than x, that
-        contract other axes than the last, or that add something to a bias, take a kernel each.
+        The results of the steps that are `kept`, and of the last. Layers of another type than x,
+        that contract other axes than the last, or that add something to a bias, take a kernel each.
     """
     as_steps = [layer.as_step(x.dtype, **options) for layer, options in steps]
     if None not in as_steps:

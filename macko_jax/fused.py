@@ -9,7 +9,7 @@ same operations one after the other.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def fused_spmv(
     """
     step = Step(matrix, norm, gated, add)
     _check(step, x.shape, [])
-    if not _fits(step, x):
+    if norm is None and not gated and add is None or not _fits(step, x):
         return _compose(x, step)
     [y] = _one_vector(x, [step])
     return y
@@ -102,9 +102,13 @@ def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None 
     """Products of which each takes the result of the one before, as `fused_spmv` computes them.
 
     On CUDA, one 16-bit vector takes one kernel for all of them, if every matrix has as many rows as
-    the GPU has multiprocessors, and rows and columns in whole eights. Its blocks hand results to
-    each other through memory and wait for them, so that all must run at once: nothing else may
-    hold multiprocessors of that GPU for ever. Differentiable like `spmv`.
+    the GPU has multiprocessors, and rows and columns in whole eights. Differentiable like `spmv`.
+
+    The kernel's blocks hand results to each other through memory and wait for them, so all of them
+    must get to run, one on each multiprocessor. They do unless other kernels hold multiprocessors
+    and wait in turn: two chains at once on one GPU can wait for each other for ever. So let no two
+    of a program be independent, as no two layers of a model are, and run one such program at a
+    time.
 
     Args:
       x: of the first product.
@@ -128,8 +132,8 @@ def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None 
     if blank is not None and (blank.shape, blank.dtype) != ((needed,), jnp.uint16):
         raise ValueError(
             f"blank has {needed} elements of uint16 here, got {list(blank.shape)} {blank.dtype}")
-    alike = all(step.matrix.dtype == x.dtype for step in steps)
-    if len(steps) > 1 and alike and all(_fits(step, x) for step in steps):
+    dtypes = {x.dtype, *(a.dtype for s in steps for a in (s.matrix.values, *_extras(s).values()))}
+    if len(steps) > 1 and len(dtypes) == 1 and all(_fits(step, x) for step in steps):
         return _one_vector(x, steps, blank)
     return _one_after_the_other(x, steps)
 
@@ -161,13 +165,12 @@ def _check(step, x_shape, earlier_rows):
 
 
 def _fits(step, x) -> bool:
-    """Whether the primitive computes the step: one vector, and more than a plain product."""
+    """Whether the primitive computes the step."""
     matrix, add = step.matrix, step.add
     one = math.prod(x.shape[:-1]) == 1
-    more = step.norm is not None or step.gated or add is not None
     whole = add is None or isinstance(add, int) or add.size == matrix.shape[0]
     plain = matrix.scales is None and matrix.values.ndim == 1
-    return one and more and whole and plain and jnp.issubdtype(x.dtype, jnp.floating)
+    return one and whole and plain and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _extras(step) -> dict[str, jax.Array]:
@@ -245,29 +248,25 @@ def _step(known: _Static, part) -> Step:
 
 def _kernel(static, x, parts, blank):
     """The same in one kernel, or None where it does not serve."""
-    from macko_jax.kernels import chain, config, products, spmv as kernel, strips, vectors
-    steps = []
-    for known, part in zip(static, parts):
+    from macko_jax.kernels import chain, products, spmv as kernel, strips, vectors
+    steps, problems, out_dtype = [], [], _out_dtype(x, parts)
+    for known, (values, *_) in zip(static, parts):
         layout = dict(shape=known.shape, encoding=known.encoding, lanes=known.lanes,
-                      stored=part[0].shape[0])
-        problem = dispatch.Problem(
-            product="spmv", platform="cuda", batch=1, dtypes=(part[0].dtype, x.dtype),
-            out_dtype=_out_dtype(x, parts), **layout)
-        if products.why_not(problem):
-            return None
+                      stored=values.shape[0])
         adds = known.added is not None or "add" in known.extras
         fusion = kernel.Fusion(known.eps, known.gated, adds)
-        matrix = strips.Matrix(**layout, dtype=part[0].dtype)
+        matrix = strips.Matrix(**layout, dtype=values.dtype)
         steps.append(chain.Step(matrix, fusion, known.added, known.kept))
-    if len(steps) == 1:
-        [step], [part] = steps, parts
-        plan = kernel.plan_fused(step.matrix, x.dtype, step.fusion)
-        operands = *part[:len(ARRAYS)], x, *part[len(ARRAYS):]
-        return plan and [kernel.run(plan, _out_dtype(x, parts), *operands)]
-    plan = chain.Plan(tuple(steps), x.dtype, config.multiprocessors())
-    floats = [a for part in parts for a in part if jnp.issubdtype(a.dtype, jnp.floating)]
-    if chain.why_not(plan) or any(a.dtype != x.dtype for a in floats):
+        problems.append(dispatch.Problem(
+            product="spmv", platform="cuda", batch=1, dtypes=(values.dtype, x.dtype),
+            out_dtype=out_dtype, **layout))
+    plan = products.plan_fused(steps, problems, x.dtype)
+    if plan is None:
         return None
+    if len(parts) == 1:
+        [part] = parts
+        operands = *part[:len(ARRAYS)], x, *part[len(ARRAYS):]
+        return [kernel.run(plan, out_dtype, *operands)]
     exchange = blank[0] if blank else jnp.full(plan.exchanged, vectors.BLANK, jnp.uint16)
     results = chain.run(plan, exchange, x, *(array for part in parts for array in part))
     return [y[None] for y in results]

@@ -5,7 +5,7 @@
 
 With that allocator every array is an allocation of its own, so that a read past its end is found.
 The parts split the work among processes. Results are compared with dense products. racecheck takes
-minutes for the larger matrices: give it --only="37, 301|attention".
+minutes for the larger matrices: give it --only="37, 301|attention|chain.*136".
 """
 import dataclasses
 import functools

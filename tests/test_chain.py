@@ -73,8 +73,7 @@ def test_program(encoding, blocks):
 
 
 def test_what_is_no_number_is_published_as_such():
-    """A result of NaN is not taken for one that is missing, for which blocks would wait for ever."""
-    matrices, x, residual, scale = make()
+    """Not as what is missing, for which other blocks would wait for ever."""
     ops = emulation.NumpyLanes(
         {"exchange": np.full(64, BLANK, np.uint16)}, blocks=1, threads=32, shared_slots=8)
     ops.publish("exchange", ops.thread(), ops.real(-np.nan), jnp.float16, ops.thread() < 32)
@@ -150,7 +149,8 @@ def test_errors_say_what_is_wrong():
 @needs_gpu
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(136, 272, 144), (1000, 2744, 2008), (4096, 11008, 12288)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(136, 272, 144), (1000, 2744, 2008), (4096, 11008, 12288)], ids=str)
 def test_kernel(shape, dtype, encoding):
     matrices, x, residual, scale = make(*shape, encoding=encoding, dtype=dtype)
     assert lowered("cuda", (matrices, x, residual, scale)).count("@mosaic_gpu") == 1

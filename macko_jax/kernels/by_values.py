@@ -64,9 +64,10 @@ def program(ops, plan: Plan) -> None:
 
     first, groups = ops.integer(0), matrix.stored // GROUP
     x.begin(ops, "x", first, threads)
+    y.begin(ops, "y", walk, first_vector=first, first_slot=x.slots, threads=threads)
     started = walk.start()
-    y.stage(ops, "y", walk, first_vector=first, first_slot=x.slots, threads=threads)
     x.finish()
+    y.finish()
     ops.barrier()
     walk.run(started, lambda: (), outer, lambda row, state: None)
     spare = ops.load_integer("row_offsets", ops.integer(matrix.shape[0]))

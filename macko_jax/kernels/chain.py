@@ -1,11 +1,11 @@
 """The lane program of a chain of products: each takes the result of the one before.
 
-All blocks run at once, one on each multiprocessor, and every block owns a share of the rows of every
-matrix. A product needs the whole result of the one before, so between them the blocks have to meet.
-They meet in the data: a block publishes its share of a result in the array `exchange`, which is all
-`BLANK` at first, and reads the whole vector again until no element of it is missing. So a meeting
-takes a write and a read or two of the L2 cache, and no barrier of the grid, no counter and no start
-of a kernel. (The protocol "LL" of NCCL sends a flag with every word in the same manner.)
+All blocks run at once, one on each multiprocessor, and every block owns a share of the rows of
+every matrix. A product needs the whole result of the one before, so between them the blocks have to
+meet. They meet in the data: a block publishes its share of a result in the array `exchange`, which
+is all `BLANK` at first, and reads the whole vector again until no element of it is missing. So a
+meeting takes a write and a read or two of the L2 cache, and no barrier of the grid, no counter and
+no start of a kernel. (The protocol "LL" of NCCL sends a flag with every word in the same manner.)
 """
 import dataclasses
 import functools
@@ -27,8 +27,8 @@ class Step:
     """One product of a chain: y = add + A f(x).
 
     Attributes:
-      added: which earlier step's result is added; None if it is an operand, or if `fusion` says that
-        nothing is.
+      added: which earlier step's result is added; None if it is an operand, or if `fusion` says
+        that nothing is.
       kept: whether the result is one of the chain's results; the last step's always is.
     """
     matrix: strips.Matrix
@@ -118,19 +118,21 @@ def program(ops, plan: Plan) -> None:
         walk = walks.make(
             ops, matrix, block=ops.block(), blocks=plan.blocks, warps=WARPS,
             unroll=config.groups_ahead(matrix), scale=x.scale, suffix=str(i))
+        add = plan.share(i) if fusion.add and step.added is None else None
         if i == 0:
             x.begin(ops, "x", ops.integer(0), THREADS, scale="scale0")
-            started = walk.start()
-        else:  # the walk's first weights would delay what the block waits for
-            opened = walk.open()
-        if fusion.add and step.added is None:
-            plan.share(i).stage(ops, f"add{i}", walk, first_vector=ops.integer(0),
-                                first_slot=plan.slot("add", i), threads=THREADS)
+        if add:
+            add.begin(ops, f"add{i}", walk, first_vector=ops.integer(0),
+                      first_slot=plan.slot("add", i), threads=THREADS)
         if i == 0:
+            started = walk.start()
             squares = x.finish()
-        else:
+        else:  # the first weights would delay what the block waits for
+            opened = walk.open()
             squares = x.receive(ops, "exchange", plan.first(i - 1), f"scale{i}", THREADS)
             started = walk.read(opened)
+        if add:
+            add.finish()
         inverse = None
         if fusion.eps is not None:
             spmv.share_squares(ops, squares, plan.slot("squares", i))

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from macko_jax import quantization
-from macko_jax.kernels import by_values, config, decode, spmv, strips, transposed
+from macko_jax.kernels import by_values, chain, config, decode, spmv, strips, transposed
 from macko_jax.layout import words_per_row
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -37,6 +37,20 @@ def choose(problem) -> Callable:
     if problem.product == "spmv":
         return _spmv_by_decode if _by_decode(problem) else spmv.spmv
     return _transposed_by_decode if _by_decode(problem) else transposed.spmv_transposed
+
+
+def plan_fused(steps, problems, x_dtype) -> spmv.Plan | chain.Plan | None:
+    """Of one kernel for a chain of `chain.Step`s, or for one; None where there is none.
+
+    `problems` are the steps' plain products.
+    """
+    if any(why_not(problem) is not None for problem in problems):
+        return None
+    if len(steps) == 1:
+        [step] = steps
+        return spmv.plan_fused(step.matrix, x_dtype, step.fusion)
+    plan = chain.Plan(tuple(steps), x_dtype, config.multiprocessors())
+    return plan if chain.why_not(plan) is None else None
 
 
 def _by_decode(problem) -> bool:

@@ -101,11 +101,13 @@ def program(ops, plan: Plan) -> None:
 
     # All loads that depend on nothing come first: the start of a kernel is a chain of latencies.
     x.begin(ops, "x", first_vector, threads)
-    started = walk.start()
     if fusion.add:
-        added.stage(ops, "add", walk, first_vector=ops.integer(0),
+        added.begin(ops, "add", walk, first_vector=ops.integer(0),
                     first_slot=plan.shared_slots - added.slots, threads=threads)
+    started = walk.start()
     squares = x.finish()
+    if fusion.add:
+        added.finish()
     if fusion.eps is not None:
         share_squares(ops, squares, x.slots)
     ops.barrier()

@@ -115,8 +115,9 @@ def program(ops, plan: Plan) -> None:
         at = (vector * plan.share + block) * cols + index
         ops.store_real("x", at, total, index < cols)
 
+    y.begin(ops, "y", walk, first_vector=vector, first_slot=sums_end, threads=threads)
     started = walk.start()
-    y.stage(ops, "y", walk, first_vector=vector, first_slot=sums_end, threads=threads)
+    y.finish()
     each(sums_end, lambda index: ops.store_shared(index, ops.real(0), index < sums_end))
     ops.barrier()
     walk.run(started, lambda: (), add, end_row)

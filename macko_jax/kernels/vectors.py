@@ -132,9 +132,9 @@ class Vectors:
     def receive(self, ops, name, first: int, scale, threads: int) -> list:
         """Fills shared memory with a vector as soon as the blocks that compute it have written it.
 
-        It is one 16-bit vector of whole `PIECE`s, published as elements from `first` on of the array
-        `name`, which is all `BLANK` before. `scale` is the name of the norm's array. The block's
-        barrier has to follow.
+        It is one 16-bit vector of whole `PIECE`s, published as elements from `first` on of the
+        array `name`, which is all `BLANK` before. `scale` is the name of the norm's array. The
+        block's barrier has to follow.
 
         Returns:
           As `finish`.
@@ -201,25 +201,34 @@ class Share:
         self.size = -(-rows // blocks)
         self.slots = self.size * count
 
-    def stage(self, ops, name, walk, *, first_vector, first_slot: int, threads: int, first: int = 0,
-              dtype=None):
-        """Copies the share of `walk`'s block; the block's barrier has to follow.
+    def begin(self, ops, name, walk, *, first_vector, first_slot: int, threads: int):
+        """Issues the first loads of the share of `walk`'s block."""
+        self.ops, self.walk, self.name, self.threads = ops, walk, name, threads
+        self.first_vector, self.first_slot = first_vector, first_slot
+        self._head = self._read(ops.thread())
 
-        The vectors begin at element `first` of the array, whose bits are of type `dtype` if that is
-        given.
-        """
-        self.ops, self.walk, self.first_slot = ops, walk, first_slot
-
+    def finish(self):
+        """Fills shared memory; the block's barrier has to follow."""
         def copy(index):
-            row = walk.first_row + index
-            for k in range(self.count):
-                inside = (row < walk.end_row) & (first_vector + k < self.batch)
-                at = (first_vector + k) * self.rows + row + first
-                value = ops.load_real(name, at, inside, dtype)
-                ops.store_shared(index + (first_slot + k * self.size), value, index < self.size)
-            return index + threads
+            self._write(index, self._read(index))
+            return index + self.threads
 
-        ops.loop(lambda index: index < self.size, copy, ops.thread())
+        self._write(self.ops.thread(), self._head)
+        if self.size > self.threads:
+            self.ops.loop(
+                lambda index: index < self.size, copy, self.ops.thread() + self.threads)
+
+    def _read(self, index) -> list:
+        row = self.walk.first_row + index
+        vectors = [self.first_vector + k for k in range(self.count)]
+        return [self.ops.load_real(
+            self.name, vector * self.rows + row,
+            (row < self.walk.end_row) & (vector < self.batch)) for vector in vectors]
+
+    def _write(self, index, values: list) -> None:
+        for k, value in enumerate(values):
+            slot = index + (self.first_slot + k * self.size)
+            self.ops.store_shared(slot, value, index < self.size)
 
     def at(self, row, where) -> list:
         """The elements of all vectors at a row of the block; anything where not `where`."""
