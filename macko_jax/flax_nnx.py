@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -96,17 +96,17 @@ class MackoLinear(nnx.Module):
             scales=None if self.scales is None else self.scales[...],
         )
 
-    def as_step(self, dtype, **options) -> Step | None:
+    def as_step(self, dtype, norm, gated, add, kept) -> Step | None:
         """The layer on inputs of this dtype as a step of a chain; None if it is more than that."""
         alike = jnp.dtype(dtype) == self.values.dtype == jnp.dtype(self.dtype or dtype)
         simple = isinstance(self.in_features, int) and isinstance(self.out_features, int)
         if not (alike and simple and self.axis in (-1, (-1,))):
             return None
         if self.bias is not None:
-            if options.get("add") is not None or self.bias.dtype != self.values.dtype:
+            if add is not None or self.bias.dtype != self.values.dtype:
                 return None
-            options["add"] = self.bias[...]
-        return Step(self.matrix, **options)
+            add = self.bias[...]
+        return Step(self.matrix, norm, gated, add, kept)
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Multiply by the kernel and add the bias.
@@ -157,34 +157,48 @@ class MackoLinear(nnx.Module):
         )
 
 
+class LayerStep(NamedTuple):
+    """One layer of a chain, on the result of the one before.
+
+    Attributes:
+        layer: the layer.
+        norm, gated: as in `MackoLinear.fused`.
+        add: as there, or the number of an earlier step, from 0, whose result is added.
+        kept: whether its result is among those of the chain. The last step's always is.
+    """
+
+    layer: MackoLinear
+    norm: tuple[jax.Array, float] | None = None
+    gated: bool = False
+    add: jax.Array | int | None = None
+    kept: bool = False
+
+
 def chain(
-    x: jax.Array, steps: Sequence[tuple[MackoLinear, dict]], *, blank: jax.Array | None = None
-) -> jax.Array:
+    x: jax.Array, steps: Sequence[LayerStep], *, blank: jax.Array | None = None
+) -> list[jax.Array]:
     """Layers of which each takes the result of the one before, as `macko_jax.fused_chain` does.
+
+    Layers of another type than x, that contract other axes than the last, or that add something to
+    a bias, make it a kernel for each layer.
 
     Args:
         x: the first layer's inputs.
-        steps: the layers, each with the options of `MackoLinear.fused`; `add` may be the number of
-            an earlier step, whose result is added, and `kept` says that its own is returned.
+        steps: the layers.
         blank: see `macko_jax.fused_chain`.
 
     Returns:
-        The results of the steps that are `kept`, and of the last. Layers of another type than x,
-        that contract other axes than the last, or that add something to a bias, take a kernel each.
+        The results of the steps that are `kept`, and of the last.
     """
-    as_steps = [layer.as_step(x.dtype, **options) for layer, options in steps]
+    as_steps = [layer.as_step(x.dtype, *options) for layer, *options in steps]
     if None not in as_steps:
         return fused_chain(x, as_steps, blank=blank)
-    results, returned = [], []
-    for i, (layer, options) in enumerate(steps):
-        options, kept = dict(options), options.get("kept", False)
-        options.pop("kept", None)
-        if isinstance(options.get("add"), int):
-            options["add"] = results[options["add"]]
-        x = layer.fused(x, **options)
+    results = []
+    for layer, norm, gated, add, _ in steps:
+        add = results[add] if isinstance(add, int) else add
+        x = layer.fused(x, norm=norm, gated=gated, add=add)
         results.append(x)
-        returned += [x] * (kept or i == len(steps) - 1)
-    return returned
+    return [x for x, step in zip(results, steps[:-1]) if step.kept] + [x]
 
 
 def substitute(model: Model, rules: Rules = None) -> tuple[Model, Report]:

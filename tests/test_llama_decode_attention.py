@@ -2,6 +2,8 @@
 
 import math
 
+from dsf_jax import export
+from dsf_jax.layers import become_pair
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -226,24 +228,34 @@ def test_model_decodes_with_it_as_without(qk_norm, windows, batch, monkeypatch):
     np.testing.assert_array_equal(cache.lengths, wanted_cache.lengths)
 
 
-def test_packed_model_decodes_as_its_dense_twin():
+@pytest.mark.parametrize("pairs", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_packed_model_decodes_as_its_dense_twin(pairs):
     """On a GPU through chains of products, elsewhere through the products one after the other."""
     config = llama.Config(
-        vocab_size=61, hidden_size=256, intermediate_size=272, num_hidden_layers=3,
+        vocab_size=61, hidden_size=256, intermediate_size=272, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, head_dim=DIM, max_position_embeddings=96,
         qkv_bias=True,
     )  # fmt: skip
     dense = llama.Llama(config, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    for path, layer in nnx.iter_modules(dense):
-        if isinstance(layer, nnx.Linear) and "layers" in path:
-            kept = rng.random(layer.kernel.shape) < 0.4
-            layer.kernel[...] = jnp.asarray(4 * kept, jnp.float16) * layer.kernel[...]
-            if layer.bias is not None:
-                layer.bias[...] = jnp.asarray(rng.standard_normal(layer.bias.shape), jnp.float16)
-    packed, report = macko_jax.flax_nnx.substitute(dense, [macko_jax.Rule("layers/.*")])
-    assert len(report.packed) == 12
-    tokens = jnp.asarray(rng.integers(0, 61, (1, 12)))
+
+    def sparse(*shape):
+        mask = rng.random(shape) < 0.4
+        return jnp.asarray(mask * rng.standard_normal(shape) / np.sqrt(0.4 * shape[-1]), jnp.float16)
+
+    for block in dense.layers:
+        bias = block.attention.qkv.bias
+        bias[...] = jnp.asarray(rng.standard_normal(bias.shape), bias.dtype)
+        mlp, attention = block.mlp, block.attention
+        for layer in attention.qkv, attention.out, mlp.gate_up, mlp.down:
+            rows, cols = layer.out_features, layer.in_features
+            if pairs:
+                become_pair(layer, sparse(1, rows, 256), sparse(1, 256, cols))
+            else:
+                layer.kernel[...] = sparse(rows, cols).T
+    packed, report = export.pack(dense, [macko_jax.Rule("layers/.*")])
+    assert len(report.packed) == (16 if pairs else 8)
+    tokens = jnp.asarray(rng.integers(0, 61, (1, 8)))
     results = []
     for model in dense, packed:
         structure, arrays = llama.Structure.of(model)
@@ -254,7 +266,7 @@ def test_packed_model_decodes_as_its_dense_twin():
 
         _, cache = extend(arrays, tokens[:, :4])
         cache, out = llama.widen(cache, 32), []
-        for i in range(4, 12):
+        for i in range(4, 8):
             hidden, cache = extend(arrays, tokens[:, i : i + 1], cache)
             out.append(hidden)
         results.append(np.concatenate(out, axis=1).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Attention of one token a sequence in one GPU kernel: rotation, the cache's update, softmax, mixing.
+"""Attention of one token a sequence in a GPU kernel: rotation, the cache's update, softmax, mixing.
 
 A block serves the query heads of one key-value head, at most four. Eight lanes of a warp share a
 slot and each holds 16 elements of its key and value, so that a warp has four slots at a time, or a

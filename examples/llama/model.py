@@ -15,6 +15,7 @@ import functools
 import math
 from typing import NamedTuple
 
+from dsf_jax.layers import FactorPair
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,10 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return (wide * self.scale[...]).astype(x.dtype)
+
+    def parameters(self):
+        """(scale, eps), as packed layers take them."""
+        return self.scale[...], self.eps
 
 
 class Attention(nnx.Module):
@@ -165,35 +170,54 @@ class Step(NamedTuple):
     kept: bool = False
 
 
-def _all_packed(steps):
-    return all(isinstance(step.linear, flax_nnx.MackoLinear) for step in steps)
+def _packed(steps):
+    """The steps as those of packed layers, a pair of factors as two; None if one is not packed."""
+    packed, ends = [], []
+    for linear, norm, gated, add, kept in steps:
+        pair = isinstance(linear, FactorPair)
+        layers = [linear.right, linear.left] if pair else [linear]
+        if not all(isinstance(layer, flax_nnx.MackoLinear) for layer in layers):
+            return None
+        add = ends[add] if isinstance(add, int) else add
+        packed += map(flax_nnx.LayerStep, layers)
+        packed[-len(layers)] = packed[-len(layers)]._replace(
+            norm=norm and norm.parameters(), gated=gated
+        )
+        packed[-1] = packed[-1]._replace(add=add, kept=kept)
+        ends.append(len(packed) - 1)
+    return packed
 
 
 def _chain(x, steps, dropout=None, blank=None):
     """Applies steps, each to the result of the one before: the results kept, and the last.
 
-    Packed layers are given all of it, since for one token they do that in one kernel. Dropout is
-    applied to what is added to something.
+    Packed layers are given all of it, since for one token they do that in one kernel. Dropout
+    applies to what is added to something.
     """
-    if dropout is None and _all_packed(steps):
-        norms = [step.norm and (step.norm.scale[...], step.norm.eps) for step in steps]
-        packed = [
-            (step.linear, dict(norm=norm, gated=step.gated, add=step.add, kept=step.kept))
-            for step, norm in zip(steps, norms)
-        ]
+    packed = _packed(steps)
+    if dropout is None and packed is not None:
         return flax_nnx.chain(x, packed, blank=blank)
     results = []
-    for linear, norm, gated, add, _ in steps:
-        x = x if norm is None else norm(x)
-        if gated:
-            gate, up = jnp.split(x, 2, axis=-1)
-            x = jax.nn.silu(gate) * up
-        x = linear(x)
-        if add is not None:
-            x = x if dropout is None else dropout(x)
-            x = (results[add] if isinstance(add, int) else add) + x
+    for step in steps:
+        add = results[step.add] if isinstance(step.add, int) else step.add
+        x = _apply(x, step._replace(add=add), dropout)
         results.append(x)
     return [x for x, step in zip(results, steps[:-1]) if step.kept] + [x]
+
+
+def _apply(x, step, dropout):
+    """One step of a chain."""
+    linear, norm, gated, add, _ = step
+    if isinstance(linear, flax_nnx.MackoLinear) and dropout is None:
+        return linear.fused(x, norm=norm and norm.parameters(), gated=gated, add=add)
+    x = x if norm is None else norm(x)
+    if gated:
+        gate, up = jnp.split(x, 2, axis=-1)
+        x = jax.nn.silu(gate) * up
+    y = linear(x)
+    if add is None:
+        return y
+    return add + (y if dropout is None else dropout(y))
 
 
 class Block(nnx.Module):
@@ -229,7 +253,7 @@ class Block(nnx.Module):
         ]
         if following is not None:
             steps.append(following._projection())
-        blanks = sum(s.linear.out_features for s in steps[:-1]) if _all_packed(steps) else 0
+        blanks = sum(step.layer.out_features for step in (_packed(steps) or [])[:-1])
         mixed, layer_cache, blank = self.attention(qkv, positions, rotary, layer_cache, blanks)
         x, *qkv = _chain(mixed, steps, dropout, blank)
         return x, *(qkv or [None]), layer_cache
