@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import macko_jax
 from macko_jax.kernels import chain, emulation, spmv
@@ -130,6 +131,27 @@ def test_derivatives_are_those_of_the_products():
         lambda m: macko_jax.fused_chain(x, steps([m, *matrices[1:]], residual, scale))[1].sum(),
         allow_int=True)(matrices[0]).values
     assert np.any(of_values)
+
+
+def test_one_vector_on_each_device():
+    matrices, x, residual, scale = make(136, 272, 144)
+    count = jax.device_count()
+    mesh = jax.make_mesh((count,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    all_x, all_residual = (
+        np.concatenate([k * a for k in range(1, count + 1)]) for a in (x, residual))
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P(), P("d"), P("d"), P()), out_specs=P("d"))
+    def chained(m, x, r, s):
+        return macko_jax.fused_chain(x, steps(m, r, s))
+
+    arguments = matrices, all_x, all_residual, scale
+    lowered_here = chained.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered_here.count("@mosaic_gpu") == 1
+    found = chained(*arguments)
+    for k in range(count):
+        assert_close([y[k] for y in found],
+                     exact(matrices, (k + 1) * x, (k + 1) * residual, scale), 2.0**-10)
 
 
 def test_errors_say_what_is_wrong():
