@@ -64,7 +64,9 @@ BATCH = flags.DEFINE_integer("batch", 1, "Sequences at a time.", lower_bound=1)
 BANDWIDTH = flags.DEFINE_float(
     "bandwidth", None, "The device's memory bandwidth in TB/s, to compare with; H200: 4.8."
 )
-PROFILE = flags.DEFINE_bool("profile", False, "Show the kernels of a decode step and their times.")
+PROFILE = flags.DEFINE_bool(
+    "profile", False, "Show the kernels of a decode step and of the prefill, and their times."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Of weights, masks and prompt.")
 OUT = flags.DEFINE_string(
     "out", None, "File of the record; by default docs/results/decode_CONFIG_DEVICE.json."
@@ -186,16 +188,15 @@ def time_generations(decoder):
     return seconds[:, 0], seconds[:, 1:] / CHUNK.value
 
 
-def kernel_times(decoder):
-    """Microseconds per decode step of each kernel on the device, largest first, by name.
+def kernel_times(function, arguments, calls=1):
+    """Microseconds of each kernel on the device, largest first, by name, divided by `calls`.
 
     Read from the trace that JAX's profiler writes; empty where it has no rows of a GPU.
     """
-    call = decoder.decode_arguments()
-    jax.block_until_ready(call[2])
+    jax.block_until_ready(arguments)
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
-            jax.block_until_ready(llama.decode(*call))
+            jax.block_until_ready(function(*arguments))
         (path,) = pathlib.Path(directory).rglob("*.trace.json.gz")
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     names = {
@@ -210,7 +211,7 @@ def kernel_times(decoder):
         process = names.get(("process_name", event["pid"], None), "")
         thread = names.get(("thread_name", event["pid"], event["tid"]), "")
         if "/device:GPU" in process and thread.startswith("Stream"):
-            totals[event["name"]] = totals.get(event["name"], 0.0) + event["dur"] / CHUNK.value
+            totals[event["name"]] = totals.get(event["name"], 0.0) + event["dur"] / calls
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
@@ -274,7 +275,10 @@ def measure(name, density, make):
     if BANDWIDTH.value:
         record["share_of_bandwidth"] = record["streamed_bytes_per_second"] / BANDWIDTH.value / 1e12
     if PROFILE.value:
-        record["kernel_microseconds_per_step"] = kernel_times(decoder)
+        record["kernel_microseconds"] = {
+            "decode_step": kernel_times(llama.decode, decoder.decode_arguments(), CHUNK.value),
+            "prefill": kernel_times(llama.prefill, decoder.prefill_arguments()),
+        }
     print_record(record)
     return record
 
@@ -298,8 +302,10 @@ def print_record(record):
         + (f", {share:.0%} of the bandwidth" if share else ""),
         flush=True,
     )
-    for name, microseconds in list(record.get("kernel_microseconds_per_step", {}).items())[:12]:
-        print(f"  {microseconds:10.1f} us  {name[:100]}")
+    for what, times in record.get("kernel_microseconds", {}).items():
+        print(f"  {what.replace('_', ' ')}, {sum(times.values()):.1f} us of kernels")
+        for name, microseconds in list(times.items())[:12]:
+            print(f"  {microseconds:10.1f} us  {name[:100]}")
 
 
 def print_table(records):

@@ -144,7 +144,7 @@ def attend(rows, rotation, cache, positions, *, heads, window, blanks=0):
     batch, kv_heads, slots = cache.shape[:3]
     plan = Plan(batch, heads, kv_heads, slots, window, cache.dtype, blanks)
     (mixed, blank), [changed] = lanes.run(
-        lambda ops: program(ops, plan),
+        "decode_attention", lambda ops: program(ops, plan),
         ("rows", "cos", "sin", "position", "cache", "out", "blank"),
         [operand.reshape(-1) for operand in (rows, *rotation, positions)],
         [

@@ -119,6 +119,6 @@ def run(plan: Plan, *operands):
     """The gradient by a given plan, of codes, row_offsets, starts, x, y and, if masked, values."""
     names = "codes", "row_offsets", "starts", "x", "y", *["values"] * plan.masked, "gradient"
     return lanes.run(
-        lambda ops: program(ops, plan), names, operands,
+        "macko_spmv_values", lambda ops: program(ops, plan), names, operands,
         jax.ShapeDtypeStruct((plan.matrix.stored,), plan.matrix.dtype),
         blocks=plan.settings.blocks, warps=plan.settings.warps, shared_slots=plan.shared_slots)

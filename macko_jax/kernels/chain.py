@@ -196,6 +196,6 @@ def run(plan: Plan, exchange, *operands) -> list:
                for i in plan.kept]
     names = [*plan.names, "exchange", *(f"y{i}" for i in plan.kept)]
     out, _ = lanes.run(
-        lambda ops: program(ops, plan), names, operands, results, blocks=plan.blocks, warps=WARPS,
-        shared_slots=plan.shared_slots, changed=[exchange])
+        "macko_chain", lambda ops: program(ops, plan), names, operands, results,
+        blocks=plan.blocks, warps=WARPS, shared_slots=plan.shared_slots, changed=[exchange])
     return out

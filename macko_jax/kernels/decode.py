@@ -132,6 +132,7 @@ def decode(values, codes, row_offsets, starts, *, shape, encoding, lanes, stored
 def run(plan: Plan, *operands):
     """The dense matrix by a given plan, of the arrays values, codes, row_offsets and starts."""
     return lanes.run(
-        lambda ops: program(ops, plan), ("values", "codes", "row_offsets", "starts", "y"),
-        operands, jax.ShapeDtypeStruct(plan.matrix.shape, plan.matrix.dtype),
+        "macko_decode", lambda ops: program(ops, plan),
+        ("values", "codes", "row_offsets", "starts", "y"), operands,
+        jax.ShapeDtypeStruct(plan.matrix.shape, plan.matrix.dtype),
         blocks=plan.blocks, warps=plan.warps, shared_slots=plan.shared_slots)

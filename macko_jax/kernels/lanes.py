@@ -424,11 +424,12 @@ def sum_over_lanes(ops, values: list, count: int) -> list:
     return values
 
 
-def run(program, names, operands, result, *, blocks: int, warps: int, shared_slots: int,
+def run(name, program, names, operands, result, *, blocks: int, warps: int, shared_slots: int,
         cluster: int = 1, changed=()):
     """Runs a lane program on a grid of `blocks` blocks of `warps` warps.
 
     Args:
+      name: of the kernel, for profilers.
       program: called with the vocabulary; finds all arrays under `names`.
       names: of the operands, of the arrays that are changed, and of the results, in this order.
       operands: arrays in GPU memory.
@@ -472,5 +473,6 @@ def run(program, names, operands, result, *, blocks: int, warps: int, shared_slo
     result = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varying), result)
     changed = [jax.new_ref(array) for array in changed]
-    out = pl.kernel(body, out_type=result, mesh=mesh, compiler_params=params)(*operands, *changed)
+    kernel = pl.kernel(body, out_type=result, mesh=mesh, compiler_params=params, name=name)
+    out = kernel(*operands, *changed)
     return (out, [ref[...] for ref in changed]) if changed else out

@@ -33,5 +33,5 @@ def read(x: jax.Array) -> jax.Array:
     blocks = BLOCKS_PER_MULTIPROCESSOR * config.multiprocessors()
     chunks = x.size * x.dtype.itemsize // 16
     return lanes.run(
-        lambda ops: program(ops, chunks, blocks), ("x", "y"), [x],
+        "macko_read", lambda ops: program(ops, chunks, blocks), ("x", "y"), [x],
         jax.ShapeDtypeStruct((1,), jnp.float32), blocks=blocks, warps=WARPS, shared_slots=1)

@@ -160,6 +160,6 @@ def run(plan: Plan, out_dtype, *operands):
     """The product by a given plan, of values, codes, row_offsets, starts, x and what is around."""
     names = "values", "codes", "row_offsets", "starts", "x", *plan.fusion.names, "y"
     return lanes.run(
-        lambda ops: program(ops, plan), names, operands,
+        "macko_spmv", lambda ops: program(ops, plan), names, operands,
         jax.ShapeDtypeStruct((plan.batch, plan.matrix.shape[0]), out_dtype),
         blocks=plan.blocks, warps=plan.settings.warps, shared_slots=plan.shared_slots)

@@ -144,6 +144,7 @@ def run(plan: Plan, *operands):
     """Partial sums [batch, share, cols] from values, codes, row_offsets, starts and y."""
     shape = plan.batch, plan.share, plan.matrix.shape[1]
     return lanes.run(
-        lambda ops: program(ops, plan), ("values", "codes", "row_offsets", "starts", "y", "x"),
-        operands, jax.ShapeDtypeStruct(shape, jnp.float32),
+        "macko_spmv_transposed", lambda ops: program(ops, plan),
+        ("values", "codes", "row_offsets", "starts", "y", "x"), operands,
+        jax.ShapeDtypeStruct(shape, jnp.float32),
         blocks=plan.blocks, warps=plan.warps, shared_slots=plan.shared_slots)
