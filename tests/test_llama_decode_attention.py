@@ -240,8 +240,8 @@ def test_packed_model_decodes_as_its_dense_twin(pairs):
     rng = np.random.default_rng(0)
 
     def sparse(*shape):
-        mask = rng.random(shape) < 0.4
-        return jnp.asarray(mask * rng.standard_normal(shape) / np.sqrt(0.4 * shape[-1]), jnp.float16)
+        values = rng.standard_normal(shape) / np.sqrt(0.4 * shape[-1])
+        return jnp.asarray(values * (rng.random(shape) < 0.4), jnp.float16)
 
     for block in dense.layers:
         bias = block.attention.qkv.bias
