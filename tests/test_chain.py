@@ -77,8 +77,11 @@ def test_what_is_no_number_is_published_as_such():
     """Not as what is missing, for which other blocks would wait for ever."""
     ops = emulation.NumpyLanes(
         {"exchange": np.full(64, BLANK, np.uint16)}, blocks=1, threads=32, shared_slots=8)
-    ops.publish("exchange", ops.thread(), ops.real(-np.nan), jnp.float16, ops.thread() < 32)
-    assert (ops.arrays["exchange"][:32] == 0x7FFF).all()
+    nan = np.full(32, 0xFFFFFFFF, np.uint32).view(np.float32)  # becomes 0xFFFF in 16 bits
+    for dtype in jnp.float16, jnp.bfloat16:
+        ops.publish("exchange", ops.thread(), nan, dtype, ops.thread() < 32)
+        published = ops.arrays["exchange"][:32]
+        assert (published != BLANK).all() and np.isnan(published.view(dtype)).all()
 
 
 def lowered(platform, arguments):
@@ -185,3 +188,13 @@ def test_kernel(shape, dtype, encoding):
     for _ in range(20):  # the same bits whenever blocks happen to meet
         again = function(matrices, x, residual, scale)
         assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(found, again))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_kernel_passes_on_what_is_no_number():
+    matrices, x, residual, scale = make(136, 272, 144)
+    x[0, 3] = np.nan
+    found = jax.jit(lambda m, x, r, s: macko_jax.fused_chain(x, steps(m, r, s)))(
+        matrices, x, residual, scale)
+    assert all(np.isnan(np.asarray(y, np.float32)).all() for y in found)

@@ -141,7 +141,7 @@ class NumpyLanes:
 
     def publish(self, name, index, value, dtype, where):
         bits = value.astype(dtype).view(np.uint16)
-        self.store_half(name, index, np.where(np.isnan(value), 0x7FFF, bits), where)
+        self.store_half(name, index, np.minimum(bits, 0xFFFE), where)
 
     def store_words(self, name, index, words, where):
         array, where = self.arrays[name].view(np.uint32), where & self._active

@@ -298,9 +298,10 @@ class MosaicLanes:
     def publish(self, name, index, value, dtype, where):
         """Writes a float32 as 16 bits of `dtype` for other blocks, which read it meanwhile.
 
-        What is no number becomes 0x7FFF, so that no result is 0xFFFF.
+        Never 0xFFFF, which is no number in either type: 0xFFFE stands for it.
         """
         word = arith.bitcast(_i16(), arith.truncf(_float_type(dtype), value.value))
+        word = arith.minui(word, arith.constant(_i16(), -2))
         address = self._address(self._pointers[name], index, _i16())
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"), [address, word, self._flag(where)],
