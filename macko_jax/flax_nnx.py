@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import nnx, traverse_util
 from jax import lax
 
 from macko_jax.format import MackoMatrix
-from macko_jax.fused import Step, fused_chain
+from macko_jax.fused import Step, fused_chain, in_turn
 from macko_jax.projection import matrix_shape, pack_kernel, project
 from macko_jax.rules import Report, Rules, assign_rules
 
@@ -96,18 +96,6 @@ class MackoLinear(nnx.Module):
             scales=None if self.scales is None else self.scales[...],
         )
 
-    def as_step(self, dtype, norm, gated, add, kept) -> Step | None:
-        """The layer on inputs of this dtype as a step of a chain; None if it is more than that."""
-        alike = jnp.dtype(dtype) == self.values.dtype == jnp.dtype(self.dtype or dtype)
-        simple = isinstance(self.in_features, int) and isinstance(self.out_features, int)
-        if not (alike and simple and self.axis in (-1, (-1,))):
-            return None
-        if self.bias is not None:
-            if add is not None or self.bias.dtype != self.values.dtype:
-                return None
-            add = self.bias[...]
-        return Step(self.matrix, norm, gated, add, kept)
-
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Multiply by the kernel and add the bias.
 
@@ -157,25 +145,8 @@ class MackoLinear(nnx.Module):
         )
 
 
-class LayerStep(NamedTuple):
-    """One layer of a chain, on the result of the one before.
-
-    Attributes:
-        layer: the layer.
-        norm, gated: as in `MackoLinear.fused`.
-        add: as there, or the number of an earlier step, from 0, whose result is added.
-        kept: whether its result is among those of the chain. The last step's always is.
-    """
-
-    layer: MackoLinear
-    norm: tuple[jax.Array, float] | None = None
-    gated: bool = False
-    add: jax.Array | int | None = None
-    kept: bool = False
-
-
 def chain(
-    x: jax.Array, steps: Sequence[LayerStep], *, blank: jax.Array | None = None
+    x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None = None
 ) -> list[jax.Array]:
     """Layers of which each takes the result of the one before, as `macko_jax.fused_chain` does.
 
@@ -184,21 +155,31 @@ def chain(
 
     Args:
         x: the first layer's inputs.
-        steps: the layers.
+        steps: `macko_jax.Step`s of `MackoLinear`s.
         blank: see `macko_jax.fused_chain`.
 
     Returns:
         The results of the steps that are `kept`, and of the last.
     """
-    as_steps = [layer.as_step(x.dtype, *options) for layer, *options in steps]
-    if None not in as_steps:
-        return fused_chain(x, as_steps, blank=blank)
-    results = []
-    for layer, norm, gated, add, _ in steps:
-        add = results[add] if isinstance(add, int) else add
-        x = layer.fused(x, norm=norm, gated=gated, add=add)
-        results.append(x)
-    return [x for x, step in zip(results, steps[:-1]) if step.kept] + [x]
+    products = [_product(step, x.dtype) for step in steps]
+    if None not in products:
+        return fused_chain(x, products, blank=blank)
+    return in_turn(x, steps, lambda x, step: step.linear.fused(
+        x, norm=step.norm, gated=step.gated, add=step.add))
+
+
+def _product(step: Step, dtype) -> Step | None:
+    """The step with its layer's matrix, for inputs of a dtype; None if the layer is more."""
+    layer = step.linear
+    alike = jnp.dtype(dtype) == layer.values.dtype == jnp.dtype(layer.dtype or dtype)
+    simple = isinstance(layer.in_features, int) and isinstance(layer.out_features, int)
+    if not (alike and simple and layer.axis in (-1, (-1,))):
+        return None
+    if layer.bias is not None:
+        if step.add is not None or layer.bias.dtype != layer.values.dtype:
+            return None
+        step = step._replace(add=layer.bias[...])
+    return step._replace(linear=layer.matrix)
 
 
 def substitute(model: Model, rules: Rules = None) -> tuple[Model, Report]:

@@ -9,7 +9,7 @@ same operations one after the other.
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,18 @@ from macko_jax.api import spmv
 from macko_jax.format import MackoMatrix
 from macko_jax.primitive import vary_alike
 
-ARRAYS = "values", "codes", "row_offsets", "starts"
-
 
 class Step(NamedTuple):
     """One product of a chain, add + A f(x), with x the result of the step before.
 
     Attributes:
-      matrix, norm, gated: as in `fused_spmv`.
+      linear: A, a MackoMatrix; in `flax_nnx.chain` a MackoLinear.
+      norm, gated: as in `fused_spmv`.
       add: as in `fused_spmv`, or the number of an earlier step, from 0, whose result is added.
       kept: whether its result is among those of the chain. The last step's always is.
     """
 
-    matrix: MackoMatrix
+    linear: Any
     norm: tuple[jax.Array, float] | None = None
     gated: bool = False
     add: jax.Array | int | None = None
@@ -41,23 +40,18 @@ class Step(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """What a step is compiled for.
+    """What a step is compiled for, beside its matrix.
 
     Attributes:
       eps: None where there is no norm.
       added: number of the step whose result is added, or None.
       kept: whether the result is one of the chain's.
-      extras: names of the operands after those of the matrix, of "scale" and "add".
     """
 
     eps: float | None
     gated: bool
     added: int | None
     kept: bool
-    extras: tuple[str, ...]
-    shape: tuple[int, int]
-    encoding: str
-    lanes: int
 
 
 def fused_spmv(
@@ -126,16 +120,40 @@ def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None 
     if not steps:
         raise ValueError("fused_chain needs at least one step")
     for i, step in enumerate(steps):
-        rows = [earlier.matrix.shape[0] for earlier in steps[:i]]
+        rows = [earlier.linear.shape[0] for earlier in steps[:i]]
         _check(step, (*x.shape[:-1], *rows[-1:]) if i else x.shape, rows)
-    needed = sum(step.matrix.shape[0] for step in steps[:-1])
+    needed = sum(step.linear.shape[0] for step in steps[:-1])
     if blank is not None and (blank.shape, blank.dtype) != ((needed,), jnp.uint16):
         raise ValueError(
             f"blank has {needed} elements of uint16 here, got {list(blank.shape)} {blank.dtype}")
-    dtypes = {x.dtype, *(a.dtype for s in steps for a in (s.matrix.values, *_extras(s).values()))}
+    dtypes = {x.dtype, *(a.dtype for s in steps for a in (s.linear.values, *_extras(s).values()))}
     if len(steps) > 1 and len(dtypes) == 1 and all(_fits(step, x) for step in steps):
         return _one_vector(x, steps, blank)
-    return _one_after_the_other(x, steps)
+    return in_turn(x, steps, _fused_step)
+
+
+def in_turn(x, steps, apply) -> list:
+    """The results of a chain, each step by `apply(x, step)`; `step.add` is an array or None then."""
+    results = []
+    for step in steps:
+        if isinstance(step.add, int):
+            step = step._replace(add=results[step.add])
+        x = apply(x, step)
+        results.append(x)
+    return [result for step, result in zip(steps[:-1], results) if step.kept] + [x]
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (arXiv 1910.07467)."""
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype)
+
+
+def swiglu(x: jax.Array) -> jax.Array:
+    """silu(gate) * passed of x [..., 2 n], which holds both one after the other (2002.05202)."""
+    gate, passed = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * passed
 
 
 def _check(step, x_shape, earlier_rows):
@@ -166,7 +184,7 @@ def _check(step, x_shape, earlier_rows):
 
 def _fits(step, x) -> bool:
     """Whether the primitive computes the step."""
-    matrix, add = step.matrix, step.add
+    matrix, add = step.linear, step.add
     one = math.prod(x.shape[:-1]) == 1
     whole = add is None or isinstance(add, int) or add.size == matrix.shape[0]
     plain = matrix.scales is None and matrix.values.ndim == 1
@@ -183,39 +201,27 @@ def _extras(step) -> dict[str, jax.Array]:
     return extras
 
 
-def _one_after_the_other(x, steps):
-    results = []
-    for step in steps:
-        add = results[step.add] if isinstance(step.add, int) else step.add
-        x = fused_spmv(step.matrix, x, norm=step.norm, gated=step.gated, add=add)
-        results.append(x)
-    return [result for step, result in zip(steps[:-1], results) if step.kept] + [x]
+def _fused_step(x, step):
+    return fused_spmv(step.linear, x, norm=step.norm, gated=step.gated, add=step.add)
 
 
 def _compose(x, step):
     """The operations of one step."""
     if step.norm is not None:
-        scale, eps = step.norm
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-        x = (wide * scale).astype(x.dtype)
+        x = rms_norm(x, *step.norm)
     if step.gated:
-        gate, passed = jnp.split(x, 2, axis=-1)
-        x = jax.nn.silu(gate) * passed
-    y = spmv(step.matrix, x)
+        x = swiglu(x)
+    y = spmv(step.linear, x)
     return y if step.add is None else (step.add + y).astype(y.dtype)
 
 
 def _one_vector(x, steps, blank=None):
     static = tuple(
-        _Static(
-            None if step.norm is None else step.norm[1], step.gated,
-            step.add if isinstance(step.add, int) else None, step.kept, tuple(_extras(step)),
-            step.matrix.shape, step.matrix.encoding, step.matrix.lanes)
-        for step in steps)
-    parts = [
-        (*(getattr(step.matrix, name) for name in ARRAYS), *_extras(step).values())
-        for step in steps]
+        _Static(None if step.norm is None else step.norm[1], step.gated,
+                step.add if isinstance(step.add, int) else None,
+                step.kept or i == len(steps) - 1)
+        for i, step in enumerate(steps))
+    parts = [(step.linear, _extras(step)) for step in steps]
     results = _product(static, x.reshape(1, -1), parts, [] if blank is None else [blank])
     return [y.reshape(*x.shape[:-1], y.shape[1]) for y in results]
 
@@ -235,45 +241,46 @@ def _separate(static, x, parts, blank):
     """The product, or chain, as what it is made of."""
     del blank
     steps = [_step(known, part) for known, part in zip(static, parts)]
-    return _one_after_the_other(x, steps) if len(steps) > 1 else [_compose(x, *steps)]
+    return in_turn(x, steps, _fused_step) if len(steps) > 1 else [_compose(x, *steps)]
 
 
 def _step(known: _Static, part) -> Step:
-    extras = dict(zip(known.extras, part[len(ARRAYS):]))
-    matrix = MackoMatrix(
-        *part[:len(ARRAYS)], shape=known.shape, encoding=known.encoding, lanes=known.lanes)
+    matrix, extras = part
     norm = None if known.eps is None else (extras["scale"], known.eps)
     return Step(matrix, norm, known.gated, extras.get("add", known.added), known.kept)
 
 
 def _kernel(static, x, parts, blank):
     """The same in one kernel, or None where it does not serve."""
-    from macko_jax.kernels import chain, products, spmv as kernel, strips, vectors
-    steps, problems, out_dtype = [], [], _out_dtype(x, parts)
-    for known, (values, *_) in zip(static, parts):
-        layout = dict(shape=known.shape, encoding=known.encoding, lanes=known.lanes,
-                      stored=values.shape[0])
-        adds = known.added is not None or "add" in known.extras
-        fusion = kernel.Fusion(known.eps, known.gated, adds)
-        matrix = strips.Matrix(**layout, dtype=values.dtype)
-        steps.append(chain.Step(matrix, fusion, known.added, known.kept))
-        problems.append(dispatch.Problem(
-            product="spmv", platform="cuda", batch=1, dtypes=(values.dtype, x.dtype),
-            out_dtype=out_dtype, **layout))
-    plan = products.plan_fused(steps, problems, x.dtype)
+    from macko_jax.kernels import chain, products, spmv as kernel, vectors  # only GPUs need them
+    out_dtype = _out_dtype(x, parts)
+    problems = [
+        dispatch.Problem(
+            product="spmv", platform="cuda", shape=matrix.shape, encoding=matrix.encoding,
+            lanes=matrix.lanes, stored=matrix.stored, batch=1, dtypes=(matrix.dtype, x.dtype),
+            out_dtype=out_dtype)
+        for matrix, _ in parts]
+    around = [
+        (kernel.Fusion(known.eps, known.gated, known.added is not None or "add" in extras),
+         known.added, known.kept)
+        for known, (_, extras) in zip(static, parts)]
+    plan = products.plan_fused(problems, around)
     if plan is None:
         return None
+    operands = [
+        ([m.values, m.codes, m.row_offsets, m.starts],
+         [extras[name] for name in ("scale", "add") if name in extras])
+        for m, extras in parts]
     if len(parts) == 1:
-        [part] = parts
-        operands = *part[:len(ARRAYS)], x, *part[len(ARRAYS):]
-        return [kernel.run(plan, out_dtype, *operands)]
+        [(arrays, extras)] = operands
+        return [kernel.run(plan, out_dtype, *arrays, x, *extras)]
     exchange = blank[0] if blank else jnp.full(plan.exchanged, vectors.BLANK, jnp.uint16)
-    results = chain.run(plan, exchange, x, *(array for part in parts for array in part))
+    results = chain.run(plan, exchange, x, *jax.tree.leaves(operands))
     return [y[None] for y in results]
 
 
 def _out_dtype(x, parts):
-    return functools.reduce(jnp.promote_types, [part[0].dtype for part in parts], x.dtype)
+    return functools.reduce(jnp.promote_types, [matrix.dtype for matrix, _ in parts], x.dtype)
 
 
 def _lower(*operands, on_cuda, static, tree):
@@ -292,8 +299,8 @@ def _batch(operands, dims, *, static, tree):
 
 def _abstract(*operands, static, tree):
     x, parts, _ = jax.tree.unflatten(tree, operands)
-    return [x.update(shape=(1, step.shape[0]), dtype=_out_dtype(x, parts), weak_type=False)
-            for i, step in enumerate(static) if step.kept or i == len(static) - 1]
+    return [x.update(shape=(1, matrix.shape[0]), dtype=_out_dtype(x, parts), weak_type=False)
+            for known, (matrix, _) in zip(static, parts) if known.kept]
 
 
 _fused_p = Primitive("macko_fused_spmv")

@@ -190,6 +190,21 @@ def by_emulation(rows, rotation, cache, positions, *, heads, window, blanks):
     return jax.pure_callback(call, results, rows, *rotation, cache, positions)
 
 
+def decode(model, tokens, prompt):
+    """Hidden states of the tokens after a prompt, one after the other, and the cache at the end."""
+    structure, arrays = llama.Structure.of(model)
+
+    @jax.jit
+    def extend(arrays, tokens, cache=None):
+        return structure.build(arrays).hidden(tokens, cache)
+
+    cache, out = llama.widen(extend(arrays, tokens[:, :prompt])[1], 32), []
+    for i in range(prompt, tokens.shape[1]):
+        hidden, cache = extend(arrays, tokens[:, i : i + 1], cache)
+        out.append(hidden)
+    return np.concatenate(out, axis=1), cache
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("qk_norm,windows", [(False, None), (True, (3, None))])
 def test_model_decodes_with_it_as_without(qk_norm, windows, batch, monkeypatch):
@@ -199,28 +214,13 @@ def test_model_decodes_with_it_as_without(qk_norm, windows, batch, monkeypatch):
         qk_norm=qk_norm, sliding_windows=windows,
     )  # fmt: skip
     model = llama.Llama(config, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
-    structure, arrays = llama.Structure.of(model)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (batch, 9)))
-
-    def decode():
-        """Hidden states of the last tokens, one after the other, and the cache at the end."""
-
-        @jax.jit
-        def extend(arrays, tokens, cache=None):
-            return structure.build(arrays).hidden(tokens, cache)
-
-        cache, out = llama.widen(extend(arrays, tokens[:, :5])[1], 32), []
-        for i in range(5, 9):
-            hidden, cache = extend(arrays, tokens[:, i : i + 1], cache)
-            out.append(hidden)
-        return np.concatenate(out, axis=1), cache
-
     monkeypatch.setattr(llama, "_has_decode_kernel", lambda cache: False)
-    wanted, wanted_cache = decode()
+    wanted, wanted_cache = decode(model, tokens, 5)
     monkeypatch.setattr(llama, "_has_decode_kernel", lambda cache: True)
     if not HAS_GPU:
         monkeypatch.setattr(decode_attention, "attend", by_emulation)
-    found, cache = decode()
+    found, cache = decode(model, tokens, 5)
     # float16 of numbers of size 1 to 4, through two layers
     np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2)
     for a, b in zip(cache.layers, wanted_cache.layers, strict=True):
@@ -256,19 +256,5 @@ def test_packed_model_decodes_as_its_dense_twin(pairs):
     packed, report = export.pack(dense, [macko_jax.Rule("layers/.*")])
     assert len(report.packed) == (16 if pairs else 8)
     tokens = jnp.asarray(rng.integers(0, 61, (1, 8)))
-    results = []
-    for model in dense, packed:
-        structure, arrays = llama.Structure.of(model)
-
-        @jax.jit
-        def extend(arrays, tokens, cache=None, structure=structure):
-            return structure.build(arrays).hidden(tokens, cache)
-
-        _, cache = extend(arrays, tokens[:, :4])
-        cache, out = llama.widen(cache, 32), []
-        for i in range(4, 8):
-            hidden, cache = extend(arrays, tokens[:, i : i + 1], cache)
-            out.append(hidden)
-        results.append(np.concatenate(out, axis=1).astype(np.float32))
-    wanted, found = results
+    wanted, found = (np.float32(decode(model, tokens, 4)[0]) for model in (dense, packed))
     assert np.linalg.norm(found - wanted) <= 1e-2 * np.linalg.norm(wanted)

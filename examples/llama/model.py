@@ -13,13 +13,13 @@ D head dimension, E hidden size.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 from dsf_jax.layers import FactorPair
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from macko_jax import flax_nnx
+from macko_jax import Step, flax_nnx
+from macko_jax.fused import in_turn, rms_norm, swiglu
 import numpy as np
 
 
@@ -81,12 +81,10 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x):
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...]).astype(x.dtype)
+        return rms_norm(x, *self.parameters())
 
     def parameters(self):
-        """(scale, eps), as packed layers take them."""
+        """(scale, eps), as the steps of a chain take them."""
         return self.scale[...], self.eps
 
 
@@ -154,67 +152,38 @@ class MLP(nnx.Module):
         self.down = linear(config.intermediate_size, config.hidden_size)
 
 
-class Step(NamedTuple):
-    """A linear layer with what a block does before and after it: y = add + linear(f(x)).
-
-    norm: f, a module, or None.
-    gated: f(gate, x) = silu(gate) * x of the halves of x.
-    add: an array, or the number of an earlier step whose result is added.
-    kept: whether the result is used after the chain.
-    """
-
-    linear: nnx.Module
-    norm: RMSNorm | None = None
-    gated: bool = False
-    add: jax.Array | int | None = None
-    kept: bool = False
-
-
 def _packed(steps):
     """The steps as those of packed layers, a pair of factors as two; None if one is not packed."""
     packed, ends = [], []
-    for linear, norm, gated, add, kept in steps:
-        pair = isinstance(linear, FactorPair)
-        layers = [linear.right, linear.left] if pair else [linear]
-        if not all(isinstance(layer, flax_nnx.MackoLinear) for layer in layers):
-            return None
+    for step in steps:
+        linear, norm, gated, add, kept = step
         add = ends[add] if isinstance(add, int) else add
-        packed += map(flax_nnx.LayerStep, layers)
-        packed[-len(layers)] = packed[-len(layers)]._replace(
-            norm=norm and norm.parameters(), gated=gated
-        )
-        packed[-1] = packed[-1]._replace(add=add, kept=kept)
+        if isinstance(linear, FactorPair):
+            packed += [Step(linear.right, norm, gated), Step(linear.left, add=add, kept=kept)]
+        else:
+            packed.append(step._replace(add=add))
         ends.append(len(packed) - 1)
-    return packed
+    return packed if all(isinstance(s.linear, flax_nnx.MackoLinear) for s in packed) else None
 
 
-def _chain(x, steps, dropout=None, blank=None):
+def _chain(x, steps, packed, dropout=None, blank=None):
     """Applies steps, each to the result of the one before: the results kept, and the last.
 
-    Packed layers are given all of it, since for one token they do that in one kernel. Dropout
-    applies to what is added to something.
+    `packed` is `_packed(steps)`. Packed layers are given all of a step, since for one token they do
+    that in one kernel. Dropout applies to what is added to something.
     """
-    packed = _packed(steps)
     if dropout is None and packed is not None:
         return flax_nnx.chain(x, packed, blank=blank)
-    results = []
-    for step in steps:
-        add = results[step.add] if isinstance(step.add, int) else step.add
-        x = _apply(x, step._replace(add=add), dropout)
-        results.append(x)
-    return [x for x, step in zip(results, steps[:-1]) if step.kept] + [x]
+    return in_turn(x, steps, functools.partial(_apply, dropout=dropout))
 
 
 def _apply(x, step, dropout):
     """One step of a chain."""
     linear, norm, gated, add, _ = step
     if isinstance(linear, flax_nnx.MackoLinear) and dropout is None:
-        return linear.fused(x, norm=norm and norm.parameters(), gated=gated, add=add)
-    x = x if norm is None else norm(x)
-    if gated:
-        gate, up = jnp.split(x, 2, axis=-1)
-        x = jax.nn.silu(gate) * up
-    y = linear(x)
+        return linear.fused(x, norm=norm, gated=gated, add=add)
+    x = x if norm is None else rms_norm(x, *norm)
+    y = linear(swiglu(x) if gated else x)
     if add is None:
         return y
     return add + (y if dropout is None else dropout(y))
@@ -237,7 +206,8 @@ class Block(nnx.Module):
 
     def project(self, x):
         """Queries, keys and values of x [B, T, E]."""
-        [qkv] = _chain(x, [self._projection()])
+        steps = [self._projection()]
+        [qkv] = _chain(x, steps, _packed(steps))
         return qkv
 
     def advance(self, x, qkv, positions, rotary, layer_cache, dropout, following):
@@ -248,18 +218,19 @@ class Block(nnx.Module):
         """
         steps = [
             Step(self.attention.out, add=x),
-            Step(self.mlp.gate_up, norm=self.mlp_norm),
+            Step(self.mlp.gate_up, norm=self.mlp_norm.parameters()),
             Step(self.mlp.down, gated=True, add=0, kept=following is not None),
         ]
         if following is not None:
             steps.append(following._projection())
-        blanks = sum(step.layer.out_features for step in (_packed(steps) or [])[:-1])
+        packed = _packed(steps)
+        blanks = sum(step.linear.out_features for step in packed[:-1]) if packed else 0
         mixed, layer_cache, blank = self.attention(qkv, positions, rotary, layer_cache, blanks)
-        x, *qkv = _chain(mixed, steps, dropout, blank)
+        x, *qkv = _chain(mixed, steps, packed, dropout, blank)
         return x, *(qkv or [None]), layer_cache
 
     def _projection(self):
-        return Step(self.attention.qkv, norm=self.attention_norm)
+        return Step(self.attention.qkv, norm=self.attention_norm.parameters())
 
 
 class Llama(nnx.Module):

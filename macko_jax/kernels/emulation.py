@@ -127,9 +127,8 @@ class NumpyLanes:
         at = self._in_range(name, offset.astype(np.int64) // size, where, array.size)
         return np.where(where, array[at], 0).astype(np.uint32)
 
-    def load_real(self, name, index, where, dtype=None):
+    def load_real(self, name, index, where):
         array, where = self.arrays[name], where & self._active
-        array = array if dtype is None else array.view(dtype)
         at = self._in_range(name, index.astype(np.int64), where, array.size)
         return np.where(where, array[at], 0).astype(np.float32)
 

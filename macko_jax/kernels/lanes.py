@@ -272,14 +272,11 @@ class MosaicLanes:
         return Register(llvm.inline_asm(
             _i32(), [address, self._flag(where)], asm, "=r,l,r", has_side_effects=True))
 
-    def load_real(self, name, index, where, dtype=None):
-        """One element of an array as float32; 0 where not `where`.
-
-        `dtype` is what the bits stand for if the array is not of floats.
-        """
-        dtype = jnp.dtype(dtype or self._dtypes[name])
-        kind, bits = _float_type(dtype), dtype.itemsize * 8
+    def load_real(self, name, index, where):
+        """One element of a float array as float32; 0 where not `where`."""
+        kind = _float_type(self._dtypes[name])
         address, flag = self._address(self._pointers[name], index, kind), self._flag(where)
+        bits = self._dtypes[name].itemsize * 8
         asm = (f"{{.reg .pred p; setp.ne.u32 p, $2, 0; mov.b{bits} $0, 0;"
                f" @p ld.global.b{bits} $0, [$1];}}")
         word = _i32() if bits == 32 else _i16()

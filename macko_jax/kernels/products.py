@@ -39,13 +39,15 @@ def choose(problem) -> Callable:
     return _transposed_by_decode if _by_decode(problem) else transposed.spmv_transposed
 
 
-def plan_fused(steps, problems, x_dtype) -> spmv.Plan | chain.Plan | None:
-    """Of one kernel for a chain of `chain.Step`s, or for one; None where there is none.
+def plan_fused(problems, around) -> spmv.Plan | chain.Plan | None:
+    """Of one kernel for a chain of products, or for one; None where there is none.
 
-    `problems` are the steps' plain products.
+    `around` has for each of them what a `chain.Step` is beside its matrix.
     """
     if any(why_not(problem) is not None for problem in problems):
         return None
+    steps = [chain.Step(_matrix(problem), *more) for problem, more in zip(problems, around)]
+    x_dtype = problems[0].dtypes[1]
     if len(steps) == 1:
         [step] = steps
         return spmv.plan_fused(step.matrix, x_dtype, step.fusion)
