@@ -17,9 +17,10 @@ from examples.llama import decode_attention
 from examples.llama import model as llama
 
 HAS_GPU = any(device.platform == "gpu" for device in jax.local_devices())
-# heads, key-value heads, slots, live tokens of each sequence, window; more than 1024 slots take
-# several blocks
+# heads, key-value heads, slots, live tokens of each sequence, window; fewer slots than two blocks
+# read at a time take one
 CASES = {
+    "one block": (2, 2, 40, [33], None),
     "one": (2, 2, 64, [1], None),
     "grouped": (8, 2, 96, [77], None),
     "seven": (14, 2, 96, [50], None),
@@ -101,7 +102,7 @@ def emulate(rows, rotation, cache, positions, heads, window, blanks=0):
               "blank": np.zeros(blanks, np.uint16)}  # fmt: skip
     ops = emulation.NumpyLanes(
         {name: np.array(array) for name, array in arrays.items()}, blocks=plan.blocks,
-        threads=32 * plan.warps, shared_slots=plan.shared_slots, cluster=plan.splits,
+        threads=32 * decode_attention.WARPS, shared_slots=plan.shared_slots, cluster=plan.splits,
     )  # fmt: skip
     with np.errstate(under="ignore"):
         decode_attention.program(ops, plan)

@@ -23,7 +23,8 @@ TOGETHER = lanes.WARP // LANES  # slots that a warp reads at once
 CHUNK = 8  # consecutive elements in the 16 bytes of one load; a lane has two such chunks of a head
 CHUNKS = HEAD_DIM // CHUNK
 MOST_HEADS = 4  # query heads of a block: each takes 32 registers
-ENOUGH_BLOCKS = 64  # more, each with a multiprocessor to itself, would not all run at once
+WARPS = 4  # of a block; small blocks leave room for several on each multiprocessor
+ENOUGH_BLOCKS = 256
 MOST_SPLITS = 8  # blocks of a cluster, on every GPU that has them
 MOST_KV_HEADS = 2**11  # of all sequences; see `_divide`
 BLANKS = vectors.BLANK * 0x10001  # two of them
@@ -85,19 +86,14 @@ class Plan:
             raise ValueError(f"{self} has more heads than its arithmetic serves; see `_divide`")
 
     @property
-    def warps(self):
-        """Of a block: as many as leave each lane registers for its query heads."""
-        return 16 if self.group <= 2 else 8
-
-    @property
     def unroll(self):
-        """Rounds of slots that a warp has in flight."""
+        """Rounds of slots that a warp loads at a time, while it works on as many before them."""
         return 2 if self.group == 1 else 1
 
     @property
     def slots_at_once(self):
         """Slots that the lanes of a block read in a step."""
-        return self.warps * TOGETHER * self.unroll
+        return WARPS * TOGETHER * self.unroll
 
     @property
     def width(self):
@@ -112,7 +108,7 @@ class Plan:
     @property
     def shared_slots(self):
         """Partial results of each warp, and of the block."""
-        return (self.warps + 1) * self.group * self.width
+        return (WARPS + 1) * self.group * self.width
 
 
 def fits(cache):
@@ -151,7 +147,7 @@ def attend(rows, rotation, cache, positions, *, heads, window, blanks=0):
             jax.ShapeDtypeStruct((batch * heads * HEAD_DIM,), rows.dtype),
             jax.ShapeDtypeStruct((max(blanks, CHUNK),), jnp.uint16),
         ],
-        blocks=plan.blocks, warps=plan.warps, shared_slots=plan.shared_slots, cluster=plan.splits,
+        blocks=plan.blocks, warps=WARPS, shared_slots=plan.shared_slots, cluster=plan.splits,
         changed=[cache.reshape(-1)],
     )  # fmt: skip
     return mixed.reshape(batch, -1), changed.reshape(cache.shape), blank[:blanks]
@@ -166,12 +162,44 @@ def program(ops, plan: Plan):
     heads, split = block >> (plan.splits.bit_length() - 1), block & (plan.splits - 1)
     kv_head = _divide(heads, plan.parts, plan.head_groups)  # of all sequences
     sequence = _divide(heads, plan.parts * plan.kv_heads, plan.head_groups)
+
+    def slots_of(first):
+        """Those that a lane reads in the step that begins at slot `first` for its warp."""
+        return [first + (i * TOGETHER) + place for i in range(plan.unroll)]
+
+    def load(first, inside):
+        """A lane's parts of the keys and values of a step's slots, as words."""
+        return [
+            [
+                _load_head(ops, "cache", (kv_head * plan.slots + slot) * 2 + i, chunk, inside(slot))
+                for i in (0, 1)
+            ]
+            for slot in slots_of(first)
+        ]
+
+    swept = plan.slots_at_once * plan.splits  # slots, by all blocks in a step
+    start = (split * WARPS + warp) * (TOGETHER * plan.unroll)
+    if plan.window is None:  # the first loads do not wait for the position
+        loaded = load(start, lambda slot: slot < plan.slots)
     live = ops.load_integer("position", sequence)  # slots before the token's own
     has_slot = live < plan.slots
     live = ops.select(has_slot, live, ops.integer(plan.slots))
     oldest = ops.integer(0)
     if plan.window is not None:
         oldest = ops.select(live >= plan.window - 1, live - (plan.window - 1), oldest)
+        # Whole steps before the first visible slot are left out.
+        start = start + (oldest & (2**32 - swept))
+
+    def visible(slot):
+        return (slot >= oldest) & (slot < live)
+
+    if plan.window is not None:
+        loaded = load(start, visible)
+    last = (split == plan.splits - 1) & (warp == WARPS - 1)  # which has the fewest slots
+    own = sequence * plan.row + plan.heads + (kv_head - sequence * plan.kv_heads)
+    own_key, own_value = (
+        _load_head(ops, "rows", row, chunk, last) for row in (own, own + plan.kv_heads)
+    )
     turn = _angles(ops, sequence, chunk)
     first_query = heads * plan.group + sequence * (plan.row - plan.heads)
     scale = math.log2(math.e) / math.sqrt(HEAD_DIM)  # for scores in powers of two
@@ -180,24 +208,17 @@ def program(ops, plan: Plan):
         for j in range(plan.group)
     ]
 
-    def read(slot):
-        """A lane's part of the key and value of a slot, as words."""
-        row = (kv_head * plan.slots + slot) * 2
-        where = (slot >= oldest) & (slot < live)
-        return where, [_load_head(ops, "cache", row + i, chunk, where) for i in (0, 1)]
-
-    swept = plan.slots_at_once * plan.splits  # slots, by all blocks in a step
-
     def step(state):
-        first, softmaxes = state
-        rows = [read(first + (i * TOGETHER) + place) for i in range(plan.unroll)]
-        keys = [_numbers(ops, plan, key) for _, (key, _) in rows]
-        values = [_numbers(ops, plan, value) for _, (_, value) in rows]
+        first, loaded, softmaxes = state
+        following = load(first + swept, visible)
+        wheres = [visible(slot) for slot in slots_of(first)]
+        keys = [_numbers(ops, plan, key) for key, _ in loaded]
+        values = [_numbers(ops, plan, value) for _, value in loaded]
         updated = []
         for query, (largest, weight, mixed) in zip(queries, softmaxes):
             scores = [
                 ops.select(where, _score(ops, query, key), ops.real(NEVER))
-                for (where, _), key in zip(rows, keys)
+                for where, key in zip(wheres, keys)
             ]
             new = _maximum(ops, [largest, *scores])
             kept = ops.exp2(largest - new)
@@ -207,32 +228,31 @@ def program(ops, plan: Plan):
                 weight = weight + share
                 mixed = [ops.fma(share, v, m) for v, m in zip(value, mixed)]
             updated.append((new, weight, mixed))
-        return first + swept, updated
+        return first + swept, following, updated
 
     def with_own_token():
         """The softmaxes of a warp that has seen the new token, once it is in the cache."""
-        row = sequence * plan.row + plan.heads + (kv_head - sequence * plan.kv_heads)
-        key = _rotated_head(ops, plan, row, chunk, turn)
+        key = _rotate(_numbers(ops, plan, own_key), turn)
         key = [ops.pack(a, b, plan.dtype) for a, b in zip(key[::2], key[1::2])]
-        value = _load_head(ops, "rows", row + plan.kv_heads, chunk, chunk < LANES)
         first_part = heads == kv_head * plan.parts
-        for i, words in enumerate((key, value)):
+        for i, words in enumerate((key, own_value)):
             slot = (kv_head * plan.slots + live) * 2 + i
             _store_head(ops, "cache", slot, chunk, words, first_part & has_slot & (place == 0))
-        key, value = _numbers(ops, plan, key), _numbers(ops, plan, value)
+        key, value = _numbers(ops, plan, key), _numbers(ops, plan, own_value)
         return [
             ops.select(place == 0, (_score(ops, query, key), ops.real(1), value), empty)
             for query in queries
         ]
 
     empty = (ops.real(NEVER), ops.real(0), [ops.real(0)] * (2 * CHUNK))
-    last = (split == plan.splits - 1) & (warp == plan.warps - 1)  # which has the fewest slots
     softmaxes = ops.branch(last, with_own_token, [empty for _ in queries])
-    start = (split * plan.warps + warp) * (TOGETHER * plan.unroll)
-    if plan.window is not None:  # whole steps before the first visible slot are left out
-        start = start + (oldest & (2**32 - swept))
-    _, softmaxes = ops.loop(lambda state: state[0] < live, step, (start, softmaxes))
-    _clear(ops, plan, block * (plan.warps * lanes.WARP) + thread)
+    # What was read beyond the live slots may be anything; the next is being written.
+    loaded = [
+        ops.select(visible(slot), words, [[ops.integer(0)] * CHUNK] * 2)
+        for slot, words in zip(slots_of(start), loaded)
+    ]
+    *_, softmaxes = ops.loop(lambda state: state[0] < live, step, (start, loaded, softmaxes))
+    _clear(ops, plan, block * (WARPS * lanes.WARP) + thread)
     for j, softmax in enumerate(softmaxes):
         largest, weight, mixed = _join_places(ops, softmax)
         base = (warp * plan.group + j) * plan.width
@@ -251,7 +271,7 @@ def _clear(ops, plan, thread):
     """Fills the array `blank`; `thread` is counted over all blocks."""
     def store(piece):
         ops.store_words("blank", piece, [ops.integer(BLANKS)] * 4, piece < plan.blanks // CHUNK)
-        return piece + plan.blocks * plan.warps * lanes.WARP
+        return piece + plan.blocks * WARPS * lanes.WARP
 
     ops.loop(lambda piece: piece < plan.blanks // CHUNK, store, thread)
 
@@ -283,7 +303,7 @@ def _join_places(ops, softmax):
 
 def _join_warps(ops, plan, thread, block):
     """Adds up the warps' softmaxes; a thread does one element of one head at a time."""
-    elements, threads = plan.group * HEAD_DIM, plan.warps * lanes.WARP
+    elements, threads = plan.group * HEAD_DIM, WARPS * lanes.WARP
     for first in range(0, elements, threads):
         element = thread + first
         inside = element < elements
@@ -296,13 +316,13 @@ def _join_warps(ops, plan, thread, block):
 
         largest, weight, mixed = _join(ops, [
             [at(warp, offset) for offset in (HEAD_DIM, HEAD_DIM + 1, d)]
-            for warp in range(plan.warps)
+            for warp in range(WARPS)
         ])  # fmt: skip
         if plan.splits == 1:
             out = block * elements + element
             ops.store_real("out", out, mixed * ops.reciprocal(weight), inside)
             continue
-        base = (j + plan.warps * plan.group) * plan.width
+        base = (j + WARPS * plan.group) * plan.width
         ops.store_shared(base + d, mixed, inside)
         ops.store_shared(base + HEAD_DIM, largest, inside & (d == 0))
         ops.store_shared(base + (HEAD_DIM + 1), weight, inside & (d == 0))
@@ -314,7 +334,7 @@ def _join_blocks(ops, plan, thread, heads, split):
     inside = thread < share
     element = ops.select(inside, thread, ops.integer(0)) + split * share
     j, d = element >> 7, element & (HEAD_DIM - 1)
-    base = (j + plan.warps * plan.group) * plan.width
+    base = (j + WARPS * plan.group) * plan.width
     ops.cluster_barrier()
     _, weight, mixed = _join(ops, [
         [ops.load_peer((base + offset) * 4, peer) for offset in (HEAD_DIM, HEAD_DIM + 1, d)]
@@ -372,7 +392,12 @@ def _angles(ops, sequence, chunk):
 
 def _rotated_head(ops, plan, head, chunk, turn):
     """A lane's elements of a head of the rows, rotated."""
-    elements = _numbers(ops, plan, _load_head(ops, "rows", head, chunk, chunk < LANES))
+    return _rotate(
+        _numbers(ops, plan, _load_head(ops, "rows", head, chunk, chunk < LANES)), turn
+    )
+
+
+def _rotate(elements, turn):
     first, second = elements[:CHUNK], elements[CHUNK:]  # those that turn together
     rotated = [a * c - b * s for a, b, c, s in zip(first, second, *turn)]
     return rotated + [b * c + a * s for a, b, c, s in zip(first, second, *turn)]

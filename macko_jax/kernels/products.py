@@ -84,10 +84,11 @@ def _transposed_by_decode(values, y, codes, row_offsets, starts, *, out_dtype, *
 
 
 def _matmul(subscripts, a, b, out_dtype) -> jax.Array:
-    """A dense product with float32 sums; 16-bit operands go to tensor cores as they are."""
+    """A dense product, summed in float32; 16-bit operands go to tensor cores as they are."""
     if a.dtype != b.dtype:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = "highest" if a.dtype == jnp.float32 else None
-    product = jnp.einsum(
-        subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
+    # One of the operands' type is rounded by the product itself, which sums in float32 all the same.
+    result = out_dtype if out_dtype == a.dtype else jnp.float32
+    product = jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=result)
     return product.astype(out_dtype)
