@@ -113,7 +113,7 @@ def on_host():
 def cases():
     """(name, function that runs it)."""
     for encoding, shape, (dtype, batch) in itertools.product(
-            ENCODINGS, SHAPES, zip(DTYPES, (1, 3, 2, 5))):
+            ENCODINGS, SHAPES, [*zip(DTYPES, (1, 3, 2, 5)), ("float16", 16)]):
         yield f"{encoding} {shape} {dtype} {batch}", functools.partial(
             products, encoding, shape, dtype, batch)
     for encoding, shape, kind in itertools.product(ENCODINGS, SHAPES[:-1], ("norm", "gated")):

@@ -56,7 +56,7 @@ def emulate(matrix, x, settings):
     return execute(
         kernel.program, plan,
         arrays_of(matrix, "values", "codes", "row_offsets", "starts") | {"x": x}, {"y": y},
-        blocks=plan.blocks, warps=settings.warps, slots=plan.x.slots)
+        blocks=plan.blocks, warps=settings.warps, slots=plan.shared_slots)
 
 
 def assert_product(y, dense, x):
@@ -91,6 +91,19 @@ def test_program_on_types_and_batches(
     settings = config.Settings(
         blocks=2, warps=4, unroll=unroll, vectors=per_pass, stage_x=stage_x)
     assert_product(emulate(matrix, x, settings), dense, x)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("batch,per_pass,unroll", [(1, 8, 1), (11, 8, 3), (16, 16, 2)])
+def test_program_with_tensor_cores(batch, per_pass, unroll, dtype, encoding):
+    for rows, cols, density in [(23, 410, 0.4), (5, 1, 1.0), (9, 700, 0.9)]:
+        dense = sparse(rows, cols, density, dtype)
+        matrix = macko_jax.compress(dense, encoding=encoding, lanes=32)
+        x = vectors(batch, cols, dtype=dtype)
+        settings = config.Settings(
+            blocks=2, warps=4, unroll=unroll, vectors=per_pass, stage_x=True, tensor_cores=True)
+        assert_product(emulate(matrix, x, settings), dense, x)
 
 
 @pytest.mark.parametrize("rows,cols,density,dtype,lanes,encoding", [
@@ -228,14 +241,16 @@ def test_settings_are_checked(wrong):
                            **wrong})
 
 
+@pytest.mark.parametrize("encoding,x_dtype", [("delta4", "float32"), ("banked", "float16")])
 @pytest.mark.parametrize("rows,cols,density,batch", [
-    (11008, 4096, 0.5, 1), (4096, 11008, 0.1, 3), (3, 60000, 0.3, 16), (1, 1, 1.0, 1)])
-def test_chosen_settings_fit_the_device(rows, cols, density, batch):
+    (11008, 4096, 0.5, 1), (4096, 11008, 0.1, 3), (3, 60000, 0.3, 16), (1, 1, 1.0, 1),
+    (11008, 4096, 0.5, 16), (4096, 11008, 0.5, 8), (4096, 13500, 0.5, 16)])
+def test_chosen_settings_fit_the_device(rows, cols, density, batch, encoding, x_dtype):
     stored = int(rows * cols * density) // 8 * 8
-    matrix = strips.Matrix((rows, cols), "delta4", 32, stored, np.dtype("float16"))
-    settings = config.choose(matrix, "float32", batch)
-    plan = kernel.Plan(matrix, "float32", batch, settings)
-    assert 4 * plan.x.slots <= 227 * 1024
+    matrix = strips.Matrix((rows, cols), encoding, 32, stored, np.dtype("float16"))
+    settings = config.choose(matrix, x_dtype, batch)
+    plan = kernel.Plan(matrix, x_dtype, batch, settings)
+    assert 4 * plan.shared_slots <= 227 * 1024
     assert settings.blocks <= rows
 
 
@@ -257,6 +272,26 @@ def test_on_gpu(encoding, dtype, shape, batch):
     y = np.asarray(product(matrix, x))
     assert_product(y, dense, x)
     np.testing.assert_array_equal(y, product(matrix, x))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("rows,cols,density,batch", [
+    (37, 300, 0.5, 5), (300, 2051, 0.3, 16), (33, 70000, 0.02, 3), (1500, 4096, 0.5, 16),
+    (257, 11008, 0.5, 8), (140, 1000, 0.02, 19)])
+def test_several_vectors_on_gpu(rows, cols, density, batch, dtype, encoding):
+    """Of the matrix's own type, as tensor cores take them."""
+    dense = sparse(rows, cols, density, dtype)
+    matrix, x = macko_jax.compress(dense, encoding=encoding), vectors(batch, cols, dtype=dtype)
+    product = jax.jit(lambda m, x: macko_jax.spmv(m, x))
+    y = np.asarray(product(matrix, x), np.float32)
+    dense, x = dense.astype(np.float64), x.astype(np.float64)
+    bound = np.abs(x) @ np.abs(dense).T * (cols + 2) * 2.0**-24
+    exact = x @ dense.T
+    assert np.all(np.abs(y - exact) <= bound + float(jnp.finfo(dtype).eps) * np.abs(exact))
+    np.testing.assert_array_equal(y, np.asarray(product(matrix, x.astype(dtype)), np.float32))
 
 
 @pytest.mark.gpu

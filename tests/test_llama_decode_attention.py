@@ -168,15 +168,6 @@ def test_kernel_gives_attention(case, dtype):
     )
 
 
-@pytest.mark.parametrize("divisor", [1, 3, 7, 32, 40, 64, 2**15])
-@pytest.mark.parametrize("below", [1, 1000, 2**15])
-def test_division_is_exact(divisor, below):
-    numbers = np.arange(below, dtype=np.uint32)  # whose products wrap around, as registers' do
-    found = decode_attention._divide(numbers, divisor, below)
-    assert found.dtype == np.uint32
-    np.testing.assert_array_equal(found, numbers // divisor)
-
-
 def by_emulation(rows, rotation, cache, positions, *, heads, window, blanks):
     """`attend`, its program executed on the CPU."""
 

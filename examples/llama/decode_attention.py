@@ -26,7 +26,6 @@ MOST_HEADS = 4  # query heads of a block: each takes 32 registers
 WARPS = 4  # of a block; small blocks leave room for several on each multiprocessor
 ENOUGH_BLOCKS = 256
 MOST_SPLITS = 8  # blocks of a cluster, on every GPU that has them
-MOST_KV_HEADS = 2**11  # of all sequences; see `_divide`
 BLANKS = vectors.BLANK * 0x10001  # two of them
 NEVER = -1e30  # score of a slot that is not visible; finite, so that differences are numbers
 
@@ -81,10 +80,6 @@ class Plan:
     def blocks(self):
         return self.head_groups * self.splits
 
-    def __post_init__(self):
-        if self.head_groups > 2**15:
-            raise ValueError(f"{self} has more heads than its arithmetic serves; see `_divide`")
-
     @property
     def unroll(self):
         """Rounds of slots that a warp loads at a time, while it works on as many before them."""
@@ -116,7 +111,6 @@ def fits(cache):
     return (
         jax.default_backend() == "gpu"
         and cache.shape[-1] == HEAD_DIM
-        and cache.shape[0] * cache.shape[1] <= MOST_KV_HEADS
         and cache.dtype in (jnp.float16, jnp.bfloat16)
     )
 
@@ -160,8 +154,8 @@ def program(ops, plan: Plan):
     chunk, place = lane & (LANES - 1), lane >> 3  # of the slot, and the slot of the warp's four
     # Blocks in the order of sequences, key-value heads, their parts, and shares of the slots.
     heads, split = block >> (plan.splits.bit_length() - 1), block & (plan.splits - 1)
-    kv_head = _divide(heads, plan.parts, plan.head_groups)  # of all sequences
-    sequence = _divide(heads, plan.parts * plan.kv_heads, plan.head_groups)
+    kv_head = heads // plan.parts  # of all sequences
+    sequence = heads // (plan.parts * plan.kv_heads)
 
     def slots_of(first):
         """Those that a lane reads in the step that begins at slot `first` for its warp."""
@@ -274,17 +268,6 @@ def _clear(ops, plan, thread):
         return piece + plan.blocks * WARPS * lanes.WARP
 
     ops.loop(lambda piece: piece < plan.blanks // CHUNK, store, thread)
-
-
-def _divide(number, divisor, below):
-    """number // divisor for a number < below <= 2**15, by a product and a shift.
-
-    The reciprocal 2**shift / divisor is rounded up by less than 1, so the quotient is too large by
-    less than below / 2**shift < 1 / divisor, which changes no integer part; and the product stays
-    below 2 * (2 * below**2) <= 2**32.
-    """
-    shift = (below * divisor).bit_length()
-    return (number * -(-(2**shift) // divisor)) >> shift
 
 
 def _join_places(ops, softmax):

@@ -30,7 +30,7 @@ class Plan(config.Plan):
 
     @property
     def shared_slots(self) -> int:
-        return self.x.slots + self.y.slots
+        return self.x_slots + self.y.slots
 
 
 def program(ops, plan: Plan) -> None:
@@ -38,7 +38,7 @@ def program(ops, plan: Plan) -> None:
 
     Groups beyond the last row are spare capacity and get zeros.
     """
-    matrix, settings, x, y = plan.matrix, plan.settings, plan.x, plan.y
+    matrix, settings, [x], y = plan.matrix, plan.settings, plan.planes, plan.y
     end, threads = matrix.shape[1] * x.scale, settings.warps * WARP
     walk = walks.make(
         ops, matrix, block=ops.block(), blocks=settings.blocks, warps=settings.warps,
@@ -94,9 +94,8 @@ def _store_group(ops, index, reals, dtype, where) -> None:
 def plan(matrix: strips.Matrix, x_dtype, batch: int) -> Plan | None:
     """The plan of a gradient; None if so many vectors do not fit in one pass."""
     fitting = Plan(matrix, x_dtype, batch, config.choose(matrix, x_dtype, batch))
-    if fitting.settings.vectors < batch or 4 * fitting.shared_slots > config.SHARED_BYTES:
-        return None
-    return fitting
+    fits = 4 * fitting.shared_slots <= config.SHARED_BYTES
+    return fitting if fits and batch <= fitting.planes[0].count else None
 
 
 def why_not(matrix: strips.Matrix, x_dtype, batch: int) -> str | None:

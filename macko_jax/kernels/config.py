@@ -5,11 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from macko_jax.kernels import tensor_cores
+from macko_jax.kernels.lanes import WARPGROUP
 from macko_jax.kernels.vectors import Vectors
 from macko_jax.layout import GROUP
 
-WARPGROUP = 4  # warps; `lanes.WARPGROUP`, without its imports
-BREAK_EVEN = {"spmv": 8, "spmv_transposed": 2}  # vectors; with more, a dense decode is faster
+BREAK_EVEN = {"spmv": 16, "spmv_transposed": 2}  # vectors; with more, a dense decode is faster
 GROUPS_IN_FLIGHT = 48  # of a multiprocessor's warps together, for each lane
 SHARED_BYTES = 220 * 1024  # of a Hopper multiprocessor's 227 KiB; the rest is the kernel's own
 
@@ -22,20 +23,22 @@ class Settings:
       blocks: thread blocks that share the rows; one for each multiprocessor.
       warps: warps of a block, a multiple of 4.
       unroll: groups of eight elements that a lane loads ahead.
-      vectors: vectors (1, 2, 4 or 8) that are multiplied in one pass over the matrix.
+      vectors: how many (1, 2, 4, 8 or 16) are multiplied in one pass over the matrix.
       stage_x: whether x is kept in shared memory, or gathered from global memory.
+      tensor_cores: whether they multiply, staged vectors of 16 bits; see `tensor_cores.py`.
     """
     blocks: int
     warps: int
     unroll: int
     vectors: int
     stage_x: bool
+    tensor_cores: bool = False
 
     def __post_init__(self):
         if self.warps % WARPGROUP or not 0 < self.warps <= 32:
             raise ValueError(f"warps must be a multiple of {WARPGROUP} up to 32, got {self.warps}")
-        if self.vectors not in (1, 2, 4, 8):
-            raise ValueError(f"vectors must be 1, 2, 4 or 8, got {self.vectors}")
+        if self.vectors not in (1, 2, 4, 8, 16):
+            raise ValueError(f"vectors must be 1, 2, 4, 8 or 16, got {self.vectors}")
         if self.blocks < 1 or self.unroll < 1:
             raise ValueError(f"blocks and unroll must be positive, got {self}")
 
@@ -55,11 +58,18 @@ class Plan:
     before = None  # what is done to x first; see `Vectors`
 
     @property
-    def x(self) -> Vectors:
-        return Vectors(
-            self.x_dtype, length=self.matrix.shape[1], slack=self.matrix.slack,
-            count=self.settings.vectors, batch=self.batch, staged=self.settings.stage_x,
-            before=self.before)
+    def planes(self) -> list[Vectors]:
+        """The vectors of a pass, one after the other in shared memory if they are staged."""
+        count = min(tensor_cores.VECTORS, self.settings.vectors)
+        make = functools.partial(
+            Vectors, self.x_dtype, length=self.matrix.shape[1], slack=self.matrix.slack,
+            count=count, batch=self.batch, staged=self.settings.stage_x, before=self.before)
+        return [make(first_slot=i * make().slots) for i in range(self.settings.vectors // count)]
+
+    @property
+    def x_slots(self) -> int:
+        """32-bit words of shared memory that they take."""
+        return sum(x.slots for x in self.planes)
 
 
 @functools.cache
@@ -100,17 +110,25 @@ def unroll(warps: int) -> int:
 def choose(matrix, x_dtype, batch: int) -> Settings:
     """The settings for a product of a `strips.Matrix` with `batch` vectors of type `x_dtype`."""
     rows = matrix.shape[0]
-    most = 8 if jnp.dtype(x_dtype).itemsize == 2 else 4  # of one vector load from shared memory
+    by_tensor_cores = _suit_tensor_cores(matrix, x_dtype, batch)
+    most = 16 if by_tensor_cores else 8 if jnp.dtype(x_dtype).itemsize == 2 else 4
     vectors = min(most, 1 << (batch - 1).bit_length())
     while vectors > 1 and not _fits(matrix, x_dtype, vectors):
         vectors //= 2
     blocks = row_blocks(rows)
     tasks = -(-rows // blocks) * matrix.lanes // 32  # of a block's warps
     # The sums of 8 vectors leave the 64 registers of a lane of 32 warps no room to load ahead.
-    warps = min(_warps(tasks), 16) if vectors == 8 else _warps(tasks)
+    warps = min(_warps(tasks), 16) if vectors >= 8 else _warps(tasks)
     return Settings(
-        blocks=blocks, warps=warps, unroll=groups_ahead(matrix),
-        vectors=vectors, stage_x=_fits(matrix, x_dtype, vectors))
+        blocks=blocks, warps=warps, unroll=groups_ahead(matrix), vectors=vectors,
+        stage_x=_fits(matrix, x_dtype, vectors), tensor_cores=by_tensor_cores and vectors >= 8)
+
+
+def _suit_tensor_cores(matrix, x_dtype, batch: int) -> bool:
+    """Whether they are faster: where gathers of 16 bytes have no bank conflicts."""
+    x_dtype = jnp.dtype(x_dtype)
+    halves = x_dtype.itemsize == 2 and x_dtype == jnp.dtype(matrix.dtype)
+    return matrix.encoding == "banked" and halves and batch > 4
 
 
 def groups_ahead(matrix) -> int:
@@ -120,9 +138,10 @@ def groups_ahead(matrix) -> int:
 
 
 def _fits(matrix, x_dtype, vectors: int) -> bool:
-    staged = Vectors(x_dtype, length=matrix.shape[1], slack=matrix.slack, count=vectors,
-                     batch=vectors, staged=True)
-    return 4 * staged.slots <= SHARED_BYTES
+    settings = Settings(blocks=1, warps=4, unroll=1, vectors=vectors, stage_x=True)
+    plan = Plan(matrix, x_dtype, vectors, settings)
+    weights = tensor_cores.BUFFER * 16 if vectors >= 8 else 0  # of as many warps
+    return 4 * (plan.x_slots + weights) <= SHARED_BYTES
 
 
 def _warps(tasks: int) -> int:

@@ -57,6 +57,7 @@ class Register:
 
     def __sub__(self, other): return self._apply(other, arith.subi, arith.subf)
     def __mul__(self, other): return self._apply(other, arith.muli, arith.mulf)
+    def __floordiv__(self, other): return self._apply(other, arith.divui)
     def __and__(self, other): return self._apply(other, arith.andi)
     def __or__(self, other): return self._apply(other, arith.ori)
     def __xor__(self, other): return self._apply(other, arith.xori)
@@ -218,6 +219,22 @@ class MosaicLanes:
     def barrier(self): gpu.barrier()
     def warp_barrier(self): nvvm.bar_warp_sync(_constant(_i32(), FULL_WARP))
 
+    def multiply_add(self, a, b, sums, dtype):
+        """sums + a b by the tensor cores of the warp: a [16, 16], b [16, 8], of a 16-bit `dtype`.
+
+        A lane l holds, of a, rows l / 4 and 8 more, columns 2 (l mod 4) and the next, as two words,
+        and then those 8 columns on, as two more; of b, the same rows of column l / 4, as two words;
+        and of the float32 sums [16, 8], elements of the same places as the first two words of a.
+        """
+        kind = {"float16": "f16", "bfloat16": "bf16"}[jnp.dtype(dtype).name]
+        out, f32 = "{$0, $1, $2, $3}", ir.F32Type.get()
+        total = llvm.inline_asm(
+            llvm.StructType.get_literal([f32] * 4), [r.value for r in (*a, *b, *sums)],
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {out}, {{$4, $5, $6, $7}},"
+            " {$8, $9}, {$10, $11, $12, $13};", ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4),
+            has_side_effects=True)
+        return [Register(llvm.extractvalue(f32, total, [i])) for i in range(4)]
+
     # Cluster
 
     def cluster_barrier(self):
@@ -334,6 +351,19 @@ class MosaicLanes:
         if count == 1:
             return [loaded]
         return [llvm.extractelement(loaded, _constant(_i32(), i)) for i in range(count)]
+
+    def load_fragments(self, offset):
+        """Four 8 x 8 matrices of 16-bit elements in shared memory, as operands of `multiply_add`.
+
+        Lane l gives the offset of the 16 bytes that are row l mod 8 of matrix l / 8. It gets, of
+        each matrix, the word of the elements 2 (l mod 4) and the next in column l / 4.
+        """
+        base = llvm.ptrtoint(_i32(), self._shared_at(Register(offset.base)))
+        fragments = llvm.inline_asm(
+            llvm.StructType.get_literal([_i32()] * 4), [base],
+            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3},"
+            f" [$4+{offset.offset}];", "=r,=r,=r,=r,r,~{memory}", has_side_effects=True)
+        return [Register(llvm.extractvalue(_i32(), fragments, [i])) for i in range(4)]
 
     def store_shared_words(self, offset, words, where):
         """Writes 1, 2 or 4 words at an offset that is a multiple of their bytes."""

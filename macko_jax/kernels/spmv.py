@@ -12,7 +12,7 @@ import functools
 
 import jax
 
-from macko_jax.kernels import config, lanes, strips, walks
+from macko_jax.kernels import config, lanes, strips, tensor_cores, walks
 from macko_jax.kernels.lanes import WARP
 from macko_jax.kernels.vectors import Share, deal_blocks
 
@@ -56,9 +56,10 @@ class Plan(config.Plan):
 
     @property
     def shared_slots(self) -> int:
-        """x, a sum of squares for each warp, and the block's share of what is added."""
-        squares = self.settings.warps if self.fusion.eps is not None else 0
-        return self.x.slots + squares + (self.added.slots if self.fusion.add else 0)
+        """x, and for each warp weights or a sum of squares, and the share of what is added."""
+        each = tensor_cores.BUFFER * self.settings.tensor_cores + (self.fusion.eps is not None)
+        added = self.added.slots if self.fusion.add else 0
+        return self.x_slots + self.settings.warps * each + added
 
     @property
     def passes(self) -> int:
@@ -78,16 +79,20 @@ def program(ops, plan: Plan) -> None:
 
     Sums are in float32 in a fixed order, so that results are equal from run to run.
     """
-    matrix, settings, x, fusion, added = (
-        plan.matrix, plan.settings, plan.x, plan.fusion, plan.added)
+    matrix, settings, planes, fusion, added = (
+        plan.matrix, plan.settings, plan.planes, plan.fusion, plan.added)
     rows, threads = matrix.shape[0], settings.warps * WARP
 
-    block, first_vector = deal_blocks(ops, settings.blocks, plan.passes, settings.vectors)
+    block, first_vector = deal_blocks(ops, plan.passes, settings.vectors)
     walk = walks.make(
         ops, matrix, block=block, blocks=settings.blocks, warps=settings.warps,
-        unroll=settings.unroll, scale=x.scale)
+        unroll=settings.unroll, scale=planes[0].scale)
 
     def finish(row, sums):
+        if settings.tensor_cores:
+            for vector, total, writes in tensor_cores.totals(ops, sums):
+                store(row, vector, total, writes)
+            return
         sums = lanes.sum_over_lanes(ops, sums, matrix.lanes)
         if fusion.eps is not None:
             sums = [total * inverse for total in sums]
@@ -95,26 +100,36 @@ def program(ops, plan: Plan) -> None:
             addend = added.at(row, row < walk.end_row)
             sums = [total + a for total, a in zip(sums, addend)]
         for k, total in enumerate(sums):
-            vector = first_vector + k
-            ops.store_real("y", vector * rows + row, total,
-                           (walk.part == 0) & (row < walk.end_row) & (vector < plan.batch))
+            store(row, k, total, walk.part == 0)
+
+    def store(row, vector, total, writes):
+        vector = first_vector + vector
+        ops.store_real("y", vector * rows + row, total,
+                       writes & (row < walk.end_row) & (vector < plan.batch))
 
     # All loads that depend on nothing come first: the start of a kernel is a chain of latencies.
-    x.begin(ops, "x", first_vector, threads)
+    for i, x in enumerate(planes):
+        x.begin(ops, "x", first_vector + i * x.count, threads)
     if fusion.add:
         added.begin(ops, "add", walk, first_vector=ops.integer(0),
                     first_slot=plan.shared_slots - added.slots, threads=threads)
     started = walk.start()
-    squares = x.finish()
+    squares = [x.finish() for x in planes][0]
     if fusion.add:
         added.finish()
     if fusion.eps is not None:
-        share_squares(ops, squares, x.slots)
+        share_squares(ops, squares, plan.x_slots)
     ops.barrier()
     if fusion.eps is not None:
-        inverse = inverse_norm(ops, x.slots, settings.warps, matrix.shape[1], fusion.eps)
-    walk.run(started, lambda: [ops.real(0)] * settings.vectors,
-             functools.partial(multiply, ops, matrix, x), finish)
+        inverse = inverse_norm(ops, plan.x_slots, settings.warps, matrix.shape[1], fusion.eps)
+    if settings.tensor_cores:
+        begin_row = functools.partial(tensor_cores.zeros, ops, planes)
+        visit = functools.partial(
+            tensor_cores.multiply, ops, planes, plan.x_slots, matrix.dtype)
+    else:
+        begin_row = lambda: [ops.real(0)] * settings.vectors
+        visit = functools.partial(multiply, ops, matrix, *planes)
+    walk.run(started, begin_row, visit, finish)
 
 
 def multiply(ops, matrix: strips.Matrix, x, sums: list, groups: list) -> list:

@@ -67,7 +67,7 @@ def program(ops, plan: Plan) -> None:
     rows, cols = matrix.shape
     threads = plan.warps * WARP
     thread = ops.thread()
-    block, vector = deal_blocks(ops, plan.share, plan.batch, 1)
+    block, vector = deal_blocks(ops, plan.batch, 1)
     walk = walks.make(
         ops, matrix, block=block, blocks=plan.share, warps=plan.warps,
         unroll=config.unroll(plan.warps), scale=4, rows_per_warp=plan.rows_per_warp,

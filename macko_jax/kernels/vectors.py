@@ -8,17 +8,18 @@ from macko_jax.kernels.lanes import FRESH
 
 BLANK = 0xFFFF  # 16 bits in the place of an element that no block has published yet
 PIECE = 8  # elements of a published vector that a thread reads at a time
-AHEAD = 8  # elements per thread and vector that are in flight while they are staged
+AHEAD = 8  # loads per thread and vector that are in flight while elements are staged
 
 
-def deal_blocks(ops, blocks: int, passes: int, vectors: int):
-    """Of a grid of `blocks` for each pass of `vectors`: the block in its pass, the first vector."""
-    block, first_vector = ops.block(), ops.integer(0)
-    for i in range(1, passes):
-        later = block >= blocks
-        block = ops.select(later, block - blocks, block)
-        first_vector = ops.select(later, ops.integer(i * vectors), first_vector)
-    return block, first_vector
+def deal_blocks(ops, passes: int, vectors: int):
+    """Of a grid with as many blocks for each pass of `vectors`: the block in its pass, the first vector.
+
+    The passes of one share of the rows run at about the same time, and may find it in a cache.
+    """
+    if passes == 1:
+        return ops.block(), ops.integer(0)
+    block = ops.block() // passes
+    return block, (ops.block() - block * passes) * vectors
 
 
 def _has_blank(word):
@@ -56,6 +57,8 @@ class Vectors:
         self._words = count // 2 if self.packed else count
         self.scale = 4 * self._words if staged else 1
         self.slots = self._columns * self._words if staged else 1
+        # Of packed vectors, the words of two columns are read as they are, and rearranged.
+        self._together = 2 if self.packed and length % 2 == 0 and before is None else 1
 
     def begin(self, ops, name, first, threads: int, scale="scale"):
         """Issues the first loads of the array `name` [batch, length], from vector `first` on.
@@ -78,31 +81,50 @@ class Vectors:
             return squares
 
         def copy(state):
-            column, squares = state
-            return column + AHEAD * self.threads, self._write(self._read(column), squares)
+            number, squares = state
+            return number + self._swept, self._write(self._read(number), squares)
 
-        start = self.ops.thread() + AHEAD * self.threads
-        return self.ops.loop(lambda state: state[0] < self._columns, copy, (start, squares))[1]
+        start = self.ops.thread() + self._swept
+        return self.ops.loop(lambda state: state[0] < self._pieces, copy, (start, squares))[1]
 
     def at(self, column) -> list:
         """The elements of all vectors at a column times `scale`, as float32."""
         ops = self.ops
         if self.packed:
-            words = ops.load_shared_words(column + self._base, self._words)
+            words = ops.load_shared_words(self.place(column), self._words)
             return [half for word in words for half in ops.pair(word, self.dtype)]
         if self.staged:
-            return ops.load_shared(column + self._base, self.count)
+            return ops.load_shared(self.place(column), self.count)
         return [ops.load_real(self.name, (self.first + k) * self.length + column,
                               (column < self.length) & (self.first + k < self.batch))
                 for k in range(self.count)]
 
-    def _read(self, column):
-        """The loads of a thread for `AHEAD` rounds: [(column, loads of all vectors)]."""
-        out = []
-        for i in range(min(AHEAD, -(-self._columns // self.threads))):
-            at = column + i * self.threads
-            out.append((at, [self._loads(k, at) for k in range(self.count)]))
-        return out
+    def place(self, column):
+        """Where in shared memory the elements at a column times `scale` lie."""
+        return column + self._base
+
+    @property
+    def _pieces(self) -> int:
+        """What threads read one after the other: columns, or pairs of them."""
+        return self._columns // self._together
+
+    @property
+    def _swept(self) -> int:
+        """Pieces that the threads have in flight together."""
+        return AHEAD // self._together * self.threads
+
+    def _read(self, number):
+        """The loads of a thread from a piece on: [(piece, loads of all vectors)]."""
+        load = self._load_pair if self._together == 2 else self._loads
+        rounds = min(AHEAD // self._together, -(-self._pieces // self.threads))
+        pieces = [number + i * self.threads for i in range(rounds)]
+        return [(at, [load(k, at) for k in range(self.count)]) for at in pieces]
+
+    def _load_pair(self, k: int, at):
+        """The word of two elements of vector k."""
+        where = (at < self.length // 2) & (self.first + k < self.batch)
+        index = (self.first + k) * (self.length // 2) + at
+        return self.ops.load_words(self.name, index, 1, where)[0]
 
     def _loads(self, k: int, at) -> list:
         """What has to be read for the element of vector k at a column."""
@@ -118,6 +140,10 @@ class Vectors:
 
     def _write(self, loaded, squares):
         ops = self.ops
+        if self._together == 2:
+            for pair, words in loaded:
+                self._write_pair(pair, words)
+            return squares
         for column, elements in loaded:
             squares = [ops.fma(x, x, total) for total, (x, _) in zip(squares, elements)]
             values = [self._element(*loads) for loads in elements]
@@ -128,6 +154,15 @@ class Vectors:
             place = column * self.scale + self._base
             ops.store_shared_words(place, words, column < self._columns)
         return squares
+
+    def _write_pair(self, pair, words):
+        """Stages two columns of all vectors, of each of which `words` has both elements."""
+        both = list(zip(words[::2], words[1::2]))
+        columns = [(a & 0xFFFF) | (b << 16) for a, b in both], [
+            (a >> 16) | (b & 0xFFFF0000) for a, b in both]
+        for i, staged in enumerate(columns):
+            place = pair * (2 * self.scale) + (i * self.scale + self._base)
+            self.ops.store_shared_words(place, staged, pair < self._pieces)
 
     def receive(self, ops, name, first: int, scale, threads: int) -> list:
         """Fills shared memory with a vector as soon as the blocks that compute it have written it.
