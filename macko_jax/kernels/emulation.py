@@ -10,7 +10,7 @@ import numpy as np
 
 from macko_jax.kernels.lanes import WARP
 
-GROUP, WITHIN = np.divmod(np.arange(WARP), 4)  # of lanes, in the layouts of tensor cores
+QUAD, WITHIN = np.divmod(np.arange(WARP), 4)  # of lanes, in the layouts of tensor cores
 
 
 class NumpyLanes:
@@ -176,7 +176,7 @@ class NumpyLanes:
         self._whole_warps()
         words = np.stack(self._load_shared(self._lane_block, offset, 4), axis=1)
         rows = words.view(np.uint16).reshape(-1, 4, 8, 8)  # of each warp and matrix
-        pairs = np.stack([rows[:, :, 2 * WITHIN + i, GROUP] for i in (0, 1)], axis=-1)
+        pairs = np.stack([rows[:, :, 2 * WITHIN + i, QUAD] for i in (0, 1)], axis=-1)
         return list(pairs.view(np.uint32).transpose(1, 0, 2, 3).reshape(4, -1))
 
     def multiply_add(self, a, b, sums, dtype):
@@ -184,13 +184,13 @@ class NumpyLanes:
         wide_a, wide_b, total = (
             np.zeros((self._active.size // WARP, rows, cols)) for rows, cols in
             ((16, 16), (16, 8), (16, 8)))
-        place = lambda i: (slice(None), GROUP + 8 * (i // 2), 2 * WITHIN + i % 2)
+        place = lambda i: (slice(None), QUAD + 8 * (i // 2), 2 * WITHIN + i % 2)
         for i, word in enumerate(a):
             for j, half in enumerate(self.pair(word, dtype)):
-                wide_a[:, GROUP + 8 * (i % 2), 2 * WITHIN + j + 8 * (i // 2)] = half.reshape(-1, WARP)
+                wide_a[:, QUAD + 8 * (i % 2), 2 * WITHIN + j + 8 * (i // 2)] = half.reshape(-1, WARP)
         for i, word in enumerate(b):
             for j, half in enumerate(self.pair(word, dtype)):
-                wide_b[:, 2 * WITHIN + j + 8 * i, GROUP] = half.reshape(-1, WARP)
+                wide_b[:, 2 * WITHIN + j + 8 * i, QUAD] = half.reshape(-1, WARP)
         for i, element in enumerate(sums):
             total[place(i)] = element.reshape(-1, WARP)
         with np.errstate(all="ignore"):

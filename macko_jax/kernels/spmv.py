@@ -88,24 +88,26 @@ def program(ops, plan: Plan) -> None:
         ops, matrix, block=block, blocks=settings.blocks, warps=settings.warps,
         unroll=settings.unroll, scale=planes[0].scale)
 
-    def finish(row, sums):
-        if settings.tensor_cores:
-            for vector, total, writes in tensor_cores.totals(ops, sums):
-                store(row, vector, total, writes)
-            return
-        sums = lanes.sum_over_lanes(ops, sums, matrix.lanes)
-        if fusion.eps is not None:
-            sums = [total * inverse for total in sums]
-        if fusion.add:
-            addend = added.at(row, row < walk.end_row)
-            sums = [total + a for total, a in zip(sums, addend)]
-        for k, total in enumerate(sums):
-            store(row, k, total, walk.part == 0)
+    if settings.tensor_cores:
+        begin_row = functools.partial(tensor_cores.zeros, ops, planes)
+        visit = functools.partial(tensor_cores.multiply, ops, planes, plan.x_slots, matrix.dtype)
+        totals = functools.partial(tensor_cores.totals, ops)
+    else:
+        begin_row = lambda: [ops.real(0)] * settings.vectors
+        visit = functools.partial(multiply, ops, matrix, *planes)
+        totals = lambda sums: [
+            (k, total, walk.part == 0)
+            for k, total in enumerate(lanes.sum_over_lanes(ops, sums, matrix.lanes))]
 
-    def store(row, vector, total, writes):
-        vector = first_vector + vector
-        ops.store_real("y", vector * rows + row, total,
-                       writes & (row < walk.end_row) & (vector < plan.batch))
+    def finish(row, sums):
+        for number, total, writes in totals(sums):
+            vector, inside = first_vector + number, row < walk.end_row
+            if fusion.eps is not None:
+                total = total * inverse
+            if fusion.add:
+                total = total + added.at(row, inside)[number]
+            ops.store_real("y", vector * rows + row, total,
+                           writes & inside & (vector < plan.batch))
 
     # All loads that depend on nothing come first: the start of a kernel is a chain of latencies.
     for i, x in enumerate(planes):
@@ -114,7 +116,7 @@ def program(ops, plan: Plan) -> None:
         added.begin(ops, "add", walk, first_vector=ops.integer(0),
                     first_slot=plan.shared_slots - added.slots, threads=threads)
     started = walk.start()
-    squares = [x.finish() for x in planes][0]
+    squares, *_ = [x.finish() for x in planes]  # of the only one, if there is a norm
     if fusion.add:
         added.finish()
     if fusion.eps is not None:
@@ -122,13 +124,6 @@ def program(ops, plan: Plan) -> None:
     ops.barrier()
     if fusion.eps is not None:
         inverse = inverse_norm(ops, plan.x_slots, settings.warps, matrix.shape[1], fusion.eps)
-    if settings.tensor_cores:
-        begin_row = functools.partial(tensor_cores.zeros, ops, planes)
-        visit = functools.partial(
-            tensor_cores.multiply, ops, planes, plan.x_slots, matrix.dtype)
-    else:
-        begin_row = lambda: [ops.real(0)] * settings.vectors
-        visit = functools.partial(multiply, ops, matrix, *planes)
     walk.run(started, begin_row, visit, finish)
 
 

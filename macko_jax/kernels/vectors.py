@@ -12,7 +12,7 @@ AHEAD = 8  # loads per thread and vector that are in flight while elements are s
 
 
 def deal_blocks(ops, passes: int, vectors: int):
-    """Of a grid with as many blocks for each pass of `vectors`: the block in its pass, the first vector.
+    """Of a grid with as many blocks for each pass: the block in its pass, and its first vector.
 
     The passes of one share of the rows run at about the same time, and may find it in a cache.
     """
@@ -57,8 +57,10 @@ class Vectors:
         self._words = count // 2 if self.packed else count
         self.scale = 4 * self._words if staged else 1
         self.slots = self._columns * self._words if staged else 1
-        # Of packed vectors, the words of two columns are read as they are, and rearranged.
-        self._together = 2 if self.packed and length % 2 == 0 and before is None else 1
+        # Columns of 16 bits are read two at a time, if nothing has to be computed of them.
+        pairs = staged and self.dtype.itemsize == 2 and length % 2 == 0 and before is None
+        self._together = 2 if pairs else 1
+        self._rounds = AHEAD if count == 1 else AHEAD // self._together
 
     def begin(self, ops, name, first, threads: int, scale="scale"):
         """Issues the first loads of the array `name` [batch, length], from vector `first` on.
@@ -111,12 +113,12 @@ class Vectors:
     @property
     def _swept(self) -> int:
         """Pieces that the threads have in flight together."""
-        return AHEAD // self._together * self.threads
+        return self._rounds * self.threads
 
     def _read(self, number):
         """The loads of a thread from a piece on: [(piece, loads of all vectors)]."""
         load = self._load_pair if self._together == 2 else self._loads
-        rounds = min(AHEAD // self._together, -(-self._pieces // self.threads))
+        rounds = min(self._rounds, -(-self._pieces // self.threads))
         pieces = [number + i * self.threads for i in range(rounds)]
         return [(at, [load(k, at) for k in range(self.count)]) for at in pieces]
 
@@ -157,12 +159,17 @@ class Vectors:
 
     def _write_pair(self, pair, words):
         """Stages two columns of all vectors, of each of which `words` has both elements."""
+        ops, place = self.ops, pair * (2 * self.scale) + self._base
+        if not self.packed:
+            [word] = words
+            staged = [ops.as_word(element) for element in ops.pair(word, self.dtype)]
+            return ops.store_shared_words(place, staged, pair < self._pieces)
         both = list(zip(words[::2], words[1::2]))
-        columns = [(a & 0xFFFF) | (b << 16) for a, b in both], [
-            (a >> 16) | (b & 0xFFFF0000) for a, b in both]
-        for i, staged in enumerate(columns):
-            place = pair * (2 * self.scale) + (i * self.scale + self._base)
-            self.ops.store_shared_words(place, staged, pair < self._pieces)
+        ops.store_shared_words(
+            place, [(a & 0xFFFF) | (b << 16) for a, b in both], pair < self._pieces)
+        ops.store_shared_words(
+            place + self.scale, [(a >> 16) | (b & 0xFFFF0000) for a, b in both],
+            pair < self._pieces)
 
     def receive(self, ops, name, first: int, scale, threads: int) -> list:
         """Fills shared memory with a vector as soon as the blocks that compute it have written it.
