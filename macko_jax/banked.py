@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from macko_jax.layout import GROUP
+from macko_jax.layout import CODE_BYTES, GROUP, deltas, join_codes
 
 LANES = 32
 BITS = 3
 MAX_DELTA = 2**BITS - 1
-CODE_BYTES = 3  # of a group: two in a first plane, one in a second, so that lanes load whole units
 
 
 def places(cols: int) -> int:
@@ -34,34 +33,6 @@ def most_groups(cols: int) -> int:
 def count_dtype(cols: int) -> np.dtype:
     """Integer type of the lanes' numbers of groups."""
     return np.min_scalar_type(most_groups(cols))
-
-
-def split_codes(words, capacity: int):
-    """uint8 [3 * capacity] from the 24-bit codes uint32 [capacity]: low 16 bits, then high 8."""
-    xp = words.__array_namespace__()
-    low = xp.stack([words & 0xFF, (words >> 8) & 0xFF], axis=-1).reshape(2 * capacity)
-    return xp.concatenate([low, words >> 16]).astype(np.uint8)
-
-
-def join_codes(codes):
-    """The inverse of `split_codes`."""
-    xp, groups = codes.__array_namespace__(), codes.shape[0] // CODE_BYTES
-    codes = codes.astype(np.uint32)
-    low = codes[:2 * groups].reshape(groups, 2)
-    return low[:, 0] | (low[:, 1] << xp.uint32(8)) | (codes[2 * groups:] << xp.uint32(16))
-
-
-def deltas(words):
-    """[..., 8] the deltas of 24-bit codes."""
-    xp = words.__array_namespace__()
-    return (words[..., None] >> xp.arange(0, BITS * GROUP, BITS, dtype=np.uint32)) & MAX_DELTA
-
-
-def join_deltas(delta):
-    """The inverse of `deltas`, uint32."""
-    xp = delta.__array_namespace__()
-    shifts = xp.arange(0, BITS * GROUP, BITS, dtype=np.uint32)
-    return (delta.astype(np.uint32) << shifts).sum(axis=-1, dtype=np.uint32)
 
 
 def lane_major(counts: np.ndarray) -> np.ndarray:
@@ -93,7 +64,7 @@ def slot_columns(codes, row_offsets, counts, *, cols: int) -> jax.Array:
     if groups == 0:
         return jnp.zeros((0, GROUP), jnp.int32)
     at = step_positions(counts, row_offsets, steps, groups)
-    delta = deltas(join_codes(codes).at[at].get(mode="fill", fill_value=0)).astype(jnp.int32)
+    delta = deltas(join_codes(codes).at[at].get(mode="fill", fill_value=0), BITS).astype(jnp.int32)
     within = jnp.cumsum(delta + 1, axis=3)
     passed = jnp.cumsum(within[..., -1], axis=1) - within[..., -1]
     place = passed[..., None] + within - 1

@@ -3,7 +3,7 @@
 XLA's CPU backend vectorizes a gather when the fastest axis of the result is long and the index of
 each element is simple arithmetic, and every fresh large buffer costs page faults. So bitmasks are
 decoded in blocks of rows that stay in the cache, with the 32 bits of a word on a slow axis, and
-4-bit deltas are read as eight arrays, one for each slot of a group.
+deltas are read as eight arrays, one for each slot of a group.
 """
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ from jax import lax
 from macko_jax import layout, reference
 
 BLOCK = 2**20  # matrix elements decoded at a time
-FEW = 8  # up to so many vectors, delta4 slots are gathered; more go through a dense decode
+FEW = 8  # up to so many vectors, slots with deltas are gathered; more go through a dense decode
 
 
 def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype):
     """y = x A^T, [batch, cols] -> [batch, rows].
 
     Peak temporary memory, beyond the result: one 32-bit integer a bitmask word and a group, and
-    4 MB (bitmask); or 16 bytes a group up to 8 vectors, a dense matrix beyond (delta4).
+    4 MB (bitmask); or 16 bytes a group up to 8 vectors, a dense matrix beyond (deltas).
     """
     acc = reference.accumulator(out_dtype)
     batch, rows = x.shape[0], shape[0]
@@ -33,7 +33,8 @@ def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, store
 
         y = lax.map(product, _blocks(codes, row_offsets, shape))
         return y.reshape(-1, batch)[:rows].T.astype(out_dtype)
-    if encoding == "delta4" and batch <= FEW:
+    if encoding in layout.DELTA_BITS and batch <= FEW:
+        codes = layout.nibbles(codes, encoding)
         return _gather_slots(
             values, x.astype(acc), codes, row_offsets, rows, lanes).astype(out_dtype)
     return reference.spmv(values, x, codes, row_offsets, starts, shape=shape, encoding=encoding,
@@ -113,7 +114,7 @@ def _decode(values, words, ranks, begin, count, lanes: int) -> jax.Array:
 
 
 def _gather_slots(values, x, codes, row_offsets, rows: int, lanes: int) -> jax.Array:
-    """The product of delta4 slots with a few vectors [batch, cols] -> [batch, rows]."""
+    """The product of slots, whose deltas are nibbles, with a few vectors [batch, cols] -> [batch, rows]."""
     groups = codes.shape[0]
     row = layout.group_rows(row_offsets, groups)
     logical = layout.reorder(codes, layout.memory_order(row_offsets, row, lanes), lanes)

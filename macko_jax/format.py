@@ -23,9 +23,10 @@ class MackoMatrix:
     """A sparse matrix [rows, cols] in a MACKO layout for GPUs; a pytree. Made by `compress`.
 
     The stored elements lie in groups of eight, and every row begins a group. `values` alone, or
-    `scales`, is differentiated. Three encodings say where the elements sit: "bitmask" has a bit for
+    `scales`, is differentiated. Four encodings say where the elements sit: "bitmask" has a bit for
     every column; "delta4" has four bits for every element, the number of zeros skipped before it,
-    and stores an explicit zero in every gap of 16 and more, as the paper does. The row's groups are
+    and stores an explicit zero for every 16 of a longer gap, as the paper does; "delta3" has three
+    bits, and a zero for every 8, which is smaller above density 0.3. The row's groups are
     cut in column order into `lanes` contiguous chunks, the first ones a group longer where they do
     not divide evenly, and the chunks are interleaved: slot t * lanes + l of the row's groups is the t-th group
     of lane l. So the lanes of a GPU read neighbouring addresses. "banked" deals columns to 32 lanes
@@ -37,7 +38,7 @@ class MackoMatrix:
       - starts[r, l] is the column after the last element before lane l's chunk, 0 for the first
         chunk, `cols` for an empty one; in "banked" the number of lane l's groups;
       - groups beyond row_offsets[-1] are spare room and never read.
-    In "delta4" and "banked" a slot that holds zero counts as padding: it stays zero in training. A
+    But in a "bitmask", a slot that holds zero counts as padding: it stays zero in training. A
     "bitmask" keeps the structure whatever the values.
 
     Any leaf may carry the same leading axes (a stack of matrices, for `vmap` and `scan`).
@@ -45,11 +46,12 @@ class MackoMatrix:
     Attributes:
       values: [8 * groups] float16, bfloat16 or float32; or int8 or float8_e4m3fn, times `scales`.
       codes: uint32; bitmask: [rows * ceil(cols / 32)], bit b of a row's word w is column 32 w + b;
-        delta4: [groups], eight deltas in order from the low bits. banked: uint8 [3 * groups].
+        delta4: [groups], eight deltas in order from the low bits. delta3 and banked: uint8
+        [3 * groups], the low 16 bits of every group's eight deltas, then the high 8.
       row_offsets: [rows + 1] int32, each row's first group.
       starts: [rows, lanes] uint16, uint32 for more than 65535 columns; banked: uint8 or wider.
       shape: (rows, cols).
-      encoding: "bitmask", "delta4" or "banked".
+      encoding: "bitmask", "delta4", "delta3" or "banked".
       lanes: 1, 2, 4, 8, 16 or 32.
       scales: [rows] factors of 8-bit values, float16, bfloat16 or float32; None for other values.
 
@@ -118,7 +120,8 @@ def compress(weight, *, dtype=None, encoding: str | None = None, lanes: int | No
       weight: [rows, cols], float16, bfloat16 or float32; anything that `numpy.asarray` takes.
       dtype: in which the values are stored; None keeps the weight's. int8 and float8_e4m3fn are
         scaled row by row, see `quantization.quantize`. What it rounds to zero is dropped.
-      encoding: "bitmask", "delta4" or "banked"; None takes the one of fewer bytes.
+      encoding: "bitmask", "delta4", "delta3" or "banked"; None chooses by measured rules,
+        see `packing.choose_encoding`.
       lanes: how many GPU lanes share a row, 1, 2, 4, 8, 16 or 32; None chooses by row length.
       capacity: room for this many groups of eight, so that matrices with different numbers of
         elements stack; None takes just what is needed.
@@ -208,7 +211,8 @@ def validate(matrix: MackoMatrix) -> None:
     codes_of = {
         "bitmask": ((rows * layout.words_per_row(cols),), np.uint32),
         "delta4": ((groups,), np.uint32),
-        "banked": ((banked.CODE_BYTES * groups,), np.uint8)}[matrix.encoding]
+        "delta3": ((layout.CODE_BYTES * groups,), np.uint8),
+        "banked": ((layout.CODE_BYTES * groups,), np.uint8)}[matrix.encoding]
     is_banked = matrix.encoding == "banked"
     start_dtype = banked.count_dtype(cols) if is_banked else layout.start_dtype(cols)
     for name, array, shape, dtype in (
@@ -229,7 +233,8 @@ def validate(matrix: MackoMatrix) -> None:
     if is_banked:
         return _check_banked(values, codes, offsets, starts, count, cols)
     bitmask = matrix.encoding == "bitmask"
-    check = _check_bitmask if bitmask else _check_delta4
+    check = _check_bitmask if bitmask else _check_deltas
+    codes = codes if bitmask else layout.nibbles(codes, matrix.encoding)
     chunk = layout.lane_chunks(count, matrix.lanes)
     expected = check(values.reshape(-1, GROUP), codes, offsets, count, chunk, cols)
     expected = np.where(chunk < count[:, None], expected, cols)
@@ -293,7 +298,7 @@ def _check_bitmask(values, codes, offsets, count, chunk, cols) -> np.ndarray:
     return start
 
 
-def _check_delta4(values, codes, offsets, count, chunk, cols) -> np.ndarray:
+def _check_deltas(values, codes, offsets, count, chunk, cols) -> np.ndarray:
     """Checks that deltas stay within the columns; returns the starts that they imply.
 
     Most groups need only the sum of their deltas; those that pass the last column are looked into.
@@ -337,9 +342,9 @@ def _check_banked(values, codes, offsets, counts, row_groups, cols) -> None:
         raise ValueError(f"a lane has {counts.max()} groups of one row; {cols} columns hold {most}")
     order = banked.lane_major(counts)
     words, value = np.empty(order.size, np.uint32), np.empty((order.size, GROUP), values.dtype)
-    words[order] = banked.join_codes(codes)[:order.size]
+    words[order] = layout.join_codes(codes)[:order.size]
     value[order] = values.reshape(-1, GROUP)[:order.size]
-    delta = banked.deltas(words).reshape(-1)
+    delta = layout.deltas(words, banked.BITS).reshape(-1)
     passed = np.concatenate([[0], np.cumsum(delta + np.int64(1))])
     slots = GROUP * counts.reshape(-1)  # of every lane of every row
     begin = np.cumsum(slots) - slots

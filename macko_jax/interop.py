@@ -9,7 +9,10 @@ import numpy as np
 
 from macko_jax import packing_numpy
 from macko_jax.format import DTYPES, MackoMatrix, compress, decompress
-from macko_jax.layout import GROUP, MAX_DELTA
+from macko_jax.layout import DELTA_BITS, GROUP
+
+BITS = DELTA_BITS["delta4"]
+MAX_DELTA = 2**BITS - 1
 
 
 def to_macko_spmv(matrix: MackoMatrix) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
@@ -28,10 +31,10 @@ def to_macko_spmv(matrix: MackoMatrix) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """
     dense = np.asarray(decompress(matrix))
     elements = packing_numpy.find(dense)
-    row_indices = np.concatenate([[0], np.cumsum(elements.padded_count)]).astype(np.int32)
+    row_indices = np.concatenate([[0], np.cumsum(elements.padded_count(BITS))]).astype(np.int32)
     stored = int(row_indices[-1])
     values = np.zeros(-(-stored // GROUP) * GROUP, dense.dtype)
-    placed = elements.place(row_indices[:-1], values.size)
+    placed = elements.place(row_indices[:-1], values.size, BITS)
     values[placed] = dense[elements.mask]
     deltas = np.zeros(values.size, np.uint8)
     deltas[:stored] = MAX_DELTA
@@ -85,7 +88,7 @@ def from_macko_spmv(values, deltas, row_indices, rows: int, cols: int, **options
         raise ValueError(
             f"there are non-zero values after element {stored}, where row_indices end")
 
-    delta = np.stack([deltas & MAX_DELTA, deltas >> 4], axis=1).reshape(-1)[:stored]
+    delta = np.stack([deltas & MAX_DELTA, deltas >> BITS], axis=1).reshape(-1)[:stored]
     passed = np.concatenate([[0], np.cumsum(delta + np.int64(1))])
     row = np.repeat(np.arange(rows), count)
     column = passed[1:] - passed[row_indices[row]] - 1

@@ -5,6 +5,8 @@ one element of `values`; eight slots make a *group*; every row begins on a group
 *Logical* order is column order within the row. *Memory* order cuts a row's groups into `lanes`
 contiguous chunks and interleaves them, so that neighbouring GPU lanes read neighbouring groups.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,8 @@ from jax import lax
 
 GROUP = 8  # slots per group: 16 bytes of 16-bit values, 32 bits of 4-bit deltas
 WORD = 32  # columns per bitmask word
-MAX_DELTA = 15  # the largest 4-bit delta; a longer gap takes an explicit zero
+DELTA_BITS = {"delta4": 4, "delta3": 3}  # of an element; a longer gap takes an explicit zero
+CODE_BYTES = 3  # of a group of 3-bit deltas: two in a first plane, one in a second
 
 
 def words_per_row(cols: int) -> int:
@@ -129,6 +132,57 @@ def bit_ranks(codes: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.
     rank = before_word[:, :, None] + in_word
     stored = (words[:, :, None] >> bit) & 1 == 1
     return rank.reshape(rows, -1)[:, :cols], stored.reshape(rows, -1)[:, :cols]
+
+
+def split_codes(words, capacity: int):
+    """uint8 [3 * capacity] from 24-bit codes uint32 [capacity]: low 16 bits, then high 8.
+
+    Lanes then load whole units. Works on NumPy and JAX arrays, as all here of such codes.
+    """
+    xp = words.__array_namespace__()
+    low = xp.stack([words & 0xFF, (words >> 8) & 0xFF], axis=-1).reshape(2 * capacity)
+    return xp.concatenate([low, words >> 16]).astype(np.uint8)
+
+
+def join_codes(codes):
+    """The inverse of `split_codes`."""
+    xp, groups = codes.__array_namespace__(), codes.shape[0] // CODE_BYTES
+    codes = codes.astype(np.uint32)
+    low = codes[:2 * groups].reshape(groups, 2)
+    return low[:, 0] | (low[:, 1] << xp.uint32(8)) | (codes[2 * groups:] << xp.uint32(16))
+
+
+def deltas(words, bits: int):
+    """[..., 8] the deltas of codes, whose first is in the lowest bits."""
+    xp = words.__array_namespace__()
+    return (words[..., None] >> xp.arange(0, bits * GROUP, bits, dtype=np.uint32)) & (2**bits - 1)
+
+
+def join_deltas(delta, bits: int):
+    """The inverse of `deltas`, uint32."""
+    xp = delta.__array_namespace__()
+    shifts = xp.arange(0, bits * GROUP, bits, dtype=np.uint32)
+    return (delta.astype(np.uint32) << shifts).sum(axis=-1, dtype=np.uint32)
+
+
+def nibbles(codes, encoding: str):
+    """The deltas of a matrix as codes of "delta4", uint32 [groups], whatever bits they have."""
+    return codes if encoding == "delta4" else _respace(join_codes(codes), DELTA_BITS[encoding], 4)
+
+
+def from_nibbles(codes, encoding: str):
+    """The inverse of `nibbles`."""
+    if encoding == "delta4":
+        return codes
+    return split_codes(_respace(codes, 4, DELTA_BITS[encoding]), codes.shape[0])
+
+
+def _respace(words, bits: int, new_bits: int):
+    """Codes of deltas of `bits` as codes of `new_bits`; what does not fit is cut off."""
+    mask = np.uint32(2**min(bits, new_bits) - 1)
+    parts = [((words >> np.uint32(bits * j)) & mask) << np.uint32(new_bits * j)
+             for j in range(GROUP)]
+    return functools.reduce(lambda a, b: a | b, parts)
 
 
 def delta_prefixes(codes: jax.Array) -> list[jax.Array]:

@@ -5,7 +5,7 @@ import numpy as np
 
 from macko_jax import banked, layout, packing_banked, packing_jax, packing_numpy
 
-ENCODINGS = ("bitmask", "delta4", "banked")
+ENCODINGS = ("bitmask", "delta4", "delta3", "banked")
 LANES = (1, 2, 4, 8, 16, 32)
 MAX_STORED = np.iinfo(np.int32).max
 MAX_COLS = 2**26  # keeps the arithmetic of `layout.memory_group` exact
@@ -59,7 +59,7 @@ def pack(weight, encoding: str | None, lanes: int | None, capacity: int | None,
         if encoding == "delta4":
             encoding = choose_encoding(weight.shape, weight.dtype, bitmask_groups,
                                        steps.count_groups(elements, "delta4"))
-    groups = bitmask_groups if encoding == "bitmask" else steps.count_groups(elements, "delta4")
+    groups = steps.count_groups(elements, encoding)
     capacity = _check_capacity(groups, capacity, encoding)
     lanes = lanes or choose_lanes(weight.shape[0], groups)
     return steps.fill(weight, elements, encoding, lanes, capacity), encoding, lanes

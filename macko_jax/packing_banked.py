@@ -8,9 +8,8 @@ import numpy as np
 
 from macko_jax import layout, packing_numpy
 from macko_jax.banked import (
-    BITS, LANES, MAX_DELTA, count_dtype, join_deltas, lane_major, most_groups, places,
-    split_codes, step_positions)
-from macko_jax.layout import GROUP
+    BITS, LANES, MAX_DELTA, count_dtype, lane_major, most_groups, places, step_positions)
+from macko_jax.layout import GROUP, join_deltas, split_codes
 
 
 class Elements:
@@ -27,8 +26,8 @@ class Elements:
         by_lane[:, :cols] = weight
         by_lane = by_lane.reshape(rows, width, LANES).swapaxes(1, 2).reshape(rows * LANES, width)
         self.weight = by_lane
-        self.elements = packing_numpy.Elements(np.ascontiguousarray(by_lane), BITS)
-        self.counts = (-(-self.elements.padded_count // GROUP)).reshape(rows, LANES)
+        self.elements = packing_numpy.Elements(np.ascontiguousarray(by_lane))
+        self.counts = (-(-self.elements.padded_count(BITS) // GROUP)).reshape(rows, LANES)
 
     def fill(self, capacity: int):
         """values, codes, row_offsets and starts, with room for `capacity` groups."""
@@ -36,8 +35,8 @@ class Elements:
         offsets = np.concatenate([[0], np.cumsum(self.counts.sum(axis=1))])
         begin = np.cumsum(self.counts) - self.counts.reshape(-1)
         values, delta = packing_numpy.fill_deltas(
-            self.weight, self.elements, GROUP * begin, GROUP * capacity)
-        words = join_deltas(delta.reshape(-1, GROUP))
+            self.weight, self.elements, GROUP * begin, GROUP * capacity, BITS)
+        words = join_deltas(delta.reshape(-1, GROUP), BITS)
 
         order = np.arange(capacity)
         order[:offsets[-1]] = lane_major(self.counts)
@@ -87,5 +86,5 @@ def fill(weight: jax.Array, stored, delta, counts, *, groups: int):
         return empty.at[slot].set(updates.astype(dtype), mode="drop", unique_indices=True)
 
     values = lax.bitcast_convert_type(scatter(bits, bits.dtype), weight.dtype)
-    words = join_deltas(scatter(delta, jnp.uint32).reshape(groups, GROUP))
+    words = join_deltas(scatter(delta, jnp.uint32).reshape(groups, GROUP), BITS)
     return values, split_codes(words, groups), offsets, counts.astype(count_dtype(cols))

@@ -4,7 +4,8 @@ import functools
 import numpy as np
 
 from macko_jax.layout import (
-    GROUP, lane_chunks, logical_group, start_dtype, words_per_row)
+    DELTA_BITS, GROUP, from_nibbles, lane_chunks, logical_group, start_dtype,
+    words_per_row)
 
 
 class Elements:
@@ -17,9 +18,8 @@ class Elements:
       begin: [rows] index of each row's first element.
     """
 
-    def __init__(self, weight: np.ndarray, bits: int = 4):
-        """`bits` is the size of a delta."""
-        self.shape, self.bits, self.max_delta = weight.shape, bits, 2**bits - 1
+    def __init__(self, weight: np.ndarray):
+        self.shape, self._padded = weight.shape, {}
         # By bits, which is as fast for 16-bit floats as for 32: the shift drops the sign.
         self.mask = (weight.view(f"u{weight.dtype.itemsize}") << 1) != 0
         self.count = np.count_nonzero(self.mask, axis=1)
@@ -41,31 +41,31 @@ class Elements:
         gap[first] = self.position[first] - filled * self.shape[1]
         return gap
 
-    @functools.cached_property
-    def distant(self) -> np.ndarray:
-        """Indices of the elements with a gap too long for a delta."""
-        return np.flatnonzero(self.gap > self.max_delta)
+    def _distant(self, bits: int):
+        """The elements with a gap too long for a delta: (index, row, explicit zeros before it)."""
+        index = np.flatnonzero(self.gap >> bits)
+        return index, self.position[index] // self.shape[1], self.gap[index] >> bits
 
-    @functools.cached_property
-    def padded_count(self) -> np.ndarray:
-        """[rows] number of elements and of explicit zeros for deltas in each row."""
-        pads = np.zeros_like(self.count)
-        row = self.position[self.distant] // self.shape[1]
-        np.add.at(pads, row, self.gap[self.distant] >> self.bits)
-        return self.count + pads
+    def padded_count(self, bits: int) -> np.ndarray:
+        """[rows] number of elements and of explicit zeros for deltas of `bits` in each row."""
+        if bits not in self._padded:
+            pads = np.zeros_like(self.count)
+            _, row, zeros = self._distant(bits)
+            np.add.at(pads, row, zeros)
+            self._padded[bits] = self.count + pads
+        return self._padded[bits]
 
-    def place(self, row_begin: np.ndarray, size: int) -> np.ndarray:
+    def place(self, row_begin: np.ndarray, size: int, bits: int) -> np.ndarray:
         """Where elements go among `size` slots with deltas, True there; explicit zeros False.
 
         `row_begin` has the first slot of each row, [rows].
         """
-        placed = _filled(row_begin, self.padded_count, size)
-        pads = self.gap[self.distant] >> self.bits
+        placed = _filled(row_begin, self.padded_count(bits), size)
+        index, row, pads = self._distant(bits)
         total = np.cumsum(pads)
-        row = self.position[self.distant] // self.shape[1]
-        row_pads = self.padded_count - self.count
+        row_pads = self.padded_count(bits) - self.count
         before = np.cumsum(row_pads) - row_pads
-        slot = row_begin[row] + self.distant - self.begin[row] + total - before[row]
+        slot = row_begin[row] + index - self.begin[row] + total - before[row]
         zeros = np.repeat(slot - total, pads) + np.arange(pads.sum())
         placed[zeros] = False
         return placed
@@ -77,7 +77,8 @@ def find(weight: np.ndarray) -> Elements:
 
 def group_counts(elements: Elements, encoding: str) -> np.ndarray:
     """Number of groups in each row, [rows]."""
-    return -(-(elements.count if encoding == "bitmask" else elements.padded_count) // GROUP)
+    bits = DELTA_BITS.get(encoding)
+    return -(-(elements.count if bits is None else elements.padded_count(bits)) // GROUP)
 
 
 def count_groups(elements: Elements, encoding: str) -> int:
@@ -110,25 +111,28 @@ def fill(weight: np.ndarray, elements: Elements, encoding: str, lanes: int, capa
         start = np.zeros_like(chunk)
         start[inside] = elements.position[before[inside]] % cols + 1
     else:
-        values, delta = fill_deltas(weight, elements, GROUP * begin, values.size)
+        values, delta = fill_deltas(
+            weight, elements, GROUP * begin, values.size, DELTA_BITS[encoding])
         codes = pack_nibbles(delta).view("<u4")
         advance = np.cumsum(delta.reshape(-1, GROUP).sum(axis=1, dtype=np.int64) + GROUP)
         column = np.concatenate([[0], advance])  # columns that all groups before have passed
         start = column[begin[:, None] + chunk] - column[begin][:, None]
-        codes = codes[order]
+        codes = from_nibbles(codes[order], encoding)
 
     starts = np.where(chunk < count[:, None], start, cols).astype(start_dtype(cols))
     values = values.reshape(-1, GROUP)[order].reshape(-1)
     return values, codes, offsets.astype(np.int32), starts
 
 
-def fill_deltas(weight: np.ndarray, elements: Elements, row_begin: np.ndarray, size: int):
+def fill_deltas(
+        weight: np.ndarray, elements: Elements, row_begin: np.ndarray, size: int, bits: int):
     """Values and deltas of `size` slots, where the slots of each row begin at `row_begin`."""
-    placed = elements.place(row_begin, size)
+    placed = elements.place(row_begin, size, bits)
     values = np.zeros(size, weight.dtype)
     values[placed] = weight[elements.mask]
-    delta = _filled(row_begin, elements.padded_count, size) * np.uint8(elements.max_delta)
-    delta[placed] = elements.gap & elements.max_delta
+    most = 2**bits - 1
+    delta = _filled(row_begin, elements.padded_count(bits), size) * np.uint8(most)
+    delta[placed] = elements.gap & most
     return values, delta
 
 

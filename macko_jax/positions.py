@@ -11,7 +11,7 @@ def slot_positions(
     """Row, column and validity of every slot, in memory order.
 
     A valid slot has a position in the matrix. In "bitmask" the slots that fill up a row's last
-    group are not valid. In "delta4" and "banked" such slots look like elements and hold the value
+    group are not valid. In the others such slots look like elements and hold the value
     zero; only those that run past the last column are known from the codes alone.
 
     Returns:
@@ -29,6 +29,7 @@ def slot_positions(
     elif encoding == "banked":
         column = banked.slot_columns(codes, row_offsets, starts, cols=cols)
     else:
+        codes = layout.nibbles(codes, encoding)
         logical = layout.reorder(codes, layout.memory_order(row_offsets, row, lanes), lanes)
         column = jnp.stack(layout.delta_prefixes(logical), axis=1)
         column += layout.delta_bases(logical, row_offsets, row)[:, None]

@@ -66,7 +66,13 @@ CASES = (
     Case(300, 4100, 0.2, "float32", "bitmask", 16),
     Case(5, 2100, 0.1, "float32", "banked", 32, "skewed"),
     Case(40, 300, 0.4, "float16", "banked", 32, "empty_rows"),
+    Case(33, 301, 0.1, "float16", "delta3", 4),
+    Case(9, 517, 1.0, "bfloat16", "delta3", 2, "gaps"),
+    Case(12, 700, 0.5, "float16", "delta3", 32, "skewed"),
+    Case(1, 5, 0.0, "float32", "delta3"),
+    Case(40, 256, 0.3, "float32", "delta3", 8, "empty_rows"),
 )
+BITS = {"bitmask": None, "delta4": 4, "delta3": 3}  # of a delta
 
 
 def error_bound(weight: np.ndarray, x: np.ndarray, out_dtype) -> np.ndarray:
@@ -81,12 +87,12 @@ def error_bound(weight: np.ndarray, x: np.ndarray, out_dtype) -> np.ndarray:
     return (weight.shape[1] + 1) * 2.0**-24 * size + rounding
 
 
-def stored_columns(row: np.ndarray, padded: bool) -> list[int]:
-    """Columns of a row's stored elements, with the paper's explicit zeros if `padded`."""
+def stored_columns(row: np.ndarray, bits: int | None) -> list[int]:
+    """Columns of a row's stored elements, with the explicit zeros that deltas of `bits` need."""
     columns, previous = [], -1
     for column in np.flatnonzero(row):
-        while padded and column - previous > 16:
-            previous += 16
+        while bits and column - previous > 2**bits:
+            previous += 2**bits
             columns.append(previous)
         columns.append(int(column))
         previous = column
@@ -123,9 +129,14 @@ def pack_banked_slowly(weight: np.ndarray) -> list[np.ndarray]:
                 values.append([value for value, _ in group])
                 words.append(sum(delta << 3 * i for i, (_, delta) in enumerate(group)))
         offsets.append(len(words))
-    codes = [byte for w in words for byte in (w & 255, w >> 8 & 255)] + [w >> 16 for w in words]
-    return [np.array(values, weight.dtype).reshape(-1), np.array(codes, np.uint8),
+    return [np.array(values, weight.dtype).reshape(-1), three_bytes(words),
             np.array(offsets, np.int32), np.array(counts, np.uint8)]
+
+
+def three_bytes(words) -> np.ndarray:
+    """24-bit codes as bytes: two of every one, then the third of every one."""
+    codes = [byte for w in words for byte in (w & 255, w >> 8 & 255)] + [w >> 16 for w in words]
+    return np.array(codes, np.uint8)
 
 
 def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarray]:
@@ -135,7 +146,7 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
     values, codes, offsets, starts = [], [], [0], []
     cols = weight.shape[1]
     for row in weight:
-        columns = stored_columns(row, encoding == "delta4")
+        columns = stored_columns(row, BITS[encoding])
         groups = [columns[i:i + 8] for i in range(0, len(columns), 8)]
         offsets.append(offsets[-1] + len(groups))
         chunks, rest = [], list(range(len(groups)))
@@ -156,15 +167,16 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
                 if step < len(chunk):
                     group = groups[chunk[step]]
                     values.append([row[c] for c in group] + [0] * (8 - len(group)))
-                    if encoding == "delta4":
+                    if BITS[encoding]:
                         previous = groups[chunk[step] - 1][-1] if chunk[step] else -1
                         word = 0
                         for i, column in enumerate(group):
-                            word |= (column - previous - 1) << (4 * i)
+                            word |= (column - previous - 1) << (BITS[encoding] * i)
                             previous = column
                         codes.append(word)
     start_dtype = np.uint16 if cols < 65536 else np.uint32
-    return [np.array(values, weight.dtype).reshape(-1), np.array(codes, np.uint32),
+    codes = three_bytes(codes) if encoding == "delta3" else np.array(codes, np.uint32)
+    return [np.array(values, weight.dtype).reshape(-1), codes,
             np.array(offsets, np.int32), np.array(starts, start_dtype)]
 
 

@@ -1,5 +1,6 @@
 """Packing, unpacking, sizes and validation of MackoMatrix."""
 import dataclasses
+import itertools
 
 import hypothesis
 import jax
@@ -13,7 +14,7 @@ from macko_jax import layout, packing_banked, packing_jax
 from tests.cases import CASES, pack_as_paper, pack_slowly
 
 FIELDS = ("values", "codes", "row_offsets", "starts")
-ENCODINGS = ("bitmask", "delta4")  # of any number of lanes
+ENCODINGS = ("bitmask", "delta4", "delta3")  # of any number of lanes
 
 
 def assert_same_bits(actual, expected):
@@ -67,7 +68,7 @@ def test_device_packing_is_bit_identical(case):
         assert_same_bits(array, getattr(expected, name))
 
 
-@pytest.mark.parametrize("encoding, lanes", [("bitmask", 2), ("delta4", 2), ("banked", 32)])
+@pytest.mark.parametrize("encoding, lanes", [*((e, 2) for e in ENCODINGS), ("banked", 32)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_special_values(encoding, lanes, dtype):
     weight = special_values().astype(jnp.dtype(dtype))
@@ -92,7 +93,7 @@ SHAPES = ((1, 40), (6, 133))
 
 @hypothesis.given(
     st.sampled_from(SHAPES),
-    st.sampled_from([("bitmask", 1), ("bitmask", 4), ("delta4", 1), ("delta4", 4), ("banked", 32)]),
+    st.sampled_from([*itertools.product(ENCODINGS, [1, 4]), ("banked", 32)]),
     st.data())
 def test_round_trip_of_any_bits(shape, layout_, data):
     (rows, cols), (encoding, lanes) = shape, layout_
@@ -127,8 +128,16 @@ def test_smaller_encoding_is_chosen_for_float32(width, expected):
     weight = np.zeros((64, 4096), np.float32)
     weight[:, :width] = 1
     matrix = macko_jax.compress(weight)
-    sizes = [macko_jax.compress(weight, encoding=e).nbytes for e in ENCODINGS]
+    sizes = [macko_jax.compress(weight, encoding=e).nbytes for e in ("bitmask", "delta4")]
     assert matrix.encoding == expected and matrix.nbytes == min(sizes)
+
+
+def test_3_bit_deltas_are_smaller_for_what_is_not_very_sparse():
+    rng = np.random.default_rng(0)
+    for density, ratio in [(0.5, 0.957), (0.4, 0.97), (0.7, 0.952)]:
+        weight = (rng.random((64, 4096)) < density).astype(np.float16)
+        bytes_of = {e: macko_jax.compress(weight, encoding=e).nbytes for e in ENCODINGS}
+        assert bytes_of["delta3"] <= ratio * bytes_of["delta4"]
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
@@ -141,7 +150,7 @@ def test_empty_shapes(shape, encoding):
     assert macko_jax.spmv(matrix, jnp.ones((2, shape[1]))).tolist() == [[0] * shape[0]] * 2
 
 
-@pytest.mark.parametrize("encoding, lanes", [("bitmask", 2), ("delta4", 2), ("banked", 32)])
+@pytest.mark.parametrize("encoding, lanes", [*((e, 2) for e in ENCODINGS), ("banked", 32)])
 def test_stacks(encoding, lanes):
     rng = np.random.default_rng(0)
     weights = (rng.random((3, 2, 640)) < 0.3).astype(np.float32)

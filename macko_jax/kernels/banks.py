@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from macko_jax.banked import LANES
 from macko_jax.kernels import strips
-from macko_jax.layout import GROUP
 
 
 class Strip(NamedTuple):
@@ -46,15 +45,13 @@ class Walk(strips.RowWalk):
     def _read(self, strip: Strip):
         ops, out, cursor = self.ops, [], strip.cursor
         below = (ops.integer(1) << self.part) - 1
-        high_bytes = 2 * (self.matrix.stored // GROUP)
         for u in range(self.unroll):
             live = strip.step + u < strip.count
             votes = ops.ballot(live)
             index = cursor + ops.population(votes & below)
             cursor = cursor + ops.population(votes)
-            low = ops.load_small("codes" + self.suffix, index * 2, 2, live)
-            high = ops.load_small("codes" + self.suffix, index + high_bytes, 1, live)
-            out.append((index, live, low | (high << 16), self._values(index, live)))
+            code = strips.load_24_bits(ops, self.matrix, "codes" + self.suffix, index, live)
+            out.append((index, live, code, self._values(index, live)))
         return out, {"cursor": cursor}
 
     def _loaded(self, strip: Strip, data):
@@ -64,11 +61,9 @@ class Walk(strips.RowWalk):
     def _columns(self, code, place, live):
         """The columns of a group's elements times the walk's scale, and the place after it.
 
-        The 3-bit deltas are spread to bytes; their sums are at most 56.
+        The sums of deltas are at most 56.
         """
         ops, scale = self.ops, self.scale
-        spread = (code & 0xFFF) | ((code << 4) & 0x0FFF0000)
-        spread = (spread & 0x003F003F) | ((spread << 2) & 0x3F003F00)
-        low, high = spread & 0x07070707, (spread >> 3) & 0x07070707
+        low, high = strips.spread_3_bits(code)
         columns, passed = strips.add_up(ops, low, high, place * scale, LANES * scale)
         return columns, ops.select(live, place + passed * LANES, place)

@@ -62,6 +62,22 @@ class Group(NamedTuple):
     columns: Any
 
 
+def load_24_bits(ops, matrix, codes: str, group, live) -> tuple:
+    """Issues the loads of a group's code: its low 16 bits and its high 8, not yet joined."""
+    high_bytes = 2 * (matrix.stored // GROUP)
+    return (ops.load_small(codes, group * 2, 2, live),
+            ops.load_small(codes, group + high_bytes, 1, live))
+
+
+def spread_3_bits(code):
+    """Words whose bytes hold the deltas of elements 0, 2, 4, 6 and 1, 3, 5, 7 of such a code."""
+    low, high = code
+    code = low | (high << 16)
+    spread = (code & 0xFFF) | ((code << 4) & 0x0FFF0000)
+    spread = (spread & 0x003F003F) | ((spread << 2) & 0x3F003F00)
+    return spread & 0x07070707, (spread >> 3) & 0x07070707
+
+
 def add_up(ops, low, high, base, step: int):
     """Columns of a group from its deltas, base + step * (places up to each), and places in all.
 
@@ -79,26 +95,41 @@ def add_up(ops, low, high, base, step: int):
 class Delta4:
     """Positions from eight 4-bit deltas in a word; the place is the next column."""
 
-    reads_codes_by_group = True
-
     def __init__(self, ops, matrix, codes):
-        del codes  # are read by group
-        self.ops, self.cols = ops, matrix.shape[1]
+        self.ops, self.matrix, self.codes, self.cols = ops, matrix, codes, matrix.shape[1]
 
     def open(self, row, start):
         del row
         return start
+
+    def read(self, group, live):
+        """Issues the loads of a group's code."""
+        [code] = self.ops.load_words(self.codes, group, 1, live, how=STREAM)
+        return code
+
+    def spread(self, code):
+        """Words whose bytes hold the deltas of elements 0, 2, 4, 6 and 1, 3, 5, 7."""
+        return code & 0x0F0F0F0F, (code >> 4) & 0x0F0F0F0F
 
     def columns(self, code, place, scale):
         """The columns of a group's elements times `scale`, and the place after the group.
 
         The sums of two deltas are at most 30, and those of all eight at most 120.
         """
-        low, high = code & 0x0F0F0F0F, (code >> 4) & 0x0F0F0F0F
-        columns, passed = add_up(self.ops, low, high, place * scale, scale)
+        columns, passed = add_up(self.ops, *self.spread(code), place * scale, scale)
         # A lane whose row is done must not run away while its warp goes on with longer rows.
         after = place + passed
         return columns, self.ops.select(after < self.cols, after, self.ops.integer(self.cols))
+
+
+class Delta3(Delta4):
+    """The same from 3-bit deltas in three bytes."""
+
+    def read(self, group, live):
+        return load_24_bits(self.ops, self.matrix, self.codes, group, live)
+
+    def spread(self, code):
+        return spread_3_bits(code)
 
 
 class Bits(NamedTuple):
@@ -121,10 +152,13 @@ class Bits(NamedTuple):
 class Bitmask:
     """Positions from a bitmask of the row, one bit after the other."""
 
-    reads_codes_by_group = False
-
     def __init__(self, ops, matrix, codes):
         self.ops, self.words, self.codes = ops, words_per_row(matrix.shape[1]), codes
+
+    def read(self, group, live):
+        """Nothing: bits are read as they are needed."""
+        del group, live
+        return ()
 
     def open(self, row, start):
         word, bit = row * self.words + (start >> 5), start & (WORD - 1)
@@ -152,7 +186,7 @@ class Bitmask:
         return columns, place
 
 
-DECODERS = {"delta4": Delta4, "bitmask": Bitmask}
+DECODERS = {"delta4": Delta4, "delta3": Delta3, "bitmask": Bitmask}
 
 
 class RowWalk:
@@ -283,13 +317,8 @@ class Walk(RowWalk):
         return after, after.group >= after.end
 
     def _read(self, strip: Strip):
-        ops, out = self.ops, []
-        for group, live in self._groups(strip):
-            code = ops.integer(0)
-            if self.decoder.reads_codes_by_group:
-                [code] = ops.load_words("codes" + self.suffix, group, 1, live, how=STREAM)
-            out.append((code, self._values(group, live)))
-        return out, {}
+        return [(self.decoder.read(group, live), self._values(group, live))
+                for group, live in self._groups(strip)], {}
 
     def _loaded(self, strip: Strip, data):
         return [(*group, *loaded) for group, loaded in zip(self._groups(strip), data)]

@@ -1,7 +1,7 @@
 """Which walk reads which encoding."""
 from macko_jax.kernels import banks, strips
 
-WALKS = {"delta4": strips.Walk, "bitmask": strips.Walk, "banked": banks.Walk}
+WALKS = dict.fromkeys(strips.DECODERS, strips.Walk) | {"banked": banks.Walk}
 
 
 def make(ops, matrix: strips.Matrix, **options):
