@@ -106,6 +106,18 @@ def test_program_with_tensor_cores(batch, per_pass, unroll, dtype, encoding):
         assert_product(emulate(matrix, x, settings), dense, x)
 
 
+@pytest.mark.parametrize("x_dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_tensor_cores_take_8_bit_values_exactly(dtype, x_dtype):
+    matrix = macko_jax.compress(sparse(21, 300, 0.5, jnp.float32), dtype=dtype, encoding="banked")
+    unscaled = dataclasses.replace(matrix, scales=None)
+    dense = np.asarray(macko_jax.decompress(unscaled)).astype(np.float32)
+    x = vectors(8, 300, dtype=x_dtype)
+    settings = config.Settings(
+        blocks=2, warps=4, unroll=2, vectors=8, stage_x=True, tensor_cores=True)
+    assert_product(emulate(unscaled, x, settings), dense, x)
+
+
 @pytest.mark.parametrize("rows,cols,density,dtype,lanes,encoding", [
     (1, 1, 1.0, jnp.float16, 4, "delta4"), (5, 1, 0.6, jnp.float32, 1, "bitmask"),
     (9, 33, 1.0, jnp.float16, 4, "bitmask"), (37, 300, 0.5, jnp.bfloat16, 32, "delta4"),
@@ -348,6 +360,10 @@ def test_8_bit_values_on_gpu(shape, dtype, encoding):
     x, y = vectors(3, cols), vectors(1, rows, seed=2)
     product = jax.jit(lambda m, x: macko_jax.spmv(m, x, implementation="mosaic_gpu"))
     assert_product(np.asarray(product(matrix, x)), dense, x)
+    several = vectors(8, cols, dtype=np.float16)  # by tensor cores, in "banked"
+    found = np.asarray(product(matrix, several), np.float32)
+    exact = several.astype(np.float64) @ dense.T
+    assert np.linalg.norm(found - exact) <= 2.0**-10 * np.linalg.norm(exact)
     transpose = jax.jit(lambda m, y: jax.vjp(lambda x: product(m, x), x[:1])[1](y)[0])
     assert_product(np.asarray(transpose(matrix, y)), dense.T, y)
 

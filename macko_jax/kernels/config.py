@@ -126,9 +126,9 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
 
 def _suit_tensor_cores(matrix, x_dtype, batch: int) -> bool:
     """Whether they are faster: where gathers of 16 bytes have no bank conflicts."""
-    x_dtype = jnp.dtype(x_dtype)
-    halves = x_dtype.itemsize == 2 and x_dtype == jnp.dtype(matrix.dtype)
-    return matrix.encoding == "banked" and halves and batch > 4
+    dtype, x_dtype = jnp.dtype(matrix.dtype), jnp.dtype(x_dtype)
+    exact = dtype == x_dtype or dtype.itemsize == 1  # in the type of x
+    return matrix.encoding == "banked" and x_dtype.itemsize == 2 and exact and batch > 4
 
 
 def groups_ahead(matrix) -> int:

@@ -8,6 +8,7 @@ memory. Their product has the sums of every element's vectors with the weights o
 these the ones of an element with its own weights are used.
 """
 from macko_jax.kernels.lanes import WARP
+from macko_jax.kernels.strips import unpack
 from macko_jax.layout import GROUP
 
 VECTORS = 8  # of 16 bits, in the 16 bytes of a row
@@ -26,11 +27,15 @@ def multiply(ops, planes: list, first_slot: int, dtype, sums: list, groups: list
     Args:
       planes: `VECTORS` packed vectors in shared memory each.
       first_slot: of shared memory, where each warp has a `BUFFER`.
-      dtype: of weights and vectors.
+      dtype: of the weights, that of the vectors or of 8 bits, which that represents exactly.
     """
     [group] = groups
+    kind, words = planes[0].dtype, group.values
+    if dtype != kind:
+        reals = unpack(ops, words, dtype)
+        words = [ops.pack(a, b, kind) for a, b in zip(reals[::2], reals[1::2])]
     place = ops.thread() * 16 + 4 * first_slot
-    ops.store_shared_words(place, group.values, ops.thread() >= 0)
+    ops.store_shared_words(place, words, ops.thread() >= 0)
     ops.warp_barrier()
     weights = ops.load_fragments(place)
     ops.warp_barrier()
@@ -39,7 +44,7 @@ def multiply(ops, planes: list, first_slot: int, dtype, sums: list, groups: list
         first, second = (ops.load_fragments(x.place(group.columns[2 * pair + i])) for i in (0, 1))
         for half in (0, 2):  # of the lanes
             a = first[half], second[half], first[half + 1], second[half + 1]
-            total = ops.multiply_add(a, weights[half:half + 2], total, dtype)
+            total = ops.multiply_add(a, weights[half:half + 2], total, kind)
         return total
 
     return [[add(x, pair, total) for pair, total in enumerate(totals)]
