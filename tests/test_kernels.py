@@ -121,6 +121,7 @@ def test_tensor_cores_take_8_bit_values_exactly(dtype, x_dtype):
 @pytest.mark.parametrize("rows,cols,density,dtype,lanes,encoding", [
     (1, 1, 1.0, jnp.float16, 4, "delta4"), (5, 1, 0.6, jnp.float32, 1, "bitmask"),
     (9, 33, 1.0, jnp.float16, 4, "bitmask"), (37, 300, 0.5, jnp.bfloat16, 32, "delta4"),
+    (7, 94, 0.5, jnp.float16, 8, "delta3"), (37, 300, 0.1, jnp.bfloat16, 32, "delta3"),
     (7, 94, 0.5, jnp.float16, 8, "delta4"), (40, 1000, 0.02, jnp.float32, 16, "delta4"),
     (5, 1, 0.6, jnp.float32, 32, "banked"), (37, 700, 0.5, jnp.float16, 32, "banked")])
 def test_other_programs(rows, cols, density, dtype, lanes, encoding):
