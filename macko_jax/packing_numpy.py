@@ -1,11 +1,27 @@
 """Packing on the host with NumPy, without a Python loop over rows or elements."""
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
 from macko_jax.layout import (
     DELTA_BITS, GROUP, from_nibbles, lane_chunks, logical_group, start_dtype,
     words_per_row)
+
+
+class Padding(NamedTuple):
+    """The explicit zeros that a size of deltas needs.
+
+    Attributes:
+      index: the elements whose gap is too long for a delta.
+      row: of each of these.
+      zeros: how many explicit zeros stand before each of these.
+      count: [rows] elements and explicit zeros of each row.
+    """
+    index: np.ndarray
+    row: np.ndarray
+    zeros: np.ndarray
+    count: np.ndarray
 
 
 class Elements:
@@ -19,7 +35,7 @@ class Elements:
     """
 
     def __init__(self, weight: np.ndarray):
-        self.shape, self._padded = weight.shape, {}
+        self.shape, self._padding = weight.shape, {}
         # By bits, which is as fast for 16-bit floats as for 32: the shift drops the sign.
         self.mask = (weight.view(f"u{weight.dtype.itemsize}") << 1) != 0
         self.count = np.count_nonzero(self.mask, axis=1)
@@ -41,33 +57,32 @@ class Elements:
         gap[first] = self.position[first] - filled * self.shape[1]
         return gap
 
-    def _distant(self, bits: int):
-        """The elements with a gap too long for a delta: (index, row, explicit zeros before it)."""
-        index = np.flatnonzero(self.gap >> bits)
-        return index, self.position[index] // self.shape[1], self.gap[index] >> bits
+    def padding(self, bits: int) -> Padding:
+        """The explicit zeros that deltas of `bits` need."""
+        if bits not in self._padding:
+            index = np.flatnonzero(self.gap >= 2**bits)
+            row, zeros = self.position[index] // self.shape[1], self.gap[index] >> bits
+            count = self.count.copy()
+            np.add.at(count, row, zeros)
+            self._padding[bits] = Padding(index, row, zeros, count)
+        return self._padding[bits]
 
     def padded_count(self, bits: int) -> np.ndarray:
         """[rows] number of elements and of explicit zeros for deltas of `bits` in each row."""
-        if bits not in self._padded:
-            pads = np.zeros_like(self.count)
-            _, row, zeros = self._distant(bits)
-            np.add.at(pads, row, zeros)
-            self._padded[bits] = self.count + pads
-        return self._padded[bits]
+        return self.padding(bits).count
 
     def place(self, row_begin: np.ndarray, size: int, bits: int) -> np.ndarray:
         """Where elements go among `size` slots with deltas, True there; explicit zeros False.
 
         `row_begin` has the first slot of each row, [rows].
         """
-        placed = _filled(row_begin, self.padded_count(bits), size)
-        index, row, pads = self._distant(bits)
-        total = np.cumsum(pads)
-        row_pads = self.padded_count(bits) - self.count
-        before = np.cumsum(row_pads) - row_pads
+        index, row, zeros, count = self.padding(bits)
+        placed = _filled(row_begin, count, size)
+        total = np.cumsum(zeros)
+        row_zeros = count - self.count
+        before = np.cumsum(row_zeros) - row_zeros
         slot = row_begin[row] + index - self.begin[row] + total - before[row]
-        zeros = np.repeat(slot - total, pads) + np.arange(pads.sum())
-        placed[zeros] = False
+        placed[np.repeat(slot - total, zeros) + np.arange(zeros.sum())] = False
         return placed
 
 
