@@ -4,9 +4,10 @@ A block serves the query heads of one key-value head, at most four. Eight lanes 
 slot and each holds 16 elements of its key and value, so that a warp has four slots at a time, or a
 multiple, each with a running softmax (Milakov and Gimelshein, arXiv 1805.02867). At the end these
 meet by shuffles and in shared memory. Only live slots are read, so the work follows the live length
-whatever the size of the cache; but the first step's loads do not wait to know it. Caches are shared out among the blocks of a cluster, which read
-each other's partial results (flash-decoding). The new token's key and value never pass through the
-cache: the warp that writes them there begins its softmax with them.
+whatever the size of the cache; but the first step's loads do not wait to know it. The slots are
+shared out among the blocks of a cluster, which read each other's partial results (flash-decoding).
+The new token's key and value never pass through the cache: the warp that writes them there begins
+its softmax with them.
 """
 
 import dataclasses
