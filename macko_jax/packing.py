@@ -1,4 +1,7 @@
 """How a matrix is packed: which encoding, how many lanes, and where the work is done."""
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +14,8 @@ MAX_STORED = np.iinfo(np.int32).max
 MAX_COLS = 2**26  # keeps the arithmetic of `layout.memory_group` exact
 
 
-def choose_encoding(shape, dtype, bitmask_groups: int, delta4_groups: int) -> str:
-    """The default encoding, from the groups of eight that each would store.
+def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
+    """The default encoding; `count_groups` tells how many groups of eight one would store.
 
     For 8-bit and 16-bit values "delta4": the GPU kernel decodes it twice as fast as a bitmask, which
     more than pays for up to a tenth more bytes (docs/kernel.md). For float32, where indices weigh half
@@ -22,9 +25,12 @@ def choose_encoding(shape, dtype, bitmask_groups: int, delta4_groups: int) -> st
         return "delta4"
     rows, cols = shape
     group_bytes = layout.GROUP * jnp.dtype(dtype).itemsize
-    bitmask = bitmask_groups * group_bytes + 4 * rows * layout.words_per_row(cols)
-    delta4 = delta4_groups * (group_bytes + 4)
-    return "bitmask" if bitmask <= delta4 else "delta4"
+    groups = count_groups("bitmask")
+    bitmask = groups * group_bytes + 4 * rows * layout.words_per_row(cols)
+    # Explicit zeros only add to delta4, so they need no counting where it has lost already.
+    if bitmask <= groups * (group_bytes + 4):
+        return "bitmask"
+    return "bitmask" if bitmask <= count_groups("delta4") * (group_bytes + 4) else "delta4"
 
 
 def choose_lanes(rows: int, groups: int) -> int:
@@ -52,14 +58,9 @@ def pack(weight, encoding: str | None, lanes: int | None, capacity: int | None,
         return arrays, encoding, banked.LANES
     steps = packing_jax if on_device else packing_numpy
     elements = steps.find(weight)
-    bitmask_groups = steps.count_groups(elements, "bitmask")
-    if encoding is None:
-        # Explicit zeros only add to delta4, so they need no counting where it has lost already.
-        encoding = choose_encoding(weight.shape, weight.dtype, bitmask_groups, bitmask_groups)
-        if encoding == "delta4":
-            encoding = choose_encoding(weight.shape, weight.dtype, bitmask_groups,
-                                       steps.count_groups(elements, "delta4"))
-    groups = steps.count_groups(elements, encoding)
+    count_groups = functools.partial(steps.count_groups, elements)
+    encoding = encoding or choose_encoding(weight.shape, weight.dtype, count_groups)
+    groups = count_groups(encoding)
     capacity = _check_capacity(groups, capacity, encoding)
     lanes = lanes or choose_lanes(weight.shape[0], groups)
     return steps.fill(weight, elements, encoding, lanes, capacity), encoding, lanes

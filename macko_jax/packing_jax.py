@@ -4,7 +4,6 @@ Everything but the values is worked out on the bitmask, 32 columns a word, so th
 over a thirty-second of the matrix.
 """
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,35 +13,27 @@ from macko_jax import layout
 from macko_jax.layout import GROUP, WORD
 
 
-class Elements(NamedTuple):
-    """Which columns take a slot: the non-zero elements, and the explicit zeros of long gaps.
-
-    Attributes:
-      words: by encoding, [rows, width] uint32, bit b of word w is set where column 32 w + b does.
-      count: by encoding, int32, groups of the whole matrix.
-    """
-    words: dict[str, jax.Array]
-    count: dict[str, jax.Array]
-
-
 @jax.jit
-def find(weight: jax.Array) -> Elements:
+def find(weight: jax.Array) -> jax.Array:
+    """Words [rows, width] uint32: bit b of word w is set where column 32 w + b is not zero."""
     rows, cols = weight.shape
     width = layout.words_per_row(cols)
     mask = jnp.pad(~layout.is_zero(weight), ((0, 0), (0, WORD * width - cols))).reshape(rows, width, WORD)
     bit = jnp.arange(WORD, dtype=jnp.uint32)
-    words = jnp.sum(jnp.where(mask, jnp.uint32(1) << bit, 0), axis=-1, dtype=jnp.uint32)
-    of = {"bitmask": words} | {
-        encoding: _with_zeros(words, 2**bits) for encoding, bits in layout.DELTA_BITS.items()}
-    return Elements(of, {
-        encoding: jnp.sum(-(-_slots(words).sum(axis=1) // GROUP)) for encoding, words in of.items()})
+    return jnp.sum(jnp.where(mask, jnp.uint32(1) << bit, 0), axis=-1, dtype=jnp.uint32)
 
 
-def count_groups(elements: Elements, encoding: str) -> int:
-    return int(elements.count[encoding])
+def count_groups(elements: jax.Array, encoding: str) -> int:
+    """Groups of the whole matrix, of what `find` found."""
+    return int(_count_groups(elements, encoding))
 
 
-def fill(weight: jax.Array, elements: Elements, encoding: str, lanes: int, capacity: int):
+@functools.partial(jax.jit, static_argnames="encoding")
+def _count_groups(elements: jax.Array, encoding: str) -> jax.Array:
+    return jnp.sum(-(-_slots(_stored(elements, encoding)).sum(axis=1) // GROUP))
+
+
+def fill(weight: jax.Array, elements: jax.Array, encoding: str, lanes: int, capacity: int):
     """values, codes, row_offsets and starts, with room for `capacity` groups.
 
     The expensive program is compiled for a rounded size and cut to `capacity`, since every matrix
@@ -63,8 +54,8 @@ def fill(weight: jax.Array, elements: Elements, encoding: str, lanes: int, capac
 
 
 @functools.partial(jax.jit, static_argnames=("encoding", "lanes", "groups"))
-def _fill(weight, elements: Elements, *, encoding: str, lanes: int, groups: int):
-    (rows, cols), words = weight.shape, elements.words[encoding]
+def _fill(weight, elements: jax.Array, *, encoding: str, lanes: int, groups: int):
+    (rows, cols), words = weight.shape, _stored(elements, encoding)
     slots = _slots(words)
     in_row = jnp.sum(slots, axis=1)
     count = -(-in_row // GROUP)
@@ -109,6 +100,12 @@ def _fill(weight, elements: Elements, *, encoding: str, lanes: int, groups: int)
         codes = layout.from_nibbles(layout.reorder(codes, order, lanes), encoding)
     starts = jnp.where(chunk < count[:, None], start, cols).astype(layout.start_dtype(cols))
     return values, codes, offsets, starts
+
+
+def _stored(elements: jax.Array, encoding: str) -> jax.Array:
+    """Words with a bit for every column that takes a slot: the elements, and explicit zeros."""
+    bits = layout.DELTA_BITS.get(encoding)
+    return elements if bits is None else _with_zeros(elements, 2**bits)
 
 
 def _slots(words: jax.Array) -> jax.Array:
