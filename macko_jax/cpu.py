@@ -114,7 +114,8 @@ def _decode(values, words, ranks, begin, count, lanes: int) -> jax.Array:
 
 
 def _gather_slots(values, x, codes, row_offsets, rows: int, lanes: int) -> jax.Array:
-    """The product of slots, whose deltas are nibbles, with a few vectors [batch, cols] -> [batch, rows]."""
+    """The product of slots with deltas, as nibbles, and few vectors [batch, cols] -> [batch, rows].
+    """
     groups = codes.shape[0]
     row = layout.group_rows(row_offsets, groups)
     logical = layout.reorder(codes, layout.memory_order(row_offsets, row, lanes), lanes)

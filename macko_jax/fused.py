@@ -107,9 +107,8 @@ def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None 
     Args:
       x: of the first product.
       steps: the products.
-      blank: what the kernel needs to start from: uint16, 0xFFFF everywhere, one for every row of
-        all matrices but the last. Made here if it is not given; a kernel that runs before can make
-        it for less.
+      blank: what the kernel needs to start from: uint16, 0xFFFF everywhere, `blanks(steps)` of
+        them. Made here if it is not given; a kernel that runs before can make it for less.
 
     Returns:
       The results, each [..., rows], of the steps that are `kept`, and of the last.
@@ -122,7 +121,7 @@ def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None 
     for i, step in enumerate(steps):
         rows = [earlier.linear.shape[0] for earlier in steps[:i]]
         _check(step, (*x.shape[:-1], *rows[-1:]) if i else x.shape, rows)
-    needed = sum(step.linear.shape[0] for step in steps[:-1])
+    needed = blanks(steps)
     if blank is not None and (blank.shape, blank.dtype) != ((needed,), jnp.uint16):
         raise ValueError(
             f"blank has {needed} elements of uint16 here, got {list(blank.shape)} {blank.dtype}")
@@ -130,6 +129,11 @@ def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None 
     if len(steps) > 1 and len(dtypes) == 1 and all(_fits(step, x) for step in steps):
         return _one_vector(x, steps, blank)
     return in_turn(x, steps, _fused_step)
+
+
+def blanks(steps: Sequence[Step]) -> int:
+    """Length of the array `blank` of a chain: one element for every row, but for the last step."""
+    return sum(step.linear.shape[0] for step in steps[:-1])
 
 
 def in_turn(x, steps, apply) -> list:

@@ -113,6 +113,7 @@ def fits(cache):
         jax.default_backend() == "gpu"
         and cache.shape[-1] == HEAD_DIM
         and cache.dtype in (jnp.float16, jnp.bfloat16)
+        and cache.size // CHUNK < 2**31  # loads have 32-bit indices
     )
 
 
@@ -376,12 +377,12 @@ def _angles(ops, sequence, chunk):
 
 def _rotated_head(ops, plan, head, chunk, turn):
     """A lane's elements of a head of the rows, rotated."""
-    return _rotate(
-        _numbers(ops, plan, _load_head(ops, "rows", head, chunk, chunk < LANES)), turn
-    )
+    words = _load_head(ops, "rows", head, chunk, chunk < LANES)
+    return _rotate(_numbers(ops, plan, words), turn)
 
 
 def _rotate(elements, turn):
+    """A lane's elements of a head, rotated."""
     first, second = elements[:CHUNK], elements[CHUNK:]  # those that turn together
     rotated = [a * c - b * s for a, b, c, s in zip(first, second, *turn)]
     return rotated + [b * c + a * s for a, b, c, s in zip(first, second, *turn)]

@@ -19,7 +19,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from macko_jax import Step, flax_nnx
-from macko_jax.fused import in_turn, rms_norm, swiglu
+from macko_jax.fused import blanks, in_turn, rms_norm, swiglu
 import numpy as np
 
 
@@ -224,8 +224,8 @@ class Block(nnx.Module):
         if following is not None:
             steps.append(following._projection())
         packed = _packed(steps)
-        blanks = sum(step.linear.out_features for step in packed[:-1]) if packed else 0
-        mixed, layer_cache, blank = self.attention(qkv, positions, rotary, layer_cache, blanks)
+        needed = blanks(packed) if packed else 0
+        mixed, layer_cache, blank = self.attention(qkv, positions, rotary, layer_cache, needed)
         x, *qkv = _chain(mixed, steps, packed, dropout, blank)
         return x, *(qkv or [None]), layer_cache
 

@@ -11,6 +11,7 @@ from macko_jax.kernels.vectors import Vectors
 from macko_jax.layout import GROUP
 
 BREAK_EVEN = {"spmv": 16, "spmv_transposed": 2}  # vectors; with more, a dense decode is faster
+WARPS_FOR_MANY = 16  # at most, of a block that multiplies 8 vectors or more in a pass
 GROUPS_IN_FLIGHT = 48  # of a multiprocessor's warps together, for each lane
 SHARED_BYTES = 220 * 1024  # of a Hopper multiprocessor's 227 KiB; the rest is the kernel's own
 
@@ -118,7 +119,7 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
     blocks = row_blocks(rows)
     tasks = -(-rows // blocks) * matrix.lanes // 32  # of a block's warps
     # The sums of 8 vectors leave the 64 registers of a lane of 32 warps no room to load ahead.
-    warps = min(_warps(tasks), 16) if vectors >= 8 else _warps(tasks)
+    warps = min(_warps(tasks), WARPS_FOR_MANY) if vectors >= 8 else _warps(tasks)
     return Settings(
         blocks=blocks, warps=warps, unroll=groups_ahead(matrix), vectors=vectors,
         stage_x=_fits(matrix, x_dtype, vectors), tensor_cores=by_tensor_cores and vectors >= 8)
@@ -140,7 +141,7 @@ def groups_ahead(matrix) -> int:
 def _fits(matrix, x_dtype, vectors: int) -> bool:
     settings = Settings(blocks=1, warps=4, unroll=1, vectors=vectors, stage_x=True)
     plan = Plan(matrix, x_dtype, vectors, settings)
-    weights = tensor_cores.BUFFER * 16 if vectors >= 8 else 0  # of as many warps
+    weights = tensor_cores.BUFFER * WARPS_FOR_MANY if vectors >= 8 else 0
     return 4 * (plan.x_slots + weights) <= SHARED_BYTES
 
 

@@ -187,7 +187,8 @@ class NumpyLanes:
         place = lambda i: (slice(None), QUAD + 8 * (i // 2), 2 * WITHIN + i % 2)
         for i, word in enumerate(a):
             for j, half in enumerate(self.pair(word, dtype)):
-                wide_a[:, QUAD + 8 * (i % 2), 2 * WITHIN + j + 8 * (i // 2)] = half.reshape(-1, WARP)
+                column = 2 * WITHIN + j + 8 * (i // 2)
+                wide_a[:, QUAD + 8 * (i % 2), column] = half.reshape(-1, WARP)
         for i, word in enumerate(b):
             for j, half in enumerate(self.pair(word, dtype)):
                 wide_b[:, 2 * WITHIN + j + 8 * i, QUAD] = half.reshape(-1, WARP)

@@ -88,7 +88,7 @@ def _matmul(subscripts, a, b, out_dtype) -> jax.Array:
     if a.dtype != b.dtype:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = "highest" if a.dtype == jnp.float32 else None
-    # One of the operands' type is rounded by the product itself, which sums in float32 all the same.
+    # A result of the operands' type is rounded by the product itself, which sums in float32 too.
     result = out_dtype if out_dtype == a.dtype else jnp.float32
     product = jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=result)
     return product.astype(out_dtype)

@@ -7,7 +7,7 @@ column are such a row. So for one element of every lane, at 32 columns, it bring
 memory. Their product has the sums of every element's vectors with the weights of every element; of
 these the ones of an element with its own weights are used.
 """
-from macko_jax.kernels.lanes import WARP
+from macko_jax.kernels.lanes import WARP, sum_over_lanes
 from macko_jax.kernels.strips import unpack
 from macko_jax.layout import GROUP
 
@@ -59,7 +59,6 @@ def totals(ops, sums: list) -> list:
         mine = ops.real(0)
         for pair, (even, _, _, odd) in enumerate(pairs):
             mine = ops.select(within == pair, even + odd, mine)
-        for distance in (1, 2):
-            mine = mine + ops.exchange(mine, distance)
+        [mine] = sum_over_lanes(ops, [mine], 4)
         out.append(((lane >> 2) + plane * VECTORS, mine, within == 0))
     return out
