@@ -20,6 +20,7 @@ from macko_jax.kernels.vectors import PIECE, Share, Vectors
 
 WARPS = 32
 THREADS = WARPS * WARP
+LINE = 64  # 16-bit elements of a line of the L2 cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +114,13 @@ class Plan:
 
 def program(ops, plan: Plan) -> None:
     """Computes the results on the arrays of `plan.names`, exchange, and one for each result."""
-    for i, step in enumerate(plan.steps):
+    ways = [walks.make(
+        ops, step.matrix, block=ops.block(), blocks=plan.blocks,
+        warps=config.busy_warps(step.matrix, plan.blocks),
+        unroll=config.groups_ahead(step.matrix), scale=plan.x(i).scale, suffix=str(i))
+        for i, step in enumerate(plan.steps)]
+    for i, (step, walk) in enumerate(zip(plan.steps, ways)):
         matrix, fusion, x = step.matrix, step.fusion, plan.x(i)
-        walk = walks.make(
-            ops, matrix, block=ops.block(), blocks=plan.blocks, warps=WARPS,
-            unroll=config.groups_ahead(matrix), scale=x.scale, suffix=str(i))
         add = plan.share(i) if fusion.add and step.added is None else None
         if i == 0:
             x.begin(ops, "x", ops.integer(0), THREADS, scale="scale0")
@@ -127,9 +130,13 @@ def program(ops, plan: Plan) -> None:
         if i == 0:
             started = walk.start()
             squares = x.finish()
-        else:  # the first weights would delay what the block waits for
+            _prefetch(ops, plan, ways)
+        else:
             opened = walk.open()
             squares = x.receive(ops, "exchange", plan.first(i - 1), f"scale{i}", THREADS)
+            # A multiprocessor gets what it loads in order: with weights asked for by some warps,
+            # the others would see what they wait for a DRAM latency later.
+            ops.barrier()
             started = walk.read(opened)
         if add:
             add.finish()
@@ -145,6 +152,15 @@ def program(ops, plan: Plan) -> None:
         if i < len(plan.steps) - 1:
             ops.barrier()
             _publish(ops, plan, i, walk)
+
+
+def _prefetch(ops, plan: Plan, ways: list) -> None:
+    """Asks for the small arrays of later steps, which would hold up what the block waits for."""
+    for i, (step, walk) in list(enumerate(zip(plan.steps, ways)))[1:]:
+        walk.prefetch()
+        if step.fusion.eps is not None:
+            element = ops.thread() * LINE
+            ops.prefetch(f"scale{i}", element, element < step.matrix.shape[1])
 
 
 def _finish(ops, plan: Plan, i: int, walk, inverse, row, sums: list) -> None:

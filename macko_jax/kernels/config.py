@@ -117,9 +117,8 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
     while vectors > 1 and not _fits(matrix, x_dtype, vectors):
         vectors //= 2
     blocks = row_blocks(rows)
-    tasks = -(-rows // blocks) * matrix.lanes // 32  # of a block's warps
     # The sums of 8 vectors leave the 64 registers of a lane of 32 warps no room to load ahead.
-    warps = min(_warps(tasks), WARPS_FOR_MANY) if vectors >= 8 else _warps(tasks)
+    warps = min(busy_warps(matrix, blocks), WARPS_FOR_MANY if vectors >= 8 else 32)
     return Settings(
         blocks=blocks, warps=warps, unroll=groups_ahead(matrix), vectors=vectors,
         stage_x=_fits(matrix, x_dtype, vectors), tensor_cores=by_tensor_cores and vectors >= 8)
@@ -145,8 +144,9 @@ def _fits(matrix, x_dtype, vectors: int) -> bool:
     return 4 * (plan.x_slots + weights) <= SHARED_BYTES
 
 
-def _warps(tasks: int) -> int:
-    """As many warps as can be had with the fewest idle in the last round of tasks."""
+def busy_warps(matrix, blocks: int) -> int:
+    """Warps of a block for its share of the rows: many, with few of them idle in the last round."""
+    tasks = -(-matrix.shape[0] // blocks) * matrix.lanes // 32
     if tasks <= 32:
         return min(32, max(WARPGROUP, -(-tasks // WARPGROUP) * WARPGROUP))
     return max((32, 28, 24), key=lambda w: (tasks / (-(-tasks // w) * w) > 0.97, w))

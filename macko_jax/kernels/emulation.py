@@ -157,6 +157,9 @@ class NumpyLanes:
         at = self._in_range(name, index.astype(np.int64), where, array.size)[where]
         array[at] = word[where] & 0xFFFF
 
+    def prefetch(self, name, index, where):
+        self._in_range(name, index.astype(np.int64), where & self._active, self.arrays[name].size)
+
     # Shared memory
 
     def load_shared_words(self, offset, count):

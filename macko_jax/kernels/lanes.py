@@ -335,6 +335,15 @@ class MosaicLanes:
             llvm.store(arith.trunci(_i16(), word.value),
                        self._address(self._pointers[name], index, _i16()))
 
+    def prefetch(self, name, index, where):
+        """Asks for an element of an array to be brought to the L2 cache, and does not wait."""
+        kind = ir.IntegerType.get_signless(8 * self._dtypes[name].itemsize)
+        address = self._address(self._pointers[name], index, kind)
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"), [address, self._flag(where)],
+            "{.reg .pred p; setp.ne.u32 p, $1, 0; @p prefetch.global.L2 [$0];}", "l,r",
+            has_side_effects=True)
+
     # Shared memory, by byte offsets
 
     def load_shared_words(self, offset, count):

@@ -210,10 +210,10 @@ class RowWalk:
                  together: int = 1, suffix: str = ""):
         """`block` of `blocks` is the lane's share of the rows; columns come multiplied by `scale`.
 
-        A warp works on `rows_per_warp` rows at a time, by default as many as it has lanes for. It
-        visits `together` groups of a row at a time: where few warps fit on a multiprocessor, what
-        they do for one group has to hide the latencies of another. `suffix` ends the names of the
-        matrix's arrays.
+        The first `warps` of the block work. A warp works on `rows_per_warp` rows at a time, by
+        default as many as it has lanes for. It visits `together` groups of a row at a time: where
+        few warps fit on a multiprocessor, what they do for one group has to hide the latencies of
+        another. `suffix` ends the names of the matrix's arrays.
         """
         self.ops, self.matrix, self.unroll, self.scale = ops, matrix, unroll, scale
         self.suffix = suffix
@@ -229,7 +229,7 @@ class RowWalk:
         lane = thread & (WARP - 1)
         self.part = lane & (matrix.lanes - 1)
         slot = lane >> (matrix.lanes.bit_length() - 1)
-        self.busy = slot < rows_per_warp
+        self.busy = (slot < rows_per_warp) & (thread < warps * WARP)
         self.buffer = (thread >> 5) * rows_per_warp + slot
         self._first = ops.select(self.busy, self.first_row + self.buffer, self.end_row)
         self._stride = warps * rows_per_warp
@@ -242,6 +242,13 @@ class RowWalk:
     def start(self):
         """Issues the first loads; what `run` begins with."""
         return self.read(self.open())
+
+    def prefetch(self) -> None:
+        """Asks for what `open` reads."""
+        for row in self._first, self._first + self._stride:
+            mine = (self.part == 0) & (row < self.end_row)
+            self.ops.prefetch("row_offsets" + self.suffix, row, mine)
+            self.ops.prefetch("starts" + self.suffix, row * self.matrix.lanes, mine)
 
     def open(self):
         """Issues the loads that say where the first rows lie."""
