@@ -30,8 +30,8 @@ PRODUCT = flags.DEFINE_enum(
 BATCHES = flags.DEFINE_list("batches", ["1"], "Numbers of vectors.")
 IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations", ["macko", "dense"],
-    "Of macko, macko_bitmask, macko_delta3, macko_banked, macko_int8, macko_banked_int8, macko_fp8, "
-    "macko_xla, dense, bcsr, bcoo, torch (cuBLAS, where torch is).")
+    "Of macko, macko_bitmask, macko_delta3, macko_delta5, macko_banked, macko_int8, "
+    "macko_banked_int8, macko_fp8, macko_xla, dense, bcsr, bcoo, torch (cuBLAS, where torch is).")
 REPEATS = flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)
 READ_FLOOR = flags.DEFINE_bool("read_floor", True, "Time a plain read of the same bytes (GPU).")
 OUT = flags.DEFINE_string("out", "runs/spmv", "Records go to <out>.json and <out>.csv.")
@@ -56,6 +56,7 @@ MAKERS = {
     "macko": macko(),
     "macko_bitmask": macko(encoding="bitmask"),
     "macko_delta3": macko(encoding="delta3"),
+    "macko_delta5": macko(encoding="delta5"),
     "macko_banked": macko(encoding="banked"),
     "macko_int8": macko(dtype="int8"),
     "macko_banked_int8": macko(dtype="int8", encoding="banked"),

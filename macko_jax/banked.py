@@ -60,7 +60,7 @@ def step_positions(counts: jax.Array, row_offsets: jax.Array, steps: int, groups
 
 def slot_columns(codes, row_offsets, counts, *, cols: int) -> jax.Array:
     """Column of every slot in memory order, [groups, 8] int32; `cols` and more for no element."""
-    groups, steps = codes.shape[0] // CODE_BYTES, most_groups(cols)
+    groups, steps = codes.shape[0] // CODE_BYTES["banked"], most_groups(cols)
     if groups == 0:
         return jnp.zeros((0, GROUP), jnp.int32)
     at = step_positions(counts, row_offsets, steps, groups)

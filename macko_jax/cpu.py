@@ -34,9 +34,9 @@ def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, store
         y = lax.map(product, _blocks(codes, row_offsets, shape))
         return y.reshape(-1, batch)[:rows].T.astype(out_dtype)
     if encoding in layout.DELTA_BITS and batch <= FEW:
-        codes = layout.nibbles(codes, encoding)
         return _gather_slots(
-            values, x.astype(acc), codes, row_offsets, rows, lanes).astype(out_dtype)
+            values, x.astype(acc), layout.split_parts(codes, encoding), encoding, row_offsets, rows,
+            lanes).astype(out_dtype)
     return reference.spmv(values, x, codes, row_offsets, starts, shape=shape, encoding=encoding,
                           lanes=lanes, stored=stored, out_dtype=out_dtype)
 
@@ -113,16 +113,17 @@ def _decode(values, words, ranks, begin, count, lanes: int) -> jax.Array:
     return lax.optimization_barrier(dense).reshape(height, -1)
 
 
-def _gather_slots(values, x, codes, row_offsets, rows: int, lanes: int) -> jax.Array:
-    """The product of slots with deltas, as nibbles, and few vectors [batch, cols] -> [batch, rows].
-    """
-    groups = codes.shape[0]
+def _gather_slots(
+        values, x, parts: tuple, encoding: str, row_offsets, rows: int, lanes: int) -> jax.Array:
+    """The product of slots with deltas and few vectors [batch, cols] -> [batch, rows]."""
+    groups = parts[0].shape[0]
     row = layout.group_rows(row_offsets, groups)
-    logical = layout.reorder(codes, layout.memory_order(row_offsets, row, lanes), lanes)
-    base = layout.delta_bases(logical, row_offsets, row)
+    order = layout.memory_order(row_offsets, row, lanes)
+    logical = tuple(layout.reorder(part, order, lanes) for part in parts)
+    base = layout.delta_bases(logical, encoding, row_offsets, row)
     base = layout.reorder(base, layout.column_order(row_offsets, row, lanes), lanes)
     base = lax.optimization_barrier(base)
-    columns = [base + prefix for prefix in layout.delta_prefixes(codes)]
+    columns = [base + prefix for prefix in layout.delta_prefixes(parts, encoding)]
     slots = values.reshape(groups, layout.GROUP)
 
     def one(x):

@@ -23,14 +23,15 @@ class MackoMatrix:
     """A sparse matrix [rows, cols] in a MACKO layout for GPUs; a pytree. Made by `compress`.
 
     The stored elements lie in groups of eight, and every row begins a group. `values` alone, or
-    `scales`, is differentiated. Four encodings say where the elements sit: "bitmask" has a bit for
+    `scales`, is differentiated. The encoding says where the elements sit: "bitmask" has a bit for
     every column; "delta4" has four bits for every element, the number of zeros skipped before it,
     and stores an explicit zero for every 16 of a longer gap, as the paper does; "delta3" has three
-    bits, and a zero for every 8, which is smaller above density 0.3. The row's groups are
-    cut in column order into `lanes` contiguous chunks, the first ones a group longer where they do
-    not divide evenly, and the chunks are interleaved: slot t * lanes + l of the row's groups is the t-th group
-    of lane l. So the lanes of a GPU read neighbouring addresses. "banked" deals columns to 32 lanes
-    by their remainder instead, with 3-bit deltas, see banked.py.
+    bits, and a zero for every 8, which is smaller above density 0.3; "delta5" five bits, and a zero
+    for every 32, which is smaller below 0.17. The row's groups are cut in column order into `lanes`
+    contiguous chunks, the first ones a group longer where they do not divide evenly, and the chunks
+    are interleaved: slot t * lanes + l of the row's groups is the t-th group of lane l. So the
+    lanes of a GPU read neighbouring addresses. "banked" deals columns to 32 lanes by their
+    remainder instead, with 3-bit deltas, see banked.py.
 
     Invariants (checked by `validate`):
       - elements are in column order within a chunk, and the slots that fill up a row's last group
@@ -47,11 +48,13 @@ class MackoMatrix:
       values: [8 * groups] float16, bfloat16 or float32; or int8 or float8_e4m3fn, times `scales`.
       codes: uint32; bitmask: [rows * ceil(cols / 32)], bit b of a row's word w is column 32 w + b;
         delta4: [groups], eight deltas in order from the low bits. delta3 and banked: uint8
-        [3 * groups], the low 16 bits of every group's eight deltas, then the high 8.
+        [3 * groups], the low 16 bits of every group's eight deltas, then the high 8. delta5: uint8
+        [5 * groups], the low four bits of every group's deltas as in delta4, then a byte of their
+        highest bits for each group, those of elements 0, 2, 4, 6 below those of 1, 3, 5, 7.
       row_offsets: [rows + 1] int32, each row's first group.
       starts: [rows, lanes] uint16, uint32 for more than 65535 columns; banked: uint8 or wider.
       shape: (rows, cols).
-      encoding: "bitmask", "delta4", "delta3" or "banked".
+      encoding: "bitmask", "delta4", "delta3", "delta5" or "banked".
       lanes: 1, 2, 4, 8, 16 or 32.
       scales: [rows] factors of 8-bit values, float16, bfloat16 or float32; None for other values.
 
@@ -120,7 +123,7 @@ def compress(weight, *, dtype=None, encoding: str | None = None, lanes: int | No
       weight: [rows, cols], float16, bfloat16 or float32; anything that `numpy.asarray` takes.
       dtype: in which the values are stored; None keeps the weight's. int8 and float8_e4m3fn are
         scaled row by row, see `quantization.quantize`. What it rounds to zero is dropped.
-      encoding: "bitmask", "delta4", "delta3" or "banked"; None chooses by measured rules,
+      encoding: "bitmask", "delta4", "delta3", "delta5" or "banked"; None chooses by measured rules,
         see `packing.choose_encoding`.
       lanes: how many GPU lanes share a row, 1, 2, 4, 8, 16 or 32; None chooses by row length.
       capacity: room for this many groups of eight, so that matrices with different numbers of
@@ -211,8 +214,8 @@ def validate(matrix: MackoMatrix) -> None:
     codes_of = {
         "bitmask": ((rows * layout.words_per_row(cols),), np.uint32),
         "delta4": ((groups,), np.uint32),
-        "delta3": ((layout.CODE_BYTES * groups,), np.uint8),
-        "banked": ((layout.CODE_BYTES * groups,), np.uint8)}[matrix.encoding]
+    } | {name: ((size * groups,), np.uint8) for name, size in layout.CODE_BYTES.items()}
+    codes_of = codes_of[matrix.encoding]
     is_banked = matrix.encoding == "banked"
     start_dtype = banked.count_dtype(cols) if is_banked else layout.start_dtype(cols)
     for name, array, shape, dtype in (
@@ -233,8 +236,7 @@ def validate(matrix: MackoMatrix) -> None:
     if is_banked:
         return _check_banked(values, codes, offsets, starts, count, cols)
     bitmask = matrix.encoding == "bitmask"
-    check = _check_bitmask if bitmask else _check_deltas
-    codes = codes if bitmask else layout.nibbles(codes, matrix.encoding)
+    check = _check_bitmask if bitmask else functools.partial(_check_deltas, matrix.encoding)
     chunk = layout.lane_chunks(count, matrix.lanes)
     expected = check(values.reshape(-1, GROUP), codes, offsets, count, chunk, cols)
     expected = np.where(chunk < count[:, None], expected, cols)
@@ -298,7 +300,7 @@ def _check_bitmask(values, codes, offsets, count, chunk, cols) -> np.ndarray:
     return start
 
 
-def _check_deltas(values, codes, offsets, count, chunk, cols) -> np.ndarray:
+def _check_deltas(encoding, values, codes, offsets, count, chunk, cols) -> np.ndarray:
     """Checks that deltas stay within the columns; returns the starts that they imply.
 
     Most groups need only the sum of their deltas; those that pass the last column are looked into.
@@ -308,12 +310,13 @@ def _check_deltas(values, codes, offsets, count, chunk, cols) -> np.ndarray:
     memory = np.empty_like(local)  # index in memory of the groups in column order
     memory[offsets[row] + layout.logical_group(local, count[row], chunk.shape[1])] = np.arange(
         row.size)
-    words = codes[memory]
-    passed = np.concatenate([[0], np.cumsum(layout.delta_totals(words), dtype=np.int64)])
+    parts = tuple(part[memory] for part in layout.split_parts(codes, encoding))
+    passed = np.concatenate([[0], np.cumsum(layout.delta_totals(parts, encoding), dtype=np.int64)])
     base = passed[offsets[:-1]]
 
     [last] = np.nonzero(passed[1:] - base[row] > cols)
-    within = np.stack(layout.delta_prefixes(words[last]), axis=1)
+    within = np.stack(
+        layout.delta_prefixes(tuple(part[last] for part in parts), encoding), axis=1)
     column = (passed[last] - base[row[last]])[:, None] + within
     beyond = column >= cols
     if (wrong := beyond & (values[memory[last]] != 0)).any():

@@ -14,8 +14,9 @@ from jax import lax
 
 GROUP = 8  # slots per group: 16 bytes of 16-bit values, 32 bits of 4-bit deltas
 WORD = 32  # columns per bitmask word
-DELTA_BITS = {"delta4": 4, "delta3": 3}  # of an element; a longer gap takes an explicit zero
-CODE_BYTES = 3  # of a group of 3-bit deltas: two in a first plane, one in a second
+DELTA_BITS = {"delta4": 4, "delta3": 3, "delta5": 5}  # a longer gap takes an explicit zero
+CODE_BYTES = {"delta3": 3, "delta5": 5, "banked": 3}  # of a group, where codes are bytes in planes
+EVEN_FIRST = np.r_[0:GROUP:2, 1:GROUP:2]  # elements of a group
 
 
 def words_per_row(cols: int) -> int:
@@ -134,22 +135,30 @@ def bit_ranks(codes: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.
     return rank.reshape(rows, -1)[:, :cols], stored.reshape(rows, -1)[:, :cols]
 
 
-def split_codes(words, capacity: int):
-    """uint8 [3 * capacity] from 24-bit codes uint32 [capacity]: low 16 bits, then high 8.
+def split_codes(words):
+    """uint8 [3 * groups] from 24-bit codes uint32 [groups]: low 16 bits, then high 8.
 
-    Lanes then load whole units. Works on NumPy and JAX arrays, as all here of such codes.
+    Works on NumPy and JAX arrays, as all here of codes.
     """
-    xp = words.__array_namespace__()
-    low = xp.stack([words & 0xFF, (words >> 8) & 0xFF], axis=-1).reshape(2 * capacity)
-    return xp.concatenate([low, words >> 16]).astype(np.uint8)
+    return join_planes(code_planes((words,), "delta3"))
 
 
 def join_codes(codes):
     """The inverse of `split_codes`."""
-    xp, groups = codes.__array_namespace__(), codes.shape[0] // CODE_BYTES
-    codes = codes.astype(np.uint32)
-    low = codes[:2 * groups].reshape(groups, 2)
-    return low[:, 0] | (low[:, 1] << xp.uint32(8)) | (codes[2 * groups:] << xp.uint32(16))
+    groups = codes.shape[0] // 3
+    return _from_bytes(codes[:2 * groups], 2) | (_from_bytes(codes[2 * groups:], 1) << 16)
+
+
+def _bytes(words, size: int):
+    """The low `size` bytes of each word, uint8 [size * words]."""
+    xp = words.__array_namespace__()
+    return xp.stack([words >> (8 * i) for i in range(size)], axis=-1).reshape(-1).astype(np.uint8)
+
+
+def _from_bytes(codes, size: int):
+    """The inverse of `_bytes`."""
+    parts = codes.reshape(-1, size).astype(np.uint32)
+    return functools.reduce(lambda a, b: a | b, [parts[:, i] << (8 * i) for i in range(size)])
 
 
 def deltas(words, bits: int):
@@ -165,52 +174,101 @@ def join_deltas(delta, bits: int):
     return (delta.astype(np.uint32) << shifts).sum(axis=-1, dtype=np.uint32)
 
 
-def nibbles(codes, encoding: str):
-    """The deltas of a matrix as codes of "delta4", uint32 [groups], whatever bits they have."""
-    return codes if encoding == "delta4" else _respace(join_codes(codes), DELTA_BITS[encoding], 4)
-
-
-def from_nibbles(codes, encoding: str):
-    """The inverse of `nibbles`."""
-    if encoding == "delta4":
-        return codes
-    return split_codes(_respace(codes, 4, DELTA_BITS[encoding]), codes.shape[0])
-
-
-def _respace(words, bits: int, new_bits: int):
-    """Codes of deltas of `bits` as codes of `new_bits`; what does not fit is cut off."""
-    mask = np.uint32(2**min(bits, new_bits) - 1)
+def respace(words, bits: int, new_bits: int):
+    """Codes of deltas of `bits` as codes of fewer, `new_bits`."""
+    mask = np.uint32(2**new_bits - 1)
     parts = [((words >> np.uint32(bits * j)) & mask) << np.uint32(new_bits * j)
              for j in range(GROUP)]
     return functools.reduce(lambda a, b: a | b, parts)
 
 
-def delta_prefixes(codes: jax.Array) -> list[jax.Array]:
-    """Columns from a group's start to each of its eight slots, eight arrays like `codes`, int32.
+def code_parts(delta, encoding: str, join=join_deltas) -> tuple:
+    """The codes of deltas [groups, 8], in parts uint32 [groups], which can be put in another order.
 
-    Eight prefix sums at once: adjacent nibbles are paired into bytes, and one multiplication by
-    0x01010101 sums the bytes below each byte; the deltas add up to 120, so no byte overflows.
+    5-bit deltas are low nibbles, as in "delta4", and a byte of their highest bits.
     """
-    even, odd = _delta_bytes(codes)
-    sums = [((odd if j % 2 else even) >> (8 * (j // 2))) & 0xFF for j in range(GROUP)]
-    return [s.astype(np.int32) + j for j, s in enumerate(sums)]
+    if encoding != "delta5":
+        return (join(delta, DELTA_BITS[encoding]),)
+    return join(delta & 15, 4), join(delta[..., EVEN_FIRST] >> 4, 1)
 
 
-def delta_totals(codes) -> jax.Array:
-    """Columns that each group of delta4 codes passes, [groups] int32, for NumPy and JAX arrays."""
-    return (_delta_bytes(codes)[1] >> 24).astype(np.int32) + GROUP
+def code_planes(parts: tuple, encoding: str) -> tuple:
+    """What lies one after the other in the array `codes`, of the parts of all codes.
+
+    Each plane has a unit of memory for every group, which a lane loads as a whole.
+    """
+    if encoding == "delta4":
+        return parts
+    if encoding == "delta3":
+        return _bytes(parts[0], 2), _bytes(parts[0] >> 16, 1)
+    nibbles, highest = parts
+    return _bytes(nibbles, 4), _bytes(highest, 1)
 
 
-def _delta_bytes(codes):
-    """Words whose bytes are the sums of deltas up to elements 0, 2, 4, 6 and 1, 3, 5, 7."""
-    low, high = codes & 0x0F0F0F0F, (codes >> 4) & 0x0F0F0F0F
+def join_planes(planes: tuple):
+    """The array `codes`."""
+    return planes[0] if len(planes) == 1 else planes[0].__array_namespace__().concatenate(planes)
+
+
+def split_parts(codes, encoding: str) -> tuple:
+    """The parts of all codes from the array `codes`."""
+    if encoding == "delta4":
+        return (codes,)
+    if encoding == "delta3":
+        return (join_codes(codes),)
+    groups = codes.shape[0] // CODE_BYTES["delta5"]
+    return _from_bytes(codes[:4 * groups], 4), _from_bytes(codes[4 * groups:], 1)
+
+
+# Words whose bytes hold the deltas of elements 0, 2, 4, 6 and 1, 3, 5, 7, from the parts of a code;
+# for arrays, and for registers of a kernel.
+
+def spread_3_bits(code):
+    spread = (code & 0xFFF) | ((code << 4) & 0x0FFF0000)
+    spread = (spread & 0x003F003F) | ((spread << 2) & 0x3F003F00)
+    return spread & 0x07070707, (spread >> 3) & 0x07070707
+
+
+def spread_4_bits(code):
+    return code & 0x0F0F0F0F, (code >> 4) & 0x0F0F0F0F
+
+
+def spread_5_bits(nibbles, highest):
+    low, high = spread_4_bits(nibbles)
+    # Times this constant, bit i of four stands at 8 i + 4 among others, and no two at one place.
+    return (low | (((highest & 0xF) * 0x02040810) & 0x10101010),
+            high | (((highest >> 4) * 0x02040810) & 0x10101010))
+
+
+SPREAD = {"delta4": spread_4_bits, "delta3": spread_3_bits, "delta5": spread_5_bits}
+
+
+def prefix_bytes(low, high):
+    """Words whose bytes are the sums of deltas up to elements 0, 2, 4, 6 and 1, 3, 5, 7.
+
+    From words whose bytes hold the deltas. Adjacent deltas are added up in bytes, and one
+    multiplication by 0x01010101 sums the bytes below each byte; eight deltas of up to 31 add up to
+    248, so no byte overflows.
+    """
     odd = (low + high) * np.uint32(0x01010101)
     return odd - high, odd
 
 
-def delta_bases(codes: jax.Array, row_offsets: jax.Array, row: jax.Array) -> jax.Array:
-    """Column from which each group of delta4 codes in logical order counts, [groups] int32."""
-    advance = delta_totals(codes)
+def delta_prefixes(parts: tuple, encoding: str) -> list[jax.Array]:
+    """Columns from a group's start to each of its eight slots: eight int32 arrays."""
+    even, odd = prefix_bytes(*SPREAD[encoding](*parts))
+    sums = [((odd if j % 2 else even) >> (8 * (j // 2))) & 0xFF for j in range(GROUP)]
+    return [s.astype(np.int32) + j for j, s in enumerate(sums)]
+
+
+def delta_totals(parts: tuple, encoding: str):
+    """Columns that each group passes, [groups] int32, for NumPy and JAX arrays."""
+    return (prefix_bytes(*SPREAD[encoding](*parts))[1] >> 24).astype(np.int32) + GROUP
+
+
+def delta_bases(parts: tuple, encoding: str, row_offsets: jax.Array, row: jax.Array) -> jax.Array:
+    """Column from which each group in logical order counts, [groups] int32."""
+    advance = delta_totals(parts, encoding)
     # Wraps for matrices of more than 2**31 positions; differences inside a row are still right.
     before = jnp.cumsum(advance) - advance
     return before - before.at[row_offsets.at[row].get(mode="clip")].get(mode="clip")

@@ -8,7 +8,7 @@ import numpy as np
 
 from macko_jax import banked, layout, packing_banked, packing_jax, packing_numpy
 
-ENCODINGS = ("bitmask", "delta4", "delta3", "banked")
+ENCODINGS = ("bitmask", "delta4", "delta3", "delta5", "banked")
 LANES = (1, 2, 4, 8, 16, 32)
 MAX_STORED = np.iinfo(np.int32).max
 MAX_COLS = 2**26  # keeps the arithmetic of `layout.memory_group` exact

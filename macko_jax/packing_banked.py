@@ -40,7 +40,7 @@ class Elements:
 
         order = np.arange(capacity)
         order[:offsets[-1]] = lane_major(self.counts)
-        return (values.reshape(-1, GROUP)[order].reshape(-1), split_codes(words[order], capacity),
+        return (values.reshape(-1, GROUP)[order].reshape(-1), split_codes(words[order]),
                 offsets.astype(np.int32), self.counts.astype(count_dtype(cols)))
 
 
@@ -87,4 +87,4 @@ def fill(weight: jax.Array, stored, delta, counts, *, groups: int):
 
     values = lax.bitcast_convert_type(scatter(bits, bits.dtype), weight.dtype)
     words = join_deltas(scatter(delta, jnp.uint32).reshape(groups, GROUP), BITS)
-    return values, split_codes(words, groups), offsets, counts.astype(count_dtype(cols))
+    return values, split_codes(words), offsets, counts.astype(count_dtype(cols))

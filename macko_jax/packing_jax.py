@@ -43,18 +43,15 @@ def fill(weight: jax.Array, elements: jax.Array, encoding: str, lanes: int, capa
     groups = max(1, -(-capacity // step)) * step  # at least one: gathers need a source
     values, codes, offsets, starts = _fill(
         weight, elements, encoding=encoding, lanes=lanes, groups=groups)
-    if groups > capacity:
-        values = values[:GROUP * capacity]
-        if encoding == "delta4":
-            codes = codes[:capacity]
-        elif encoding == "delta3":
-            codes = jnp.concatenate(
-                [codes[:2 * capacity], codes[2 * groups:2 * groups + capacity]])
-    return values, codes, offsets, starts
+    if encoding != "bitmask":
+        codes = layout.join_planes(
+            tuple(plane[:plane.size // groups * capacity] for plane in codes))
+    return values[:GROUP * capacity], codes, offsets, starts
 
 
 @functools.partial(jax.jit, static_argnames=("encoding", "lanes", "groups"))
 def _fill(weight, elements: jax.Array, *, encoding: str, lanes: int, groups: int):
+    """As `fill`, but the planes of codes of deltas apart."""
     (rows, cols), words = weight.shape, _stored(elements, encoding)
     slots = _slots(words)
     in_row = jnp.sum(slots, axis=1)
@@ -90,14 +87,15 @@ def _fill(weight, elements: jax.Array, *, encoding: str, lanes: int, groups: int
         gap = jnp.where(lower == 0, first[:, :, None] + bit.astype(jnp.int32), gap)
         gap = gap.astype(jnp.uint8).reshape(rows, -1)[:, :cols]
         delta = scatter(jnp.zeros(GROUP * groups, jnp.uint8), slot, gap).reshape(groups, GROUP)
-        codes = layout.join_deltas(delta, 4)
-        base = layout.delta_bases(codes, offsets, row)
+        parts = layout.code_parts(delta, encoding)
+        base = layout.delta_bases(parts, encoding, offsets, row)
         start = base.at[offsets[:-1, None] + chunk].get(mode="clip")
 
     order = layout.column_order(offsets, row, lanes)
     values = layout.reorder(values.reshape(groups, GROUP), order, lanes).reshape(-1)
     if encoding != "bitmask":
-        codes = layout.from_nibbles(layout.reorder(codes, order, lanes), encoding)
+        parts = tuple(layout.reorder(part, order, lanes) for part in parts)
+        codes = layout.code_planes(parts, encoding)
     starts = jnp.where(chunk < count[:, None], start, cols).astype(layout.start_dtype(cols))
     return values, codes, offsets, starts
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from macko_jax.layout import (
-    DELTA_BITS, GROUP, from_nibbles, lane_chunks, logical_group, start_dtype,
-    words_per_row)
+    DELTA_BITS, GROUP, code_parts, code_planes, join_planes, lane_chunks, logical_group, respace,
+    start_dtype, words_per_row)
 
 
 class Padding(NamedTuple):
@@ -128,11 +128,11 @@ def fill(weight: np.ndarray, elements: Elements, encoding: str, lanes: int, capa
     else:
         values, delta = fill_deltas(
             weight, elements, GROUP * begin, values.size, DELTA_BITS[encoding])
-        codes = pack_nibbles(delta).view("<u4")
+        parts = code_parts(delta.reshape(-1, GROUP), encoding, join_deltas)
         advance = np.cumsum(delta.reshape(-1, GROUP).sum(axis=1, dtype=np.int64) + GROUP)
         column = np.concatenate([[0], advance])  # columns that all groups before have passed
         start = column[begin[:, None] + chunk] - column[begin][:, None]
-        codes = from_nibbles(codes[order], encoding)
+        codes = join_planes(code_planes(tuple(part[order] for part in parts), encoding))
 
     starts = np.where(chunk < count[:, None], start, cols).astype(start_dtype(cols))
     values = values.reshape(-1, GROUP)[order].reshape(-1)
@@ -154,6 +154,14 @@ def fill_deltas(
 def pack_nibbles(delta: np.ndarray) -> np.ndarray:
     """Two 4-bit deltas a byte, the earlier in the low nibble."""
     return delta[0::2] | (delta[1::2] << 4)
+
+
+def join_deltas(delta: np.ndarray, bits: int) -> np.ndarray:
+    """As `layout.join_deltas`, in passes over bytes; for 1, 3 and 4 bits."""
+    if bits == 1:
+        return np.packbits(delta, axis=-1, bitorder="little")[..., 0].astype(np.uint32)
+    words = pack_nibbles(delta.reshape(-1)).view("<u4")
+    return words if bits == 4 else respace(words, 4, bits)
 
 
 def _filled(begin: np.ndarray, count: np.ndarray, size: int) -> np.ndarray:

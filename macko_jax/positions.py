@@ -29,10 +29,11 @@ def slot_positions(
     elif encoding == "banked":
         column = banked.slot_columns(codes, row_offsets, starts, cols=cols)
     else:
-        codes = layout.nibbles(codes, encoding)
-        logical = layout.reorder(codes, layout.memory_order(row_offsets, row, lanes), lanes)
-        column = jnp.stack(layout.delta_prefixes(logical), axis=1)
-        column += layout.delta_bases(logical, row_offsets, row)[:, None]
+        order = layout.memory_order(row_offsets, row, lanes)
+        logical = tuple(
+            layout.reorder(part, order, lanes) for part in layout.split_parts(codes, encoding))
+        column = jnp.stack(layout.delta_prefixes(logical, encoding), axis=1)
+        column += layout.delta_bases(logical, encoding, row_offsets, row)[:, None]
     if encoding != "banked":
         column = layout.reorder(column, layout.column_order(row_offsets, row, lanes), lanes)
     valid = (column < cols) & (row < rows)[:, None]

@@ -71,8 +71,13 @@ CASES = (
     Case(12, 700, 0.5, "float16", "delta3", 32, "skewed"),
     Case(1, 5, 0.0, "float32", "delta3"),
     Case(40, 256, 0.3, "float32", "delta3", 8, "empty_rows"),
+    Case(33, 301, 0.02, "float16", "delta5", 4),
+    Case(9, 517, 1.0, "bfloat16", "delta5", 2, "gaps"),
+    Case(12, 1900, 0.1, "float16", "delta5", 32, "skewed"),
+    Case(1, 5, 0.0, "float32", "delta5"),
+    Case(40, 256, 0.3, "float32", "delta5", 8, "empty_rows"),
 )
-BITS = {"bitmask": None, "delta4": 4, "delta3": 3}  # of a delta
+BITS = {"bitmask": None, "delta4": 4, "delta3": 3, "delta5": 5}  # of a delta
 
 
 def error_bound(weight: np.ndarray, x: np.ndarray, out_dtype) -> np.ndarray:
@@ -139,6 +144,26 @@ def three_bytes(words) -> np.ndarray:
     return np.array(codes, np.uint8)
 
 
+def words_of(deltas: list, bits: int) -> list[int]:
+    """Of every group, its deltas one after the other from the lowest bits."""
+    return [sum(delta << bits * i for i, delta in enumerate(group)) for group in deltas]
+
+
+def five_bytes(deltas: list) -> np.ndarray:
+    """A word of low nibbles of every group, then a byte of the highest bits, even elements first."""
+    nibbles = np.array(words_of([[d & 15 for d in group] for group in deltas], 4), "<u4")
+    highest = words_of([[d >> 4 for d in (*group[::2], *group[1::2])] for group in deltas], 1)
+    return np.concatenate([nibbles.view(np.uint8), np.array(highest, np.uint8)])
+
+
+# Of the deltas of all groups, the array `codes`.
+CODES = {
+    "delta4": lambda deltas: np.array(words_of(deltas, 4), np.uint32),
+    "delta3": lambda deltas: three_bytes(words_of(deltas, 3)),
+    "delta5": five_bytes,
+}
+
+
 def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarray]:
     """values, codes, row_offsets and starts, element by element as MackoMatrix's docstring says."""
     if encoding == "banked":
@@ -169,13 +194,16 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
                     values.append([row[c] for c in group] + [0] * (8 - len(group)))
                     if BITS[encoding]:
                         previous = groups[chunk[step] - 1][-1] if chunk[step] else -1
-                        word = 0
+                        delta = [0] * 8
                         for i, column in enumerate(group):
-                            word |= (column - previous - 1) << (BITS[encoding] * i)
+                            delta[i] = column - previous - 1
                             previous = column
-                        codes.append(word)
+                        codes.append(delta)
     start_dtype = np.uint16 if cols < 65536 else np.uint32
-    codes = three_bytes(codes) if encoding == "delta3" else np.array(codes, np.uint32)
+    if BITS[encoding]:
+        codes = CODES[encoding](codes)
+    else:
+        codes = np.array(codes, np.uint32)
     return [np.array(values, weight.dtype).reshape(-1), codes,
             np.array(offsets, np.int32), np.array(starts, start_dtype)]
 

@@ -40,7 +40,7 @@ def path(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("encoding, lanes", [("bitmask", 2), ("delta4", 2), ("delta3", 2), ("banked", 32)])
+@pytest.mark.parametrize("encoding, lanes", [("bitmask", 2), ("delta4", 2), ("delta3", 2), ("delta5", 2), ("banked", 32)])
 def test_matrix_round_trip(path, encoding, lanes, dtype):
     expected = matrix(dtype=dtype, encoding=encoding, lanes=lanes)
     macko_jax.save(path, expected)
@@ -250,7 +250,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("encoding, lanes", [("bitmask", 2), ("delta4", 2), ("delta3", 2), ("banked", 32)])
+@pytest.mark.parametrize("encoding, lanes", [("bitmask", 2), ("delta4", 2), ("delta3", 2), ("delta5", 2), ("banked", 32)])
 @pytest.mark.parametrize("broken", BROKEN)
 def test_matrices_that_contradict_themselves(path, broken, encoding, lanes):
     whole = matrix(encoding=encoding, lanes=lanes)

@@ -12,7 +12,7 @@ from macko_jax import dispatch, reference
 from macko_jax.kernels import by_values, config, decode, emulation, strips, transposed
 from macko_jax.kernels import spmv as kernel
 
-ENCODINGS = ["delta4", "delta3", "bitmask", "banked"]
+ENCODINGS = ["delta4", "delta3", "delta5", "bitmask", "banked"]
 HAS_GPU = any(d.platform == "gpu" for d in jax.local_devices())
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="JAX finds no GPU")
 
@@ -69,7 +69,7 @@ def assert_product(y, dense, x):
 
 
 @pytest.mark.parametrize("encoding,lanes", [
-    *itertools.product(["delta4", "delta3", "bitmask"], [1, 8, 32]), ("banked", 32)])
+    *itertools.product(["delta4", "delta3", "delta5", "bitmask"], [1, 8, 32]), ("banked", 32)])
 @pytest.mark.parametrize("rows,cols,density", SHAPES)
 def test_program_on_shapes(rows, cols, density, encoding, lanes):
     dense = sparse(rows, cols, density, jnp.float16)
@@ -121,6 +121,7 @@ def test_tensor_cores_take_8_bit_values_exactly(dtype, x_dtype):
 @pytest.mark.parametrize("rows,cols,density,dtype,lanes,encoding", [
     (1, 1, 1.0, jnp.float16, 4, "delta4"), (5, 1, 0.6, jnp.float32, 1, "bitmask"),
     (9, 33, 1.0, jnp.float16, 4, "bitmask"), (37, 300, 0.5, jnp.bfloat16, 32, "delta4"),
+    (7, 94, 0.5, jnp.float16, 8, "delta5"), (37, 300, 0.02, jnp.bfloat16, 32, "delta5"),
     (7, 94, 0.5, jnp.float16, 8, "delta3"), (37, 300, 0.1, jnp.bfloat16, 32, "delta3"),
     (7, 94, 0.5, jnp.float16, 8, "delta4"), (40, 1000, 0.02, jnp.float32, 16, "delta4"),
     (5, 1, 0.6, jnp.float32, 32, "banked"), (37, 700, 0.5, jnp.float16, 32, "banked")])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from macko_jax.banked import LANES
 from macko_jax.kernels import strips
+from macko_jax.layout import spread_3_bits
 
 
 class Strip(NamedTuple):
@@ -64,6 +65,7 @@ class Walk(strips.RowWalk):
         The sums of deltas are at most 56.
         """
         ops, scale = self.ops, self.scale
-        low, high = strips.spread_3_bits(code)
+        low, high = code
+        low, high = spread_3_bits(low | (high << 16))
         columns, passed = strips.add_up(ops, low, high, place * scale, LANES * scale)
         return columns, ops.select(live, place + passed * LANES, place)

@@ -111,8 +111,8 @@ class NumpyLanes:
 
     def load_words(self, name, index, count, where, *, fill=0, how=None):
         del how
-        words = self.arrays[name].view(np.uint32)
-        where = where & self._active
+        array, where = self.arrays[name].view(np.uint8), where & self._active
+        words = array[:array.size // 4 * 4].view(np.uint32)
         at = self._in_range(name, index.astype(np.int64) * count, where, words.size - count + 1)
         return [np.where(where, words[at + i] if words.size else 0, fill).astype(np.uint32)
                 for i in range(count)]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from macko_jax.kernels.lanes import STREAM, WARP
-from macko_jax.layout import GROUP, WORD, words_per_row
+from macko_jax.layout import GROUP, SPREAD, WORD, prefix_bytes, words_per_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,31 +69,23 @@ def load_24_bits(ops, matrix, codes: str, group, live) -> tuple:
             ops.load_small(codes, group + high_bytes, 1, live))
 
 
-def spread_3_bits(code):
-    """Words whose bytes hold the deltas of elements 0, 2, 4, 6 and 1, 3, 5, 7 of such a code."""
-    low, high = code
-    code = low | (high << 16)
-    spread = (code & 0xFFF) | ((code << 4) & 0x0FFF0000)
-    spread = (spread & 0x003F003F) | ((spread << 2) & 0x3F003F00)
-    return spread & 0x07070707, (spread >> 3) & 0x07070707
-
-
 def add_up(ops, low, high, base, step: int):
     """Columns of a group from its deltas, base + step * (places up to each), and places in all.
 
-    Bytes of `low` and `high` hold the deltas of elements 0, 2, 4, 6 and 1, 3, 5, 7; bytes of `even`
-    and `odd` the sums up to them. While those stay below 256, one multiplication by 0x01010101 adds
-    them up without a carry between bytes.
+    Bytes of `low` and `high` hold the deltas of elements 0, 2, 4, 6 and 1, 3, 5, 7.
     """
-    odd = (low + high) * 0x01010101
-    even = odd - high
+    even, odd = prefix_bytes(low, high)
     columns = [ops.add_byte(prefix, j, step, base) + (2 * j + half) * step
                for j in range(GROUP // 2) for half, prefix in enumerate((even, odd))]
     return columns, (odd >> 24) + GROUP
 
 
-class Delta4:
-    """Positions from eight 4-bit deltas in a word; the place is the next column."""
+class Deltas:
+    """Positions from eight deltas in a code; the place is the next column.
+
+    An encoding of them adds `read`, which issues the loads of a group's code, and `join`, which
+    makes of them the parts that `layout.SPREAD` takes.
+    """
 
     def __init__(self, ops, matrix, codes):
         self.ops, self.matrix, self.codes, self.cols = ops, matrix, codes, matrix.shape[1]
@@ -102,34 +94,46 @@ class Delta4:
         del row
         return start
 
-    def read(self, group, live):
-        """Issues the loads of a group's code."""
-        [code] = self.ops.load_words(self.codes, group, 1, live, how=STREAM)
-        return code
-
-    def spread(self, code):
-        """Words whose bytes hold the deltas of elements 0, 2, 4, 6 and 1, 3, 5, 7."""
-        return code & 0x0F0F0F0F, (code >> 4) & 0x0F0F0F0F
-
     def columns(self, code, place, scale):
-        """The columns of a group's elements times `scale`, and the place after the group.
-
-        The sums of two deltas are at most 30, and those of all eight at most 120.
-        """
-        columns, passed = add_up(self.ops, *self.spread(code), place * scale, scale)
+        """The columns of a group's elements times `scale`, and the place after the group."""
+        deltas = SPREAD[self.matrix.encoding](*self.join(code))
+        columns, passed = add_up(self.ops, *deltas, place * scale, scale)
         # A lane whose row is done must not run away while its warp goes on with longer rows.
         after = place + passed
         return columns, self.ops.select(after < self.cols, after, self.ops.integer(self.cols))
 
+    def join(self, code) -> tuple:
+        return code
 
-class Delta3(Delta4):
-    """The same from 3-bit deltas in three bytes."""
+    def _nibbles(self, group, live):
+        return self.ops.load_words(self.codes, group, 1, live, how=STREAM)
+
+
+class Delta4(Deltas):
+    """Of four bits: a word."""
+
+    def read(self, group, live):
+        return tuple(self._nibbles(group, live))
+
+
+class Delta3(Deltas):
+    """Of three bits: three bytes."""
 
     def read(self, group, live):
         return load_24_bits(self.ops, self.matrix, self.codes, group, live)
 
-    def spread(self, code):
-        return spread_3_bits(code)
+    def join(self, code) -> tuple:
+        low, high = code
+        return (low | (high << 16),)
+
+
+class Delta5(Deltas):
+    """Of five bits: a word, and a byte of the highest ones."""
+
+    def read(self, group, live):
+        bytes_before = 4 * (self.matrix.stored // GROUP)
+        highest = self.ops.load_small(self.codes, group + bytes_before, 1, live)
+        return *self._nibbles(group, live), highest
 
 
 class Bits(NamedTuple):
@@ -186,7 +190,7 @@ class Bitmask:
         return columns, place
 
 
-DECODERS = {"delta4": Delta4, "delta3": Delta3, "bitmask": Bitmask}
+DECODERS = {"delta4": Delta4, "delta3": Delta3, "delta5": Delta5, "bitmask": Bitmask}
 
 
 class RowWalk:
