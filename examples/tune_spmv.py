@@ -32,7 +32,8 @@ def time_settings(matrices, x, settings) -> float:
     """Median microseconds of a product."""
     def product(m, x):
         static = strips.Matrix(m.shape, m.encoding, m.lanes, m.stored, m.dtype)
-        plan = spmv.Plan(static, x.dtype, 1, settings or config.choose(static, x.dtype, 1))
+        plan = (spmv.Plan(static, x.dtype, 1, settings) if settings
+                else spmv.choose(static, x.dtype, 1))
         return spmv.run(plan, x.dtype, m.values, m.codes, m.row_offsets, m.starts, x[None])
 
     return 1e6 * benchmark.time_products(product, matrices, x, repeats=REPEATS.value).median

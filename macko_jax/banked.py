@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from macko_jax.layout import CODE_BYTES, GROUP, deltas, join_codes
+from macko_jax.layout import GROUP, deltas, split_parts
 
 LANES = 32
 BITS = 3
@@ -60,11 +60,12 @@ def step_positions(counts: jax.Array, row_offsets: jax.Array, steps: int, groups
 
 def slot_columns(codes, row_offsets, counts, *, cols: int) -> jax.Array:
     """Column of every slot in memory order, [groups, 8] int32; `cols` and more for no element."""
-    groups, steps = codes.shape[0] // CODE_BYTES["banked"], most_groups(cols)
+    [words] = split_parts(codes, "banked")
+    groups, steps = words.shape[0], most_groups(cols)
     if groups == 0:
         return jnp.zeros((0, GROUP), jnp.int32)
     at = step_positions(counts, row_offsets, steps, groups)
-    delta = deltas(join_codes(codes).at[at].get(mode="fill", fill_value=0), BITS).astype(jnp.int32)
+    delta = deltas(words.at[at].get(mode="fill", fill_value=0), BITS).astype(jnp.int32)
     within = jnp.cumsum(delta + 1, axis=3)
     passed = jnp.cumsum(within[..., -1], axis=1) - within[..., -1]
     place = passed[..., None] + within - 1

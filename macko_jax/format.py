@@ -211,11 +211,12 @@ def validate(matrix: MackoMatrix) -> None:
     if values.ndim != 1 or values.size % GROUP:
         raise ValueError(f"values must be [8 * groups], got shape {list(values.shape)}")
     groups = values.size // GROUP
-    codes_of = {
-        "bitmask": ((rows * layout.words_per_row(cols),), np.uint32),
-        "delta4": ((groups,), np.uint32),
-    } | {name: ((size * groups,), np.uint8) for name, size in layout.CODE_BYTES.items()}
-    codes_of = codes_of[matrix.encoding]
+    if matrix.encoding == "bitmask":
+        codes_of = (rows * layout.words_per_row(cols),), np.uint32
+    elif matrix.encoding == "delta4":
+        codes_of = (groups,), np.uint32
+    else:
+        codes_of = (layout.code_bytes(matrix.encoding) * groups,), np.uint8
     is_banked = matrix.encoding == "banked"
     start_dtype = banked.count_dtype(cols) if is_banked else layout.start_dtype(cols)
     for name, array, shape, dtype in (
@@ -345,7 +346,7 @@ def _check_banked(values, codes, offsets, counts, row_groups, cols) -> None:
         raise ValueError(f"a lane has {counts.max()} groups of one row; {cols} columns hold {most}")
     order = banked.lane_major(counts)
     words, value = np.empty(order.size, np.uint32), np.empty((order.size, GROUP), values.dtype)
-    words[order] = layout.join_codes(codes)[:order.size]
+    words[order] = layout.split_parts(codes, "banked")[0][:order.size]
     value[order] = values.reshape(-1, GROUP)[:order.size]
     delta = layout.deltas(words, banked.BITS).reshape(-1)
     passed = np.concatenate([[0], np.cumsum(delta + np.int64(1))])

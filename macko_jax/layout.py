@@ -6,6 +6,7 @@ one element of `values`; eight slots make a *group*; every row begins on a group
 contiguous chunks and interleaves them, so that neighbouring GPU lanes read neighbouring groups.
 """
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,27 @@ from jax import lax
 GROUP = 8  # slots per group: 16 bytes of 16-bit values, 32 bits of 4-bit deltas
 WORD = 32  # columns per bitmask word
 DELTA_BITS = {"delta4": 4, "delta3": 3, "delta5": 5}  # a longer gap takes an explicit zero
-CODE_BYTES = {"delta3": 3, "delta5": 5, "banked": 3}  # of a group, where codes are bytes in planes
 EVEN_FIRST = np.r_[0:GROUP:2, 1:GROUP:2]  # elements of a group
+
+
+class Plane(NamedTuple):
+    """A piece of the array `codes` that has a unit of memory for every group, which a lane loads.
+
+    Attributes:
+      size: bytes of a unit.
+      before: bytes of a group in the planes before it.
+      part: which of the code's parts (see `code_parts`) a unit belongs to.
+      shift: the place of its lowest bit in that part.
+    """
+    size: int
+    before: int = 0
+    part: int = 0
+    shift: int = 0
+
+
+TWO_AND_ONE = Plane(2), Plane(1, before=2, shift=16)  # of 24 bits
+PLANES = {"delta4": (Plane(4),), "delta3": TWO_AND_ONE, "banked": TWO_AND_ONE,
+          "delta5": (Plane(4), Plane(1, before=4, part=1))}
 
 
 def words_per_row(cols: int) -> int:
@@ -135,20 +155,6 @@ def bit_ranks(codes: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.
     return rank.reshape(rows, -1)[:, :cols], stored.reshape(rows, -1)[:, :cols]
 
 
-def split_codes(words):
-    """uint8 [3 * groups] from 24-bit codes uint32 [groups]: low 16 bits, then high 8.
-
-    Works on NumPy and JAX arrays, as all here of codes.
-    """
-    return join_planes(code_planes((words,), "delta3"))
-
-
-def join_codes(codes):
-    """The inverse of `split_codes`."""
-    groups = codes.shape[0] // 3
-    return _from_bytes(codes[:2 * groups], 2) | (_from_bytes(codes[2 * groups:], 1) << 16)
-
-
 def _bytes(words, size: int):
     """The low `size` bytes of each word, uint8 [size * words]."""
     xp = words.__array_namespace__()
@@ -174,18 +180,11 @@ def join_deltas(delta, bits: int):
     return (delta.astype(np.uint32) << shifts).sum(axis=-1, dtype=np.uint32)
 
 
-def respace(words, bits: int, new_bits: int):
-    """Codes of deltas of `bits` as codes of fewer, `new_bits`."""
-    mask = np.uint32(2**new_bits - 1)
-    parts = [((words >> np.uint32(bits * j)) & mask) << np.uint32(new_bits * j)
-             for j in range(GROUP)]
-    return functools.reduce(lambda a, b: a | b, parts)
-
-
 def code_parts(delta, encoding: str, join=join_deltas) -> tuple:
     """The codes of deltas [groups, 8], in parts uint32 [groups], which can be put in another order.
 
-    5-bit deltas are low nibbles, as in "delta4", and a byte of their highest bits.
+    Works on NumPy and JAX arrays, as all here of codes. 5-bit deltas are low nibbles, as in
+    "delta4", and a byte of their highest bits.
     """
     if encoding != "delta5":
         return (join(delta, DELTA_BITS[encoding]),)
@@ -193,20 +192,14 @@ def code_parts(delta, encoding: str, join=join_deltas) -> tuple:
 
 
 def code_planes(parts: tuple, encoding: str) -> tuple:
-    """What lies one after the other in the array `codes`, of the parts of all codes.
-
-    Each plane has a unit of memory for every group, which a lane loads as a whole.
-    """
+    """The planes of the parts of all codes: bytes, but in "delta4" words."""
     if encoding == "delta4":
         return parts
-    if encoding == "delta3":
-        return _bytes(parts[0], 2), _bytes(parts[0] >> 16, 1)
-    nibbles, highest = parts
-    return _bytes(nibbles, 4), _bytes(highest, 1)
+    return tuple(_bytes(parts[plane.part] >> plane.shift, plane.size) for plane in PLANES[encoding])
 
 
 def join_planes(planes: tuple):
-    """The array `codes`."""
+    """The array `codes`, in which they lie one after the other."""
     return planes[0] if len(planes) == 1 else planes[0].__array_namespace__().concatenate(planes)
 
 
@@ -214,10 +207,24 @@ def split_parts(codes, encoding: str) -> tuple:
     """The parts of all codes from the array `codes`."""
     if encoding == "delta4":
         return (codes,)
-    if encoding == "delta3":
-        return (join_codes(codes),)
-    groups = codes.shape[0] // CODE_BYTES["delta5"]
-    return _from_bytes(codes[:4 * groups], 4), _from_bytes(codes[4 * groups:], 1)
+    groups = codes.shape[0] // code_bytes(encoding)
+    return join_units([
+        _from_bytes(codes[plane.before * groups:(plane.before + plane.size) * groups], plane.size)
+        for plane in PLANES[encoding]], encoding)
+
+
+def join_units(units: list, encoding: str) -> tuple:
+    """The parts of codes from their units in all planes; arrays, or registers of a kernel."""
+    parts = {}
+    for unit, plane in zip(units, PLANES[encoding], strict=True):
+        unit = unit << plane.shift if plane.shift else unit
+        parts[plane.part] = parts[plane.part] | unit if plane.part in parts else unit
+    return tuple(parts.values())
+
+
+def code_bytes(encoding: str) -> int:
+    """Bytes of a group's code."""
+    return sum(plane.size for plane in PLANES[encoding])
 
 
 # Words whose bytes hold the deltas of elements 0, 2, 4, 6 and 1, 3, 5, 7, from the parts of a code;
@@ -240,7 +247,8 @@ def spread_5_bits(nibbles, highest):
             high | (((highest >> 4) * 0x02040810) & 0x10101010))
 
 
-SPREAD = {"delta4": spread_4_bits, "delta3": spread_3_bits, "delta5": spread_5_bits}
+SPREAD = {"delta4": spread_4_bits, "delta3": spread_3_bits, "delta5": spread_5_bits,
+          "banked": spread_3_bits}
 
 
 def prefix_bytes(low, high):

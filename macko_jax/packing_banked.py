@@ -9,7 +9,7 @@ import numpy as np
 from macko_jax import layout, packing_numpy
 from macko_jax.banked import (
     BITS, LANES, MAX_DELTA, count_dtype, lane_major, most_groups, places, step_positions)
-from macko_jax.layout import GROUP, join_deltas, split_codes
+from macko_jax.layout import GROUP, code_planes, join_deltas, join_planes
 
 
 class Elements:
@@ -36,11 +36,12 @@ class Elements:
         begin = np.cumsum(self.counts) - self.counts.reshape(-1)
         values, delta = packing_numpy.fill_deltas(
             self.weight, self.elements, GROUP * begin, GROUP * capacity, BITS)
-        words = join_deltas(delta.reshape(-1, GROUP), BITS)
+        words = packing_numpy.join_deltas(delta.reshape(-1, GROUP), BITS)
 
         order = np.arange(capacity)
         order[:offsets[-1]] = lane_major(self.counts)
-        return (values.reshape(-1, GROUP)[order].reshape(-1), split_codes(words[order]),
+        codes = join_planes(code_planes((words[order],), "banked"))
+        return (values.reshape(-1, GROUP)[order].reshape(-1), codes,
                 offsets.astype(np.int32), self.counts.astype(count_dtype(cols)))
 
 
@@ -87,4 +88,5 @@ def fill(weight: jax.Array, stored, delta, counts, *, groups: int):
 
     values = lax.bitcast_convert_type(scatter(bits, bits.dtype), weight.dtype)
     words = join_deltas(scatter(delta, jnp.uint32).reshape(groups, GROUP), BITS)
-    return values, split_codes(words), offsets, counts.astype(count_dtype(cols))
+    codes = join_planes(code_planes((words,), "banked"))
+    return values, codes, offsets, counts.astype(count_dtype(cols))

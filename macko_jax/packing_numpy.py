@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from macko_jax.layout import (
-    DELTA_BITS, GROUP, code_parts, code_planes, join_planes, lane_chunks, logical_group, respace,
+    DELTA_BITS, GROUP, code_parts, code_planes, join_planes, lane_chunks, logical_group,
     start_dtype, words_per_row)
 
 
@@ -161,7 +161,11 @@ def join_deltas(delta: np.ndarray, bits: int) -> np.ndarray:
     if bits == 1:
         return np.packbits(delta, axis=-1, bitorder="little")[..., 0].astype(np.uint32)
     words = pack_nibbles(delta.reshape(-1)).view("<u4")
-    return words if bits == 4 else respace(words, 4, bits)
+    if bits == 4:
+        return words
+    parts = [(words >> np.uint32(4 * j) & np.uint32(2**bits - 1)) << np.uint32(bits * j)
+             for j in range(GROUP)]
+    return functools.reduce(np.bitwise_or, parts)
 
 
 def _filled(begin: np.ndarray, count: np.ndarray, size: int) -> np.ndarray:

@@ -78,6 +78,7 @@ CASES = (
     Case(40, 256, 0.3, "float32", "delta5", 8, "empty_rows"),
 )
 BITS = {"bitmask": None, "delta4": 4, "delta3": 3, "delta5": 5}  # of a delta
+LAYOUTS = [*((encoding, 2) for encoding in BITS), ("banked", 32)]  # encoding, lanes
 
 
 def error_bound(weight: np.ndarray, x: np.ndarray, out_dtype) -> np.ndarray:
@@ -156,8 +157,9 @@ def five_bytes(deltas: list) -> np.ndarray:
     return np.concatenate([nibbles.view(np.uint8), np.array(highest, np.uint8)])
 
 
-# Of the deltas of all groups, the array `codes`.
+# Of the deltas of all groups, or the words of a bitmask, the array `codes`.
 CODES = {
+    "bitmask": lambda words: np.array(words, np.uint32),
     "delta4": lambda deltas: np.array(words_of(deltas, 4), np.uint32),
     "delta3": lambda deltas: three_bytes(words_of(deltas, 3)),
     "delta5": five_bytes,
@@ -200,11 +202,7 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
                             previous = column
                         codes.append(delta)
     start_dtype = np.uint16 if cols < 65536 else np.uint32
-    if BITS[encoding]:
-        codes = CODES[encoding](codes)
-    else:
-        codes = np.array(codes, np.uint32)
-    return [np.array(values, weight.dtype).reshape(-1), codes,
+    return [np.array(values, weight.dtype).reshape(-1), CODES[encoding](codes),
             np.array(offsets, np.int32), np.array(starts, start_dtype)]
 
 

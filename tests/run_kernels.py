@@ -22,11 +22,11 @@ import macko_jax
 from macko_jax.kernels import by_values, decode, spmv, strips, transposed
 from tests import test_chain, test_fused
 from tests import test_llama_decode_attention as attention
+from tests.test_kernels import ENCODINGS
 
 PART = flags.DEFINE_string("part", "0/1", "Which part of how many.")
 ONLY = flags.DEFINE_string("only", "", "Regular expression; cases whose names match it are run.")
 
-ENCODINGS = "delta4", "delta3", "delta5", "bitmask", "banked"
 # rows, cols, density
 SHAPES = [(1, 1, 1.0), (5, 1, 0.6), (1, 700, 0.5), (9, 33, 1.0), (37, 301, 0.5), (140, 1000, 0.02),
           (600, 2051, 0.3), (33, 70000, 0.02)]

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 import macko_jax
 from macko_jax import MackoMatrix, checkpoint
+from tests.cases import LAYOUTS
 
 
 def matrix(rows=6, cols=70, density=0.4, dtype=jnp.float32, seed=0, **options):
@@ -40,7 +41,7 @@ def path(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("encoding, lanes", [("bitmask", 2), ("delta4", 2), ("delta3", 2), ("delta5", 2), ("banked", 32)])
+@pytest.mark.parametrize("encoding, lanes", LAYOUTS)
 def test_matrix_round_trip(path, encoding, lanes, dtype):
     expected = matrix(dtype=dtype, encoding=encoding, lanes=lanes)
     macko_jax.save(path, expected)
@@ -250,7 +251,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("encoding, lanes", [("bitmask", 2), ("delta4", 2), ("delta3", 2), ("delta5", 2), ("banked", 32)])
+@pytest.mark.parametrize("encoding, lanes", LAYOUTS)
 @pytest.mark.parametrize("broken", BROKEN)
 def test_matrices_that_contradict_themselves(path, broken, encoding, lanes):
     whole = matrix(encoding=encoding, lanes=lanes)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import macko_jax
 from macko_jax import layout, packing_banked, packing_jax
-from tests.cases import CASES, pack_as_paper, pack_slowly
+from tests.cases import BITS, CASES, LAYOUTS, pack_as_paper, pack_slowly
 
 FIELDS = ("values", "codes", "row_offsets", "starts")
-ENCODINGS = ("bitmask", "delta4", "delta3", "delta5")  # of any number of lanes
+ENCODINGS = tuple(BITS)  # of any number of lanes
 
 
 def assert_same_bits(actual, expected):
@@ -68,7 +68,7 @@ def test_device_packing_is_bit_identical(case):
         assert_same_bits(array, getattr(expected, name))
 
 
-@pytest.mark.parametrize("encoding, lanes", [*((e, 2) for e in ENCODINGS), ("banked", 32)])
+@pytest.mark.parametrize("encoding, lanes", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_special_values(encoding, lanes, dtype):
     weight = special_values().astype(jnp.dtype(dtype))
@@ -151,7 +151,7 @@ def test_empty_shapes(shape, encoding):
     assert macko_jax.spmv(matrix, jnp.ones((2, shape[1]))).tolist() == [[0] * shape[0]] * 2
 
 
-@pytest.mark.parametrize("encoding, lanes", [*((e, 2) for e in ENCODINGS), ("banked", 32)])
+@pytest.mark.parametrize("encoding, lanes", LAYOUTS)
 def test_stacks(encoding, lanes):
     rng = np.random.default_rng(0)
     weights = (rng.random((3, 2, 640)) < 0.3).astype(np.float32)

@@ -11,8 +11,9 @@ import macko_jax
 from macko_jax import dispatch, reference
 from macko_jax.kernels import by_values, config, decode, emulation, strips, transposed
 from macko_jax.kernels import spmv as kernel
+from tests.cases import BITS
 
-ENCODINGS = ["delta4", "delta3", "delta5", "bitmask", "banked"]
+ENCODINGS = [*BITS, "banked"]
 HAS_GPU = any(d.platform == "gpu" for d in jax.local_devices())
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="JAX finds no GPU")
 
@@ -69,7 +70,7 @@ def assert_product(y, dense, x):
 
 
 @pytest.mark.parametrize("encoding,lanes", [
-    *itertools.product(["delta4", "delta3", "delta5", "bitmask"], [1, 8, 32]), ("banked", 32)])
+    *itertools.product(BITS, [1, 8, 32]), ("banked", 32)])
 @pytest.mark.parametrize("rows,cols,density", SHAPES)
 def test_program_on_shapes(rows, cols, density, encoding, lanes):
     dense = sparse(rows, cols, density, jnp.float16)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from macko_jax.banked import LANES
 from macko_jax.kernels import strips
-from macko_jax.layout import spread_3_bits
 
 
 class Strip(NamedTuple):
@@ -51,7 +50,7 @@ class Walk(strips.RowWalk):
             votes = ops.ballot(live)
             index = cursor + ops.population(votes & below)
             cursor = cursor + ops.population(votes)
-            code = strips.load_24_bits(ops, self.matrix, "codes" + self.suffix, index, live)
+            code = strips.read_code(ops, self.matrix, "codes" + self.suffix, index, live)
             out.append((index, live, code, self._values(index, live)))
         return out, {"cursor": cursor}
 
@@ -65,7 +64,5 @@ class Walk(strips.RowWalk):
         The sums of deltas are at most 56.
         """
         ops, scale = self.ops, self.scale
-        low, high = code
-        low, high = spread_3_bits(low | (high << 16))
-        columns, passed = strips.add_up(ops, low, high, place * scale, LANES * scale)
+        columns, passed = strips.add_up(ops, "banked", code, place * scale, LANES * scale)
         return columns, ops.select(live, place + passed * LANES, place)

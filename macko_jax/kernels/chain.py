@@ -114,13 +114,14 @@ class Plan:
 
 def program(ops, plan: Plan) -> None:
     """Computes the results on the arrays of `plan.names`, exchange, and one for each result."""
+    xs = [plan.x(i) for i in range(len(plan.steps))]
     ways = [walks.make(
         ops, step.matrix, block=ops.block(), blocks=plan.blocks,
         warps=config.busy_warps(step.matrix, plan.blocks),
-        unroll=config.groups_ahead(step.matrix), scale=plan.x(i).scale, suffix=str(i))
-        for i, step in enumerate(plan.steps)]
-    for i, (step, walk) in enumerate(zip(plan.steps, ways)):
-        matrix, fusion, x = step.matrix, step.fusion, plan.x(i)
+        unroll=config.groups_ahead(step.matrix), scale=x.scale, suffix=str(i))
+        for i, (step, x) in enumerate(zip(plan.steps, xs))]
+    for i, (step, walk, x) in enumerate(zip(plan.steps, ways, xs)):
+        matrix, fusion = step.matrix, step.fusion
         add = plan.share(i) if fusion.add and step.added is None else None
         if i == 0:
             x.begin(ops, "x", ops.integer(0), THREADS, scale="scale0")
@@ -156,11 +157,11 @@ def program(ops, plan: Plan) -> None:
 
 def _prefetch(ops, plan: Plan, ways: list) -> None:
     """Asks for the small arrays of later steps, which would hold up what the block waits for."""
-    for i, (step, walk) in list(enumerate(zip(plan.steps, ways)))[1:]:
-        walk.prefetch()
-        if step.fusion.eps is not None:
-            element = ops.thread() * LINE
-            ops.prefetch(f"scale{i}", element, element < step.matrix.shape[1])
+    element = ops.thread() * LINE
+    for i in range(1, len(plan.steps)):
+        ways[i].prefetch()
+        if plan.steps[i].fusion.eps is not None:
+            ops.prefetch(f"scale{i}", element, element < plan.steps[i].matrix.shape[1])
 
 
 def _finish(ops, plan: Plan, i: int, walk, inverse, row, sums: list) -> None:

@@ -12,7 +12,6 @@ from macko_jax.layout import GROUP
 
 BREAK_EVEN = {"spmv": 16, "spmv_transposed": 2}  # vectors; with more, a dense decode is faster
 WARPS_FOR_MANY = 16  # at most, of a block that multiplies 8 vectors or more in a pass
-LARGE = 10**8  # stored elements, of matrices whose product with one vector gains by a third group
 GROUPS_IN_FLIGHT = 48  # of a multiprocessor's warps together, for each lane
 SHARED_BYTES = 220 * 1024  # of a Hopper multiprocessor's 227 KiB; the rest is the kernel's own
 
@@ -120,9 +119,8 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
     blocks = row_blocks(rows)
     # The sums of 8 vectors leave the 64 registers of a lane of 32 warps no room to load ahead.
     warps = min(busy_warps(matrix, blocks), WARPS_FOR_MANY if vectors >= 8 else 32)
-    ahead = 3 if vectors == 1 and matrix.stored > LARGE else groups_ahead(matrix)
     return Settings(
-        blocks=blocks, warps=warps, unroll=ahead, vectors=vectors,
+        blocks=blocks, warps=warps, unroll=groups_ahead(matrix), vectors=vectors,
         stage_x=_fits(matrix, x_dtype, vectors), tensor_cores=by_tensor_cores and vectors >= 8)
 
 

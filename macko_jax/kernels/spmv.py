@@ -16,6 +16,8 @@ from macko_jax.kernels import config, lanes, strips, tensor_cores, walks
 from macko_jax.kernels.lanes import WARP
 from macko_jax.kernels.vectors import Share, deal_blocks
 
+LARGE = 10**8  # stored elements; with more, one vector gains by a third group ahead
+
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
@@ -153,13 +155,21 @@ def inverse_norm(ops, first_slot: int, warps: int, length: int, eps: float):
 def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype):
     """y = x A^T, [batch, cols] -> [batch, rows], on the GPU; the signature of `reference.spmv`."""
     matrix = strips.Matrix(shape, encoding, lanes, stored, values.dtype)
-    plan = Plan(matrix, x.dtype, x.shape[0], config.choose(matrix, x.dtype, x.shape[0]))
+    plan = choose(matrix, x.dtype, x.shape[0])
     return run(plan, out_dtype, values, codes, row_offsets, starts, x)
+
+
+def choose(matrix: strips.Matrix, x_dtype, batch: int) -> Plan:
+    """The plan of a product with `batch` vectors of type `x_dtype`."""
+    settings = config.choose(matrix, x_dtype, batch)
+    if settings.vectors == 1 and matrix.stored > LARGE:
+        settings = dataclasses.replace(settings, unroll=3)
+    return Plan(matrix, x_dtype, batch, settings)
 
 
 def plan_fused(matrix: strips.Matrix, x_dtype, fusion: Fusion) -> Plan | None:
     """The plan of add + A f(x) for one vector; None where shared memory has no room for it."""
-    plan = Plan(matrix, x_dtype, 1, config.choose(matrix, x_dtype, 1))
+    plan = choose(matrix, x_dtype, 1)
     if not plan.settings.stage_x:
         return None
     plan = dataclasses.replace(plan, fusion=fusion)

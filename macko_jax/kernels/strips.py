@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from macko_jax.kernels.lanes import STREAM, WARP
-from macko_jax.layout import GROUP, SPREAD, WORD, prefix_bytes, words_per_row
+from macko_jax.layout import (
+    DELTA_BITS, GROUP, PLANES, SPREAD, WORD, join_units, prefix_bytes, words_per_row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,30 +63,28 @@ class Group(NamedTuple):
     columns: Any
 
 
-def load_24_bits(ops, matrix, codes: str, group, live) -> tuple:
-    """Issues the loads of a group's code: its low 16 bits and its high 8, not yet joined."""
-    high_bytes = 2 * (matrix.stored // GROUP)
-    return (ops.load_small(codes, group * 2, 2, live),
-            ops.load_small(codes, group + high_bytes, 1, live))
+def read_code(ops, matrix: Matrix, codes: str, group, live) -> list:
+    """Issues the loads of a group's code: its units in all planes."""
+    units, groups = [], matrix.stored // GROUP
+    for plane in PLANES[matrix.encoding]:
+        if plane.size == 4:  # lies first
+            units += ops.load_words(codes, group, 1, live, how=STREAM)
+        else:
+            at = group * plane.size + plane.before * groups
+            units.append(ops.load_small(codes, at, plane.size, live))
+    return units
 
 
-def add_up(ops, low, high, base, step: int):
-    """Columns of a group from its deltas, base + step * (places up to each), and places in all.
-
-    Bytes of `low` and `high` hold the deltas of elements 0, 2, 4, 6 and 1, 3, 5, 7.
-    """
-    even, odd = prefix_bytes(low, high)
+def add_up(ops, encoding: str, code: list, base, step: int):
+    """Columns of a group from its code, base + step * (places up to each), and places in all."""
+    even, odd = prefix_bytes(*SPREAD[encoding](*join_units(code, encoding)))
     columns = [ops.add_byte(prefix, j, step, base) + (2 * j + half) * step
                for j in range(GROUP // 2) for half, prefix in enumerate((even, odd))]
     return columns, (odd >> 24) + GROUP
 
 
 class Deltas:
-    """Positions from eight deltas in a code; the place is the next column.
-
-    An encoding of them adds `read`, which issues the loads of a group's code, and `join`, which
-    makes of them the parts that `layout.SPREAD` takes.
-    """
+    """Positions from eight deltas in a code; the place is the next column."""
 
     def __init__(self, ops, matrix, codes):
         self.ops, self.matrix, self.codes, self.cols = ops, matrix, codes, matrix.shape[1]
@@ -94,46 +93,15 @@ class Deltas:
         del row
         return start
 
+    def read(self, group, live):
+        return read_code(self.ops, self.matrix, self.codes, group, live)
+
     def columns(self, code, place, scale):
         """The columns of a group's elements times `scale`, and the place after the group."""
-        deltas = SPREAD[self.matrix.encoding](*self.join(code))
-        columns, passed = add_up(self.ops, *deltas, place * scale, scale)
+        columns, passed = add_up(self.ops, self.matrix.encoding, code, place * scale, scale)
         # A lane whose row is done must not run away while its warp goes on with longer rows.
         after = place + passed
         return columns, self.ops.select(after < self.cols, after, self.ops.integer(self.cols))
-
-    def join(self, code) -> tuple:
-        return code
-
-    def _nibbles(self, group, live):
-        return self.ops.load_words(self.codes, group, 1, live, how=STREAM)
-
-
-class Delta4(Deltas):
-    """Of four bits: a word."""
-
-    def read(self, group, live):
-        return tuple(self._nibbles(group, live))
-
-
-class Delta3(Deltas):
-    """Of three bits: three bytes."""
-
-    def read(self, group, live):
-        return load_24_bits(self.ops, self.matrix, self.codes, group, live)
-
-    def join(self, code) -> tuple:
-        low, high = code
-        return (low | (high << 16),)
-
-
-class Delta5(Deltas):
-    """Of five bits: a word, and a byte of the highest ones."""
-
-    def read(self, group, live):
-        bytes_before = 4 * (self.matrix.stored // GROUP)
-        highest = self.ops.load_small(self.codes, group + bytes_before, 1, live)
-        return *self._nibbles(group, live), highest
 
 
 class Bits(NamedTuple):
@@ -190,7 +158,7 @@ class Bitmask:
         return columns, place
 
 
-DECODERS = {"delta4": Delta4, "delta3": Delta3, "delta5": Delta5, "bitmask": Bitmask}
+DECODERS = dict.fromkeys(DELTA_BITS, Deltas) | {"bitmask": Bitmask}
 
 
 class RowWalk:
