@@ -15,6 +15,7 @@ import datetime
 import functools
 import gzip
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import platform
@@ -172,18 +173,20 @@ class Decoder:
 
 
 def time_generations(decoder):
-    """Seconds of the prefill, [REPEATS], and per token of each later call, [REPEATS, calls].
+    """Seconds until the prefill's token is there, [REPEATS], and per later token, [REPEATS, calls].
 
-    The host waits after each call.
+    As in `llama.generate`, the device is given a call while the one before it runs.
     """
     rows = []
     for _ in range(REPEATS.value + 1):
-        rows.append([])
-        began = time.perf_counter()
-        for tokens in decoder.draw():
-            jax.block_until_ready(tokens)
-            rows[-1].append(time.perf_counter() - began)
-            began = time.perf_counter()
+        ready = [time.perf_counter()]
+        calls = decoder.draw()
+        waiting = next(calls)
+        for tokens in itertools.chain(calls, [None]):
+            jax.block_until_ready(waiting)
+            ready.append(time.perf_counter())
+            waiting = tokens
+        rows.append(np.diff(ready))
     seconds = np.array(rows[1:])  # the first generation warms up
     return seconds[:, 0], seconds[:, 1:] / CHUNK.value
 

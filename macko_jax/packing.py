@@ -10,6 +10,10 @@ from macko_jax import banked, layout, packing_banked, packing_jax, packing_numpy
 
 ENCODINGS = ("bitmask", "delta4", "delta3", "delta5", "banked")
 LANES = (1, 2, 4, 8, 16, 32)
+MULTIPROCESSORS = 132  # of an H200
+WARP = 32  # lanes
+SPARSE = 0.15  # share of non-zeros from which on "delta5" need not be looked at
+WORTH = 0.94  # of the bytes of "delta4", at which "delta5" is as fast
 MAX_STORED = np.iinfo(np.int32).max
 MAX_COLS = 2**26  # keeps the arithmetic of `layout.memory_group` exact
 
@@ -18,25 +22,40 @@ def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
     """The default encoding; `count_groups` tells how many groups of eight one would store.
 
     For 8-bit and 16-bit values "delta4": the GPU kernel decodes it twice as fast as a bitmask, which
-    more than pays for up to a tenth more bytes (docs/kernel.md). For float32, where indices weigh half
-    as much, the one of fewer bytes.
+    more than pays for up to a tenth more bytes. Where so many gaps are long that "delta5" saves more
+    time by its bytes than it takes by its instructions, "delta5" (docs/kernel.md). For float32, where
+    indices weigh half as much, the one of fewer bytes.
     """
-    if jnp.dtype(dtype).itemsize <= 2:
-        return "delta4"
     rows, cols = shape
-    group_bytes = layout.GROUP * jnp.dtype(dtype).itemsize
-    groups = count_groups("bitmask")
-    bitmask = groups * group_bytes + 4 * rows * layout.words_per_row(cols)
-    # Explicit zeros only add to delta4, so they need no counting where it has lost already.
-    if bitmask <= groups * (group_bytes + 4):
-        return "bitmask"
-    return "bitmask" if bitmask <= count_groups("delta4") * (group_bytes + 4) else "delta4"
+    value_bytes = layout.GROUP * jnp.dtype(dtype).itemsize
+
+    @functools.cache
+    def bytes_of(encoding):
+        groups = count_groups(encoding)
+        if encoding == "bitmask":
+            return groups * value_bytes + 4 * rows * layout.words_per_row(cols)
+        return groups * (value_bytes + layout.code_bytes(encoding))
+
+    if jnp.dtype(dtype).itemsize <= 2:
+        sparse = layout.GROUP * count_groups("bitmask") < SPARSE * rows * cols
+        return "delta5" if sparse and bytes_of("delta5") <= WORTH * bytes_of("delta4") else "delta4"
+    return "bitmask" if bytes_of("bitmask") <= bytes_of("delta4") else "delta4"
 
 
 def choose_lanes(rows: int, groups: int) -> int:
-    """The most lanes that leave each at least two groups of an average row."""
+    """Lanes that share a row, by what is fastest on an H200; elsewhere it only affects speed.
+
+    The end of a row takes a warp as long as several groups of its lanes. So lanes are as few as keep
+    half of a multiprocessor's warps busy; but strips are no longer than 14 groups, or 8 where only
+    half of the warps are busy, and no shorter than two (docs/results/lanes_h200.json).
+    """
     mean = groups // max(rows, 1)
-    return max(lanes for lanes in LANES if lanes == 1 or 2 * lanes <= mean)
+    share = -(-rows // MULTIPROCESSORS)
+    for lanes in (8, 16, 32):
+        warps = share * lanes // WARP
+        if warps >= 16 and mean <= lanes * (14 if warps > 16 else 8):
+            break
+    return max(n for n in LANES if n == 1 or n <= min(lanes, mean // 2))
 
 
 def pack(weight, encoding: str | None, lanes: int | None, capacity: int | None,

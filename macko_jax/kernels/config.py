@@ -145,8 +145,8 @@ def _fits(matrix, x_dtype, vectors: int) -> bool:
 
 
 def busy_warps(matrix, blocks: int) -> int:
-    """Warps of a block for its share of the rows: many, with few of them idle in the last round."""
-    tasks = -(-matrix.shape[0] // blocks) * matrix.lanes // 32
-    if tasks <= 32:
-        return min(32, max(WARPGROUP, -(-tasks // WARPGROUP) * WARPGROUP))
-    return max((32, 28, 24), key=lambda w: (tasks / (-(-tasks // w) * w) > 0.97, w))
+    """Warps of a block for its share of the rows: as few as take no more rounds than 32 do."""
+    share = -(-matrix.shape[0] // blocks)
+    tasks = -(-share * matrix.lanes // 32)
+    rounds = -(-tasks // 32)
+    return -(-tasks // (rounds * WARPGROUP)) * WARPGROUP

@@ -16,6 +16,9 @@ from macko_jax.layout import (
     DELTA_BITS, GROUP, PLANES, SPREAD, WORD, join_units, prefix_bytes, words_per_row)
 
 
+LINE = 128  # bytes that `prefetch` brings to the L2 cache
+
+
 @dataclasses.dataclass(frozen=True)
 class Matrix:
     """What a program knows of a matrix when it is compiled; see `format.MackoMatrix`."""
@@ -216,11 +219,11 @@ class RowWalk:
         return self.read(self.open())
 
     def prefetch(self) -> None:
-        """Asks for what `open` reads."""
-        for row in self._first, self._first + self._stride:
-            mine = (self.part == 0) & (row < self.end_row)
-            self.ops.prefetch("row_offsets" + self.suffix, row, mine)
-            self.ops.prefetch("starts" + self.suffix, row * self.matrix.lanes, mine)
+        """Asks for what `open` reads of the block's rows: their offsets and starts."""
+        ops, lanes = self.ops, self.matrix.lanes
+        for name, size, each in ("row_offsets", 4, 1), ("starts", 2, lanes):
+            index = self.first_row * each + ops.thread() * (LINE // size)
+            ops.prefetch(name + self.suffix, index, index < self.end_row * each)
 
     def open(self):
         """Issues the loads that say where the first rows lie."""
