@@ -172,14 +172,24 @@ class Decoder:
         return *self.model, generation, CHUNK.value, self.sampling
 
 
+def time_prefills(decoder):
+    """Seconds of each prefill, [REPEATS]."""
+    seconds = []
+    for _ in range(REPEATS.value + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(next(decoder.draw()))
+        seconds.append(time.perf_counter() - began)
+    return np.array(seconds[1:])  # the first warms up
+
+
 def time_generations(decoder):
-    """Seconds until the prefill's token is there, [REPEATS], and per later token, [REPEATS, calls].
+    """Seconds per token of each call after the prefill, [REPEATS, calls].
 
     As in `llama.generate`, the device is given a call while the one before it runs.
     """
     rows = []
     for _ in range(REPEATS.value + 1):
-        ready = [time.perf_counter()]
+        ready = []
         calls = decoder.draw()
         waiting = next(calls)
         for tokens in itertools.chain(calls, [None]):
@@ -187,8 +197,7 @@ def time_generations(decoder):
             ready.append(time.perf_counter())
             waiting = tokens
         rows.append(np.diff(ready))
-    seconds = np.array(rows[1:])  # the first generation warms up
-    return seconds[:, 0], seconds[:, 1:] / CHUNK.value
+    return np.array(rows[1:]) / CHUNK.value
 
 
 def kernel_times(function, arguments, calls=1):
@@ -255,7 +264,7 @@ def measure(name, density, make):
     tied = model.head is None
     streamed = weights - (0 if tied else model.embed.embedding.nbytes)
     decoder = Decoder(model)
-    prefill, per_token = time_generations(decoder)
+    prefill, per_token = time_prefills(decoder), time_generations(decoder)
     speed = BATCH.value / float(np.median(per_token.mean(axis=1)))
     compiled = {
         "prefill": llama.prefill.lower(*decoder.prefill_arguments()).compile(),

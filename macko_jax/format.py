@@ -125,7 +125,8 @@ def compress(weight, *, dtype=None, encoding: str | None = None, lanes: int | No
         scaled row by row, see `quantization.quantize`. What it rounds to zero is dropped.
       encoding: "bitmask", "delta4", "delta3", "delta5" or "banked"; None chooses by measured rules,
         see `packing.choose_encoding`.
-      lanes: how many GPU lanes share a row, 1, 2, 4, 8, 16 or 32; None chooses by row length.
+      lanes: how many GPU lanes share a row, 1, 2, 4, 8, 16 or 32; None chooses by the number of
+        rows and their length, see `packing.choose_lanes`.
       capacity: room for this many groups of eight, so that matrices with different numbers of
         elements stack; None takes just what is needed.
 

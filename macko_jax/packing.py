@@ -29,7 +29,6 @@ def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
     rows, cols = shape
     value_bytes = layout.GROUP * jnp.dtype(dtype).itemsize
 
-    @functools.cache
     def bytes_of(encoding):
         groups = count_groups(encoding)
         if encoding == "bitmask":

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 import macko_jax
-from macko_jax import layout, packing_banked, packing_jax
+from macko_jax import layout, packing, packing_banked, packing_jax
 from tests.cases import BITS, CASES, LAYOUTS, pack_as_paper, pack_slowly
 
 FIELDS = ("values", "codes", "row_offsets", "starts")
@@ -130,6 +130,35 @@ def test_smaller_encoding_is_chosen_for_float32(width, expected):
     matrix = macko_jax.compress(weight)
     sizes = [macko_jax.compress(weight, encoding=e).nbytes for e in ("bitmask", "delta4")]
     assert matrix.encoding == expected and matrix.nbytes == min(sizes)
+
+
+@pytest.mark.parametrize("density, expected", [
+    (0.02, "delta5"), (0.1, "delta5"), (0.14, "delta4"), (0.5, "delta4")])
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_five_bits_are_chosen_where_they_are_faster(density, expected, dtype, on_device):
+    weight = (np.random.default_rng(0).random((96, 4096)) < density).astype(np.float16)
+    weight = weight.astype(dtype or weight.dtype)
+    _, encoding, _ = packing.pack(weight, None, None, None, on_device)
+    assert encoding == expected
+
+
+@pytest.mark.parametrize("rows, cols, density, expected", [
+    (11008, 4096, 0.1, 8), (14336, 4096, 0.2, 8), (11008, 4096, 0.3, 16), (11008, 4096, 0.5, 32),
+    (4096, 4096, 0.1, 16), (4096, 4096, 0.3, 32), (4096, 11008, 0.1, 32), (28672, 8192, 0.1, 8),
+    (28672, 8192, 0.2, 16), (28672, 8192, 0.3, 32), (8192, 8192, 0.1, 16)])
+def test_the_fastest_lanes_are_chosen(rows, cols, density, expected):
+    """Those of docs/results/lanes_h200.json, or within 3 % of them."""
+    row = (np.random.default_rng(0).random((1, cols)) < density).astype(np.float16)
+    groups = macko_jax.compress(np.repeat(row, 8, axis=0)).stored // 64
+    assert packing.choose_lanes(rows, rows * groups) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 100, 40_000])
+@pytest.mark.parametrize("groups", [0, 1, 2, 3, 9, 20, 40])
+def test_lanes_have_two_groups_where_rows_have_them(rows, groups):
+    lanes = packing.choose_lanes(rows, rows * groups)
+    assert lanes == 1 or 2 * lanes <= groups
 
 
 @pytest.mark.parametrize("encoding, density, ratio", [

@@ -69,6 +69,17 @@ def assert_product(y, dense, x):
     assert np.all(np.abs(y - exact) <= bound), np.abs(y - exact).max()
 
 
+@pytest.mark.parametrize("lanes", [1, 8, 16, 32])
+def test_no_more_warps_than_their_rounds_take(lanes):
+    matrix = macko_jax.compress(np.ones((3, 8), np.float16), lanes=lanes)
+    for rows in range(1, 500, 3):
+        tasks = -(-rows * lanes // 32)
+        rounds = lambda warps: -(-tasks // warps)
+        warps = config.busy_warps(dataclasses.replace(abstract(matrix), shape=(rows, 8)), 1)
+        assert warps % 4 == 0 and 4 <= warps <= 32 and rounds(warps) == rounds(32)
+        assert warps == 4 or rounds(warps - 4) > rounds(32)
+
+
 @pytest.mark.parametrize("encoding,lanes", [
     *itertools.product(BITS, [1, 8, 32]), ("banked", 32)])
 @pytest.mark.parametrize("rows,cols,density", SHAPES)
