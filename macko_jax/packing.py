@@ -21,10 +21,10 @@ MAX_COLS = 2**26  # keeps the arithmetic of `layout.memory_group` exact
 def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
     """The default encoding; `count_groups` tells how many groups of eight one would store.
 
-    For 8-bit and 16-bit values "delta4": the GPU kernel decodes it twice as fast as a bitmask, which
-    more than pays for up to a tenth more bytes. Where so many gaps are long that "delta5" saves more
-    time by its bytes than it takes by its instructions, "delta5" (docs/kernel.md). For float32, where
-    indices weigh half as much, the one of fewer bytes.
+    For 8-bit and 16-bit values "delta4": the GPU kernel decodes it twice as fast as a bitmask,
+    which more than pays for up to a tenth more bytes. Where so many gaps are long that "delta5"
+    saves more time by its bytes than it takes by its instructions, "delta5" (docs/kernel.md). For
+    float32, where indices weigh half as much, "bitmask" or "delta4", whichever has fewer bytes.
     """
     rows, cols = shape
     value_bytes = layout.GROUP * jnp.dtype(dtype).itemsize
@@ -44,9 +44,9 @@ def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
 def choose_lanes(rows: int, groups: int) -> int:
     """Lanes that share a row, by what is fastest on an H200; elsewhere it only affects speed.
 
-    The end of a row takes a warp as long as several groups of its lanes. So lanes are as few as keep
-    half of a multiprocessor's warps busy; but strips are no longer than 14 groups, or 8 where only
-    half of the warps are busy, and no shorter than two (docs/results/lanes_h200.json).
+    The end of a row takes a warp as long as several groups of its lanes. So lanes are as few as
+    keep half of a multiprocessor's warps busy; but strips are no longer than 14 groups, or 8 where
+    only half of the warps are busy, and no shorter than two (docs/results/lanes_h200.json).
     """
     mean = groups // max(rows, 1)
     share = -(-rows // MULTIPROCESSORS)
