@@ -20,7 +20,6 @@ from macko_jax.kernels.vectors import PIECE, Share, Vectors
 
 WARPS = 32
 THREADS = WARPS * WARP
-LINE = 64  # 16-bit elements of a line of the L2 cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +156,7 @@ def program(ops, plan: Plan) -> None:
 
 def _prefetch(ops, plan: Plan, ways: list) -> None:
     """Asks for the small arrays of later steps, which would hold up what the block waits for."""
-    element = ops.thread() * LINE
+    element = ops.thread() * (strips.LINE // 2)
     for i in range(1, len(plan.steps)):
         ways[i].prefetch()
         if plan.steps[i].fusion.eps is not None:

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 
 from macko_jax.kernels.lanes import STREAM, WARP
 from macko_jax.layout import (
-    DELTA_BITS, GROUP, PLANES, SPREAD, WORD, join_units, prefix_bytes, words_per_row)
+    DELTA_BITS, GROUP, PLANES, SPREAD, WORD, join_units, prefix_bytes, start_dtype, words_per_row)
 
-
-LINE = 128  # bytes that `prefetch` brings to the L2 cache
+LINE = 128  # bytes of a line of the L2 cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +219,9 @@ class RowWalk:
 
     def prefetch(self) -> None:
         """Asks for what `open` reads of the block's rows: their offsets and starts."""
-        ops, lanes = self.ops, self.matrix.lanes
-        for name, size, each in ("row_offsets", 4, 1), ("starts", 2, lanes):
+        ops, (_, cols) = self.ops, self.matrix.shape
+        start_bytes = start_dtype(cols).itemsize  # fewer in "banked"
+        for name, size, each in ("row_offsets", 4, 1), ("starts", start_bytes, self.matrix.lanes):
             index = self.first_row * each + ops.thread() * (LINE // size)
             ops.prefetch(name + self.suffix, index, index < self.end_row * each)
 
