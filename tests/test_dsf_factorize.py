@@ -42,6 +42,7 @@ def test_quality_preset_is_several_times_better():
     assert error <= 1.1 * result.relative_error
 
 
+@pytest.mark.slow
 @settings(max_examples=16, deadline=None)
 @given(density=st.floats(0.001, 1), levels=st.integers(1, 3), seed=st.integers(0, 9),
        preset=st.sampled_from(["quality", "published"]))
@@ -62,6 +63,7 @@ def test_budget_is_used_up(shape):
         assert result.nnz >= 0.95 * density * weight.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(hard_layers()))
 def test_hard_inputs_have_defined_results(name):
     weight, gram = hard_layers()[name]
