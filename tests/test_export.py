@@ -142,6 +142,7 @@ def test_pruned_transformer_packs():
     np.testing.assert_allclose(packed(batches[0]), pruned(batches[0]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pairs_in_a_scanned_stack():
     model, x = Stack(2, 16, nnx.Rngs(0)), draw(0, 64, 16)
     pair, report = compress_model(

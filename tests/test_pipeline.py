@@ -66,6 +66,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_every_layer_is_calibrated_on_the_outputs_of_the_compressed_ones():
     model = nnx.Sequential(
         nnx.Linear(16, 32, rngs=nnx.Rngs(0)), nnx.relu,
@@ -164,6 +165,7 @@ def test_groups_budgets_report_and_the_model_left_alone():
     assert all(path in table for path in (*LAYERS, "embed (an embedding)"))
 
 
+@pytest.mark.slow
 def test_dense_target_makes_up_for_the_layers_before():
     model, batches, unseen = Net(), token_batches(40), token_batches(50)[40:]
     call = dict(method="sparsegpt", density=0.5)
