@@ -28,17 +28,18 @@ def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
     """
     rows, cols = shape
     value_bytes = layout.GROUP * jnp.dtype(dtype).itemsize
+    groups = count_groups("bitmask")
 
     def bytes_of(encoding):
-        groups = count_groups(encoding)
-        if encoding == "bitmask":
-            return groups * value_bytes + 4 * rows * layout.words_per_row(cols)
-        return groups * (value_bytes + layout.code_bytes(encoding))
+        return count_groups(encoding) * (value_bytes + layout.code_bytes(encoding))
 
     if jnp.dtype(dtype).itemsize <= 2:
-        sparse = layout.GROUP * count_groups("bitmask") < SPARSE * rows * cols
+        sparse = layout.GROUP * groups < SPARSE * rows * cols
         return "delta5" if sparse and bytes_of("delta5") <= WORTH * bytes_of("delta4") else "delta4"
-    return "bitmask" if bytes_of("bitmask") <= bytes_of("delta4") else "delta4"
+    bitmask = groups * value_bytes + 4 * rows * layout.words_per_row(cols)
+    # Explicit zeros only add to delta4, so they need no counting where it has lost already.
+    without_zeros = groups * (value_bytes + layout.code_bytes("delta4"))
+    return "bitmask" if bitmask <= without_zeros or bitmask <= bytes_of("delta4") else "delta4"
 
 
 def choose_lanes(rows: int, groups: int) -> int:
@@ -76,7 +77,7 @@ def pack(weight, encoding: str | None, lanes: int | None, capacity: int | None,
         return arrays, encoding, banked.LANES
     steps = packing_jax if on_device else packing_numpy
     elements = steps.find(weight)
-    count_groups = functools.partial(steps.count_groups, elements)
+    count_groups = functools.cache(functools.partial(steps.count_groups, elements))
     encoding = encoding or choose_encoding(weight.shape, weight.dtype, count_groups)
     groups = count_groups(encoding)
     capacity = _check_capacity(groups, capacity, encoding)

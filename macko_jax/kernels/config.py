@@ -9,6 +9,7 @@ from macko_jax.kernels import tensor_cores
 from macko_jax.kernels.lanes import WARPGROUP
 from macko_jax.kernels.vectors import Vectors
 from macko_jax.layout import GROUP
+from macko_jax.packing import MULTIPROCESSORS
 
 BREAK_EVEN = {"spmv": 16, "spmv_transposed": 2}  # vectors; with more, a dense decode is faster
 WARPS_FOR_MANY = 16  # at most, of a block that multiplies 8 vectors or more in a pass
@@ -77,7 +78,7 @@ class Plan:
 def multiprocessors() -> int:
     """Of the first GPU here; of an H200 where there is none (the count only affects speed)."""
     gpus = [d for d in jax.local_devices() if d.platform == "gpu"]
-    return getattr(gpus[0], "core_count", 132) if gpus else 132
+    return getattr(gpus[0], "core_count", MULTIPROCESSORS) if gpus else MULTIPROCESSORS
 
 
 def row_blocks(rows: int) -> int:
