@@ -156,11 +156,10 @@ def program(ops, plan: Plan) -> None:
 
 def _prefetch(ops, plan: Plan, ways: list) -> None:
     """Asks for the small arrays of later steps, which would hold up what the block waits for."""
-    element = ops.thread() * (strips.LINE // 2)
     for i in range(1, len(plan.steps)):
         ways[i].prefetch()
         if plan.steps[i].fusion.eps is not None:
-            ops.prefetch(f"scale{i}", element, element < plan.steps[i].matrix.shape[1])
+            lanes.prefetch_range(ops, f"scale{i}", 0, plan.steps[i].matrix.shape[1], 2)
 
 
 def _finish(ops, plan: Plan, i: int, walk, inverse, row, sums: list) -> None:

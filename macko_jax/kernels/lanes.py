@@ -17,6 +17,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 WARP = 32
 WARPGROUP = 4  # warps; the granularity of Mosaic GPU's blocks
 FULL_WARP = 0xFFFFFFFF
+LINE = 128  # bytes of a line of the L2 cache
 # How global memory is read.
 CACHED, STREAM, FRESH = ".global", ".global.cs", ".relaxed.gpu.global"
 
@@ -459,6 +460,12 @@ def sum_over_lanes(ops, values: list, count: int) -> list:
         values = [value + ops.exchange(value, distance) for value in values]
         distance //= 2
     return values
+
+
+def prefetch_range(ops, name, first, end, size: int) -> None:
+    """Asks for the elements of `size` bytes from `first` up to `end`, a line for each thread."""
+    index = ops.thread() * (LINE // size) + first
+    ops.prefetch(name, index, index < end)
 
 
 def run(name, program, names, operands, result, *, blocks: int, warps: int, shared_slots: int,

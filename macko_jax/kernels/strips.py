@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from macko_jax.kernels.lanes import STREAM, WARP
+from macko_jax.kernels.lanes import STREAM, WARP, prefetch_range
 from macko_jax.layout import (
     DELTA_BITS, GROUP, PLANES, SPREAD, WORD, join_units, prefix_bytes, start_dtype, words_per_row)
-
-LINE = 128  # bytes of a line of the L2 cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,11 +217,10 @@ class RowWalk:
 
     def prefetch(self) -> None:
         """Asks for what `open` reads of the block's rows: their offsets and starts."""
-        ops, (_, cols) = self.ops, self.matrix.shape
-        start_bytes = start_dtype(cols).itemsize  # fewer in "banked"
+        start_bytes = start_dtype(self.matrix.shape[1]).itemsize  # fewer in "banked"
         for name, size, each in ("row_offsets", 4, 1), ("starts", start_bytes, self.matrix.lanes):
-            index = self.first_row * each + ops.thread() * (LINE // size)
-            ops.prefetch(name + self.suffix, index, index < self.end_row * each)
+            prefetch_range(
+                self.ops, name + self.suffix, self.first_row * each, self.end_row * each, size)
 
     def open(self):
         """Issues the loads that say where the first rows lie."""
