@@ -203,8 +203,13 @@ def join_planes(planes: tuple):
     return planes[0] if len(planes) == 1 else planes[0].__array_namespace__().concatenate(planes)
 
 
+def join_parts(parts: tuple, encoding: str):
+    """The array `codes` from the parts of all codes."""
+    return join_planes(code_planes(parts, encoding))
+
+
 def split_parts(codes, encoding: str) -> tuple:
-    """The parts of all codes from the array `codes`."""
+    """The inverse of `join_parts`."""
     if encoding == "delta4":
         return (codes,)
     groups = codes.shape[0] // code_bytes(encoding)

@@ -9,7 +9,7 @@ import numpy as np
 from macko_jax import layout, packing_numpy
 from macko_jax.banked import (
     BITS, LANES, MAX_DELTA, count_dtype, lane_major, most_groups, places, step_positions)
-from macko_jax.layout import GROUP, code_planes, join_deltas, join_planes
+from macko_jax.layout import GROUP, join_deltas, join_parts
 
 
 class Elements:
@@ -40,8 +40,8 @@ class Elements:
 
         order = np.arange(capacity)
         order[:offsets[-1]] = lane_major(self.counts)
-        codes = join_planes(code_planes((words[order],), "banked"))
-        return (values.reshape(-1, GROUP)[order].reshape(-1), codes,
+        return (values.reshape(-1, GROUP)[order].reshape(-1),
+                join_parts((words[order],), "banked"),
                 offsets.astype(np.int32), self.counts.astype(count_dtype(cols)))
 
 
@@ -88,5 +88,4 @@ def fill(weight: jax.Array, stored, delta, counts, *, groups: int):
 
     values = lax.bitcast_convert_type(scatter(bits, bits.dtype), weight.dtype)
     words = join_deltas(scatter(delta, jnp.uint32).reshape(groups, GROUP), BITS)
-    codes = join_planes(code_planes((words,), "banked"))
-    return values, codes, offsets, counts.astype(count_dtype(cols))
+    return values, join_parts((words,), "banked"), offsets, counts.astype(count_dtype(cols))

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from macko_jax.layout import (
-    DELTA_BITS, GROUP, code_parts, code_planes, join_planes, lane_chunks, logical_group,
-    start_dtype, words_per_row)
+    DELTA_BITS, GROUP, code_parts, join_parts, lane_chunks, logical_group, start_dtype,
+    words_per_row)
 
 
 class Padding(NamedTuple):
@@ -132,7 +132,7 @@ def fill(weight: np.ndarray, elements: Elements, encoding: str, lanes: int, capa
         advance = np.cumsum(delta.reshape(-1, GROUP).sum(axis=1, dtype=np.int64) + GROUP)
         column = np.concatenate([[0], advance])  # columns that all groups before have passed
         start = column[begin[:, None] + chunk] - column[begin][:, None]
-        codes = join_planes(code_planes(tuple(part[order] for part in parts), encoding))
+        codes = join_parts(tuple(part[order] for part in parts), encoding)
 
     starts = np.where(chunk < count[:, None], start, cols).astype(start_dtype(cols))
     values = values.reshape(-1, GROUP)[order].reshape(-1)
