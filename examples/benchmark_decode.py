@@ -15,7 +15,6 @@ import datetime
 import functools
 import gzip
 import importlib.metadata
-import itertools
 import json
 import pathlib
 import platform
@@ -190,12 +189,9 @@ def time_generations(decoder):
     rows = []
     for _ in range(REPEATS.value + 1):
         ready = []
-        calls = decoder.draw()
-        waiting = next(calls)
-        for tokens in itertools.chain(calls, [None]):
-            jax.block_until_ready(waiting)
+        for tokens in llama.one_ahead(decoder.draw()):
+            jax.block_until_ready(tokens)
             ready.append(time.perf_counter())
-            waiting = tokens
         rows.append(np.diff(ready))
     return np.array(rows[1:]) / CHUNK.value
 

@@ -12,6 +12,7 @@ D head dimension, E hidden size.
 
 import dataclasses
 import functools
+import itertools
 import math
 
 from dsf_jax.layers import FactorPair
@@ -615,13 +616,15 @@ def generate(model, prompts, new_tokens, *, sampling=Sampling(), seed=0, chunk=3
         *Structure.of(model), padded, lengths, new_tokens, jax.random.key(seed), sampling, chunk
     )
     left = new_tokens
-    waiting = next(calls)
-    for tokens in calls:
-        # The device is a chunk ahead of the host, and never waits for it.
-        yield jax.device_get(waiting)
-        left -= waiting.shape[1]
-        waiting = tokens
-    yield jax.device_get(waiting)[:, :left]
+    for tokens in one_ahead(calls):
+        yield jax.device_get(tokens)[:, :left]
+        left -= tokens.shape[1]
+
+
+def one_ahead(calls):
+    """The results of calls, each after the next call is queued: the device need not wait."""
+    for result, _ in itertools.pairwise(itertools.chain(calls, [None])):
+        yield result
 
 
 def draw(structure, arrays, tokens, lengths, new_tokens, key, sampling, chunk):
