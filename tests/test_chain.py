@@ -38,8 +38,8 @@ def exact(matrices, x, residual, scale):
     rounded = lambda v: v.astype(np.asarray(matrices[0].values).dtype).astype(np.float64)
     norm = lambda v: v / np.sqrt((v * v).mean() + EPS) * scale
     stream = out @ x + residual
-    gate, up = np.split(rounded(gate_up @ norm(rounded(stream))), 2)
-    stream = stream + down @ (gate / (1 + np.exp(-gate)) * up)
+    gate, up = np.split(gate_up @ norm(rounded(stream)), 2)
+    stream = stream + down @ rounded(gate / (1 + np.exp(-gate)) * up)
     return stream, after @ norm(rounded(stream))
 
 

@@ -33,7 +33,7 @@ class Walk(strips.RowWalk):
     def _open(self, row) -> Strip:
         ops = self.ops
         live = row < self.end_row
-        safe = ops.select(live, row, ops.integer(0))
+        safe = ops.select(live, self.index(row), ops.integer(0))
         begin = ops.load_integer("row_offsets" + self.suffix, safe)
         count = ops.load_integer("starts" + self.suffix, safe * LANES + self.part)
         return Strip(row, ops.integer(0), ops.select(live, count, ops.integer(0)), begin, self.part)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from macko_jax.kernels import config, lanes, spmv, strips, walks
 from macko_jax.kernels.lanes import WARP
-from macko_jax.kernels.vectors import PIECE, Share, Vectors
+from macko_jax.kernels.vectors import PIECE, Share, Vectors, gate
 
 WARPS = 32
 THREADS = WARPS * WARP
@@ -54,11 +54,30 @@ class Plan:
         step = self.steps[i]
         return Vectors(
             self.dtype, length=step.matrix.shape[1], slack=step.matrix.slack, count=1, batch=1,
-            staged=True, before=step.fusion.before, first_slot=self.slot("x", i))
+            staged=True, before=step.fusion.before if i == 0 or not self.gates(i - 1) else None,
+            first_slot=self.slot("x", i))
 
     def share(self, i: int) -> Share:
         """The elements of step i's result that belong to a block's rows."""
         return Share(rows=self.steps[i].matrix.shape[0], blocks=self.blocks, count=1, batch=1)
+
+    def gates(self, i: int) -> bool:
+        """Whether step i publishes silu(a) * b of its result's halves a and b, all that is needed.
+
+        That is half as much to read for every block.
+        """
+        needed = self.steps[i].kept or any(step.added == i for step in self.steps)
+        follows = i + 1 < len(self.steps) and self.steps[i + 1].fusion.gated
+        return follows and not needed and not self.steps[i].fusion.add
+
+    def early(self, i: int) -> bool:
+        """Whether each warp asks for weights of step i + 1 as soon as it is done with step i.
+
+        That is better where warps take several rows one after the other, and then wait long for
+        each other. Else what they ask for holds up the vector, since a multiprocessor gets what it
+        loads in order.
+        """
+        return config.rounds(self.steps[i].matrix, self.blocks) > 1
 
     def slot(self, what: str, i: int) -> int:
         """Of shared memory, the first one of `what` of step i.
@@ -76,7 +95,8 @@ class Plan:
         sizes = {}
         for i, step in enumerate(self.steps):
             sizes["squares", i] = WARPS
-            sizes["result", i] = sizes["add", i] = self.share(i).slots
+            sizes["add", i] = self.share(i).slots
+            sizes["result", i] = self.share(i).slots + self.gates(i)  # a pair has two
         # While x of a step is written, only that of the step before may still be read.
         turns = [0, 0]
         for i, step in enumerate(self.steps):
@@ -87,8 +107,9 @@ class Plan:
         return places | {("x", i): places["x", i % 2] for i in range(len(self.steps))}
 
     def first(self, i: int) -> int:
-        """Index of the first element of step i's result in the array `exchange`."""
-        return sum(step.matrix.shape[0] for step in self.steps[:i])
+        """Index of the first element that step i publishes in the array `exchange`."""
+        return sum(step.matrix.shape[0] // (1 + self.gates(j))
+                   for j, step in enumerate(self.steps[:i]))
 
     @property
     def exchanged(self) -> int:
@@ -117,7 +138,8 @@ def program(ops, plan: Plan) -> None:
     ways = [walks.make(
         ops, step.matrix, block=ops.block(), blocks=plan.blocks,
         warps=config.busy_warps(step.matrix, plan.blocks),
-        unroll=config.groups_ahead(step.matrix), scale=x.scale, suffix=str(i))
+        unroll=config.groups_ahead(step.matrix), scale=x.scale, paired=plan.gates(i),
+        suffix=str(i))
         for i, (step, x) in enumerate(zip(plan.steps, xs))]
     for i, (step, walk, x) in enumerate(zip(plan.steps, ways, xs)):
         matrix, fusion = step.matrix, step.fusion
@@ -132,12 +154,10 @@ def program(ops, plan: Plan) -> None:
             squares = x.finish()
             _prefetch(ops, plan, ways)
         else:
-            opened = walk.open()
+            opened = None if plan.early(i - 1) else walk.open()
             squares = x.receive(ops, "exchange", plan.first(i - 1), f"scale{i}", THREADS)
-            # A multiprocessor gets what it loads in order: with weights asked for by some warps,
-            # the others would see what they wait for a DRAM latency later.
-            ops.barrier()
-            started = walk.read(opened)
+            ops.barrier()  # all have the vector before weights may hold it up
+            started = started if plan.early(i - 1) else walk.read(opened)
         if add:
             add.finish()
         inverse = None
@@ -150,6 +170,8 @@ def program(ops, plan: Plan) -> None:
         walk.run(started, lambda: [ops.real(0)], functools.partial(spmv.multiply, ops, matrix, x),
                  functools.partial(_finish, ops, plan, i, walk, inverse))
         if i < len(plan.steps) - 1:
+            if plan.early(i):
+                started = ways[i + 1].start()
             ops.barrier()
             _publish(ops, plan, i, walk)
 
@@ -181,22 +203,27 @@ def _finish(ops, plan: Plan, i: int, walk, inverse, row, sums: list) -> None:
 
 def _publish(ops, plan: Plan, i: int, walk) -> None:
     """Writes the block's share of step i's result for all blocks, in as few stores as it takes."""
-    def store(row):
-        slot = row - walk.first_row + plan.slot("result", i)
-        [value] = ops.load_shared(slot * 4, 1)
-        ops.publish("exchange", row + plan.first(i), value, plan.dtype, row < walk.end_row)
-        return row + THREADS
+    together = 1 + plan.gates(i)  # rows of an element
+    first, end = walk.first_row // together, walk.end_row // together
 
-    ops.loop(lambda row: row < walk.end_row, store, walk.first_row + ops.thread())
+    def store(element):
+        slot = (element - first) * together + plan.slot("result", i)
+        value, *others = [ops.load_shared((slot + j) * 4, 1)[0] for j in range(together)]
+        for other in others:
+            value = gate(ops, value, other)
+        ops.publish("exchange", element + plan.first(i), value, plan.dtype, element < end)
+        return element + THREADS
+
+    ops.loop(lambda element: element < end, store, first + ops.thread())
 
 
 def why_not(plan: Plan) -> str | None:
     """None if the kernel computes the chain, or the reason why it does not."""
     if jnp.dtype(plan.dtype).itemsize != 2:
         return f"the vectors are {jnp.dtype(plan.dtype).name}, not of a 16-bit type"
-    for step in plan.steps:
+    for i, step in enumerate(plan.steps):
         rows, cols = step.matrix.shape
-        if rows < plan.blocks:
+        if rows // (1 + plan.gates(i)) < plan.blocks:
             return f"a matrix of {rows} rows has too few for {plan.blocks} blocks"
         if rows % PIECE or cols % PIECE:
             return f"a {rows} x {cols} matrix has not whole pieces of {PIECE} rows and columns"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from macko_jax.kernels import tensor_cores
-from macko_jax.kernels.lanes import WARPGROUP
+from macko_jax.kernels.lanes import WARP, WARPGROUP
 from macko_jax.kernels.vectors import Vectors
 from macko_jax.layout import GROUP
 from macko_jax.packing import MULTIPROCESSORS
@@ -147,7 +147,15 @@ def _fits(matrix, x_dtype, vectors: int) -> bool:
 
 def busy_warps(matrix, blocks: int) -> int:
     """Warps of a block for its share of the rows: as few as take no more rounds than 32 do."""
+    return -(-_tasks(matrix, blocks) // (rounds(matrix, blocks) * WARPGROUP)) * WARPGROUP
+
+
+def rounds(matrix, blocks: int) -> int:
+    """How often the 32 warps of a block get rows to work on."""
+    return -(-_tasks(matrix, blocks) // 32)
+
+
+def _tasks(matrix, blocks: int) -> int:
+    """Of a block's share of the rows, each as many rows as a warp works on at a time."""
     share = -(-matrix.shape[0] // blocks)
-    tasks = -(-share * matrix.lanes // 32)
-    rounds = -(-tasks // 32)
-    return -(-tasks // (rounds * WARPGROUP)) * WARPGROUP
+    return -(-share * matrix.lanes // WARP)

@@ -169,6 +169,10 @@ class RowWalk:
     gives what of it they moved; `_loaded`, which gives (index, live, code, values) of the groups
     that were loaded; and `_columns`.
 
+    Rows are counted in the order in which blocks share them out. That is the order of the matrix or,
+    where they are `paired`, one row of its first half and one of its second half in turn, so that a
+    block has both of a pair or none; `index` gives a row's index in the matrix.
+
     Attributes:
       part: which strip of its row the lane owns.
       first_row: of the block's share.
@@ -179,13 +183,13 @@ class RowWalk:
 
     def __init__(self, ops, matrix: Matrix, *, block, blocks: int, warps: int, unroll: int,
                  scale: int = 1, read_values: bool = True, rows_per_warp: int | None = None,
-                 together: int = 1, suffix: str = ""):
+                 together: int = 1, paired: bool = False, suffix: str = ""):
         """`block` of `blocks` is the lane's share of the rows; columns come multiplied by `scale`.
 
         The first `warps` of the block work. A warp works on `rows_per_warp` rows at a time, by
         default as many as it has lanes for. It visits `together` groups of a row at a time: where
         few warps fit on a multiprocessor, what they do for one group has to hide the latencies of
-        another. `suffix` ends the names of the matrix's arrays.
+        another. For `paired` see above; `suffix` ends the names of the matrix's arrays.
         """
         self.ops, self.matrix, self.unroll, self.scale = ops, matrix, unroll, scale
         self.suffix = suffix
@@ -193,10 +197,11 @@ class RowWalk:
         words = GROUP * jnp.dtype(matrix.dtype).itemsize // 4 if read_values else 0
         self.loads = [min(words, 4)] * (-(-words // 4))  # words of each load of a group's values
         rows_per_warp = rows_per_warp or WARP // matrix.lanes
-        share, rest = divmod(matrix.shape[0], blocks)
-        self.first_row = block * share + ops.select(block < rest, block, ops.integer(rest))
-        self.end_row = self.first_row + share + ops.select(
-            block < rest, ops.integer(1), ops.integer(0))
+        self._halves = 2 if paired else 1
+        share, rest = divmod(matrix.shape[0] // self._halves, blocks)
+        first = block * share + ops.select(block < rest, block, ops.integer(rest))
+        end = first + share + ops.select(block < rest, ops.integer(1), ops.integer(0))
+        self.first_row, self.end_row = first * self._halves, end * self._halves
         thread = ops.thread()
         lane = thread & (WARP - 1)
         self.part = lane & (matrix.lanes - 1)
@@ -215,12 +220,22 @@ class RowWalk:
         """Issues the first loads; what `run` begins with."""
         return self.read(self.open())
 
+    def index(self, row):
+        """In the matrix, of a row in the order in which blocks share them out."""
+        if self._halves == 1:
+            return row
+        return (row >> 1) + (row & 1) * (self.matrix.shape[0] // 2)
+
     def prefetch(self) -> None:
         """Asks for what `open` reads of the block's rows: their offsets and starts."""
         start_bytes = start_dtype(self.matrix.shape[1]).itemsize  # fewer in "banked"
-        for name, size, each in ("row_offsets", 4, 1), ("starts", start_bytes, self.matrix.lanes):
-            prefetch_range(
-                self.ops, name + self.suffix, self.first_row * each, self.end_row * each, size)
+        rows = (self.end_row - self.first_row) // self._halves
+        for half in range(self._halves):
+            first = self.index(self.first_row + half)
+            for name, size, each in (
+                    ("row_offsets", 4, 1), ("starts", start_bytes, self.matrix.lanes)):
+                name = name + self.suffix
+                prefetch_range(self.ops, name, first * each, (first + rows) * each, size)
 
     def open(self):
         """Issues the loads that say where the first rows lie."""
@@ -285,7 +300,7 @@ class Walk(RowWalk):
     def _open(self, row) -> Strip:
         ops, lanes = self.ops, self.matrix.lanes
         live = row < self.end_row
-        safe = ops.select(live, row, ops.integer(0))
+        safe = ops.select(live, self.index(row), ops.integer(0))
         begin = ops.load_integer("row_offsets" + self.suffix, safe)
         end = ops.select(live, ops.load_integer("row_offsets" + self.suffix, safe + 1), begin)
         start = ops.load_integer("starts" + self.suffix, safe * lanes + self.part)

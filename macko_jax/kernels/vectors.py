@@ -31,6 +31,12 @@ def _any(conditions):
     return functools.reduce(lambda a, b: a | b, conditions)
 
 
+def gate(ops, a, b):
+    """silu(a) * b."""
+    grown = ops.exp2(a * -math.log2(math.e))
+    return a * b * ops.reciprocal(grown + ops.real(1))
+
+
 class Vectors:
     """`count` vectors side by side in shared memory, or gathered from global memory.
 
@@ -225,10 +231,7 @@ class Vectors:
         """What is staged of the loads of an element."""
         if self.before == "norm":
             return first * second[0]
-        if self.before == "gate":
-            grown = self.ops.exp2(first * -math.log2(math.e))
-            return first * second[0] * self.ops.reciprocal(grown + self.ops.real(1))
-        return first
+        return gate(self.ops, first, *second) if self.before == "gate" else first
 
 
 class Share:
