@@ -73,6 +73,34 @@ def test_program(encoding, blocks):
     assert_close(found, exact(matrices, x, residual, scale), np.finfo(np.float16).eps)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_only_what_is_needed_is_published(kept):
+    """Of gate and up their product, unless they are results themselves."""
+    (_, gate_up, down, _), _, residual, scale = make()
+    plan = chain.Plan(
+        (chain.Step(abstract(gate_up), spmv.Fusion(EPS), kept=kept),
+         chain.Step(abstract(down), spmv.Fusion(gated=True))), jnp.dtype(np.float16), 3)
+    assert plan.exchanged == (2 * WIDE if kept else WIDE)
+    arrays = {f"{name}{i}": np.asarray(getattr(m, name)) for i, m in enumerate((gate_up, down))
+              for name in ("values", "codes", "row_offsets", "starts")}
+    arrays |= {"x": residual, "scale0": scale, "y0": np.full(2 * WIDE, np.nan, np.float32),
+               "y1": np.full(HIDDEN, np.nan, np.float32),
+               "exchange": np.full(plan.exchanged, BLANK, np.uint16)}
+    ops = emulation.NumpyLanes(
+        arrays, blocks=3, threads=chain.THREADS, shared_slots=plan.shared_slots)
+    chain.program(ops, plan)
+    x, scale, gate_up, down = (np.asarray(a, np.float64) for a in (
+        residual[0], scale, macko_jax.decompress(gate_up), macko_jax.decompress(down)))
+    wide = gate_up @ (x / np.sqrt((x * x).mean() + EPS) * scale)
+    gate, up = np.split(wide, 2)
+    wanted = down @ (gate / (1 + np.exp(-gate)) * up)
+    eps = np.finfo(np.float16).eps
+    assert_close([ops.arrays["y1"]], [wanted], eps)
+    assert kept != np.isnan(ops.arrays["y0"]).all()
+    if kept:
+        assert_close([ops.arrays["y0"]], [wide], eps)
+
+
 def test_what_is_no_number_is_published_as_such():
     """Not as what is missing, for which other blocks would wait for ever."""
     ops = emulation.NumpyLanes(

@@ -52,19 +52,19 @@ class Plan:
     def x(self, i: int) -> Vectors:
         """The vector that step i gathers from."""
         step = self.steps[i]
+        done = i > 0 and self.gates(i - 1)  # what comes before it, by those who publish it
         return Vectors(
             self.dtype, length=step.matrix.shape[1], slack=step.matrix.slack, count=1, batch=1,
-            staged=True, before=step.fusion.before if i == 0 or not self.gates(i - 1) else None,
-            first_slot=self.slot("x", i))
+            staged=True, before=None if done else step.fusion.before, first_slot=self.slot("x", i))
 
     def share(self, i: int) -> Share:
         """The elements of step i's result that belong to a block's rows."""
         return Share(rows=self.steps[i].matrix.shape[0], blocks=self.blocks, count=1, batch=1)
 
     def gates(self, i: int) -> bool:
-        """Whether step i publishes silu(a) * b of its result's halves a and b, all that is needed.
+        """Whether of step i's result a and b, its halves, only silu(a) * b is needed.
 
-        That is half as much to read for every block.
+        Then blocks own rows in pairs and publish that, half as much to read for every block.
         """
         needed = self.steps[i].kept or any(step.added == i for step in self.steps)
         follows = i + 1 < len(self.steps) and self.steps[i + 1].fusion.gated
@@ -208,9 +208,8 @@ def _publish(ops, plan: Plan, i: int, walk) -> None:
 
     def store(element):
         slot = (element - first) * together + plan.slot("result", i)
-        value, *others = [ops.load_shared((slot + j) * 4, 1)[0] for j in range(together)]
-        for other in others:
-            value = gate(ops, value, other)
+        rows = [ops.load_shared((slot + j) * 4, 1)[0] for j in range(together)]
+        value = gate(ops, *rows) if plan.gates(i) else rows[0]
         ops.publish("exchange", element + plan.first(i), value, plan.dtype, element < end)
         return element + THREADS
 

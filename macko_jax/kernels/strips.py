@@ -169,9 +169,9 @@ class RowWalk:
     gives what of it they moved; `_loaded`, which gives (index, live, code, values) of the groups
     that were loaded; and `_columns`.
 
-    Rows are counted in the order in which blocks share them out. That is the order of the matrix or,
-    where they are `paired`, one row of its first half and one of its second half in turn, so that a
-    block has both of a pair or none; `index` gives a row's index in the matrix.
+    Rows are counted in the order in which blocks share them out: that of the matrix or, where
+    they are `paired`, one row of its first half and one of its second half in turn, so that a block
+    has both of a pair or none; `index` gives a row's index in the matrix.
 
     Attributes:
       part: which strip of its row the lane owns.
