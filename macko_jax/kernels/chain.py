@@ -70,6 +70,11 @@ class Plan:
         follows = i + 1 < len(self.steps) and self.steps[i + 1].fusion.gated
         return follows and not needed and not self.steps[i].fusion.add
 
+    def published(self, i: int) -> int:
+        """Elements that step i publishes."""
+        rows = self.steps[i].matrix.shape[0]
+        return rows // 2 if self.gates(i) else rows
+
     def early(self, i: int) -> bool:
         """Whether each warp asks for weights of step i + 1 as soon as it is done with step i.
 
@@ -108,8 +113,7 @@ class Plan:
 
     def first(self, i: int) -> int:
         """Index of the first element that step i publishes in the array `exchange`."""
-        return sum(step.matrix.shape[0] // (1 + self.gates(j))
-                   for j, step in enumerate(self.steps[:i]))
+        return sum(self.published(j) for j in range(i))
 
     @property
     def exchanged(self) -> int:
@@ -154,10 +158,12 @@ def program(ops, plan: Plan) -> None:
             squares = x.finish()
             _prefetch(ops, plan, ways)
         else:
-            opened = None if plan.early(i - 1) else walk.open()
+            if not plan.early(i - 1):
+                opened = walk.open()
             squares = x.receive(ops, "exchange", plan.first(i - 1), f"scale{i}", THREADS)
             ops.barrier()  # all have the vector before weights may hold it up
-            started = started if plan.early(i - 1) else walk.read(opened)
+            if not plan.early(i - 1):
+                started = walk.read(opened)
         if add:
             add.finish()
         inverse = None
@@ -203,7 +209,7 @@ def _finish(ops, plan: Plan, i: int, walk, inverse, row, sums: list) -> None:
 
 def _publish(ops, plan: Plan, i: int, walk) -> None:
     """Writes the block's share of step i's result for all blocks, in as few stores as it takes."""
-    together = 1 + plan.gates(i)  # rows of an element
+    together = 2 if plan.gates(i) else 1  # rows of an element
     first, end = walk.first_row // together, walk.end_row // together
 
     def store(element):
@@ -222,7 +228,7 @@ def why_not(plan: Plan) -> str | None:
         return f"the vectors are {jnp.dtype(plan.dtype).name}, not of a 16-bit type"
     for i, step in enumerate(plan.steps):
         rows, cols = step.matrix.shape
-        if rows // (1 + plan.gates(i)) < plan.blocks:
+        if plan.published(i) < plan.blocks:
             return f"a matrix of {rows} rows has too few for {plan.blocks} blocks"
         if rows % PIECE or cols % PIECE:
             return f"a {rows} x {cols} matrix has not whole pieces of {PIECE} rows and columns"
