@@ -69,6 +69,15 @@ def assert_product(y, dense, x):
     assert np.all(np.abs(y - exact) <= bound), np.abs(y - exact).max()
 
 
+@pytest.mark.parametrize("rows,groups_per_lane,ahead", [
+    (100_000, 2, 1), (100_000, 8.2, 3), (100_000, 9.6, 2), (100_000, 16.5, 3), (64, 8.2, 2)])
+def test_three_groups_ahead_where_they_fill_the_steps_of_several_rows(rows, groups_per_lane, ahead):
+    matrix = strips.Matrix((rows, 8), "delta4", 32, int(rows * 32 * 8 * groups_per_lane), "float16")
+    assert config.groups_ahead(matrix) == ahead
+    assert config.groups_ahead(matrix, vectors=8) == min(ahead, 2)
+    assert config.groups_ahead(dataclasses.replace(matrix, dtype="int8")) == min(ahead, 2)
+
+
 @pytest.mark.parametrize("lanes", [1, 8, 16, 32])
 def test_no_more_warps_than_their_rounds_take(lanes):
     matrix = macko_jax.compress(np.ones((3, 8), np.float16), lanes=lanes)

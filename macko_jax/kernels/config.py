@@ -86,17 +86,18 @@ def row_blocks(rows: int) -> int:
     return min(multiprocessors(), rows)
 
 
-def row_buffers(matrix, buffer_bytes: int, other_bytes: int = 0) -> tuple[int, int] | None:
+def row_buffers(matrix, buffer_bytes: int, other_bytes: int = 0, most: int = 32
+                ) -> tuple[int, int] | None:
     """Warps, and rows that each works on at a time, where every such row needs a shared buffer.
 
-    No more warps than the rows of a block keep busy. None if not even one row for each warp of a
-    warpgroup fits beside the `other_bytes`.
+    No more warps than the rows of a block keep busy, nor than `most`. None if not even one row for
+    each warp of a warpgroup fits beside the `other_bytes`.
     """
     rows = -(-matrix.shape[0] // row_blocks(matrix.shape[0]))
     rows_per_warp = 32 // matrix.lanes
     while rows_per_warp:
         warps = (SHARED_BYTES - other_bytes) // (rows_per_warp * buffer_bytes)
-        warps = min(32, warps // WARPGROUP * WARPGROUP)
+        warps = min(most, warps // WARPGROUP * WARPGROUP)
         if warps * rows_per_warp >= 8 or (warps and rows_per_warp == 1):
             busy = -(-rows // rows_per_warp)
             return min(warps, -(-busy // WARPGROUP) * WARPGROUP), rows_per_warp
@@ -121,7 +122,7 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
     # The sums of 8 vectors leave the 64 registers of a lane of 32 warps no room to load ahead.
     warps = min(busy_warps(matrix, blocks), WARPS_FOR_MANY if vectors >= 8 else 32)
     return Settings(
-        blocks=blocks, warps=warps, unroll=groups_ahead(matrix), vectors=vectors,
+        blocks=blocks, warps=warps, unroll=groups_ahead(matrix, vectors), vectors=vectors,
         stage_x=_fits(matrix, x_dtype, vectors), tensor_cores=by_tensor_cores and vectors >= 8)
 
 
@@ -132,10 +133,19 @@ def _suit_tensor_cores(matrix, x_dtype, batch: int) -> bool:
     return matrix.encoding == "banked" and x_dtype.itemsize == 2 and exact and batch > 4
 
 
-def groups_ahead(matrix) -> int:
-    """Groups that each lane loads ahead where a block has all its warps."""
+def groups_ahead(matrix, vectors: int = 1) -> int:
+    """Groups that each lane loads ahead where a block has all its warps.
+
+    Three for one vector, if warps work on several rows one after the other, and steps of three
+    leave no more room at the end of a row than steps of two.
+    """
     groups_per_lane = matrix.stored / GROUP / matrix.shape[0] / matrix.lanes
-    return 2 if groups_per_lane > 2.5 else 1
+    if groups_per_lane <= 2.5:
+        return 1
+    wide = jnp.dtype(matrix.dtype).itemsize > 1
+    several = rounds(matrix, row_blocks(matrix.shape[0])) > 1
+    of_two, of_three = (-(-groups_per_lane // n) * n for n in (2, 3))
+    return 3 if vectors == 1 and wide and several and of_three <= of_two else 2
 
 
 def _fits(matrix, x_dtype, vectors: int) -> bool:

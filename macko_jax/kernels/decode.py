@@ -12,6 +12,7 @@ from macko_jax.kernels import config, lanes, strips, walks
 
 PIECE = 16  # bytes that a lane moves at a time
 TOGETHER = 2  # groups that a lane visits at a time
+WARPS = 16  # at most; they keep DRAM as busy as a copy does, and more are slower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,8 @@ def buffer_bytes(matrix: strips.Matrix) -> int:
 
 
 def plan(matrix: strips.Matrix) -> Plan | None:
-    """With as many row buffers as shared memory has room for; None if for less than four."""
-    fitting = config.row_buffers(matrix, buffer_bytes(matrix))
+    """With `WARPS`, or as many as shared memory has row buffers for; None if for less than four."""
+    fitting = config.row_buffers(matrix, buffer_bytes(matrix), most=WARPS)
     return fitting and Plan(matrix, config.row_blocks(matrix.shape[0]), *fitting)
 
 

@@ -16,8 +16,6 @@ from macko_jax.kernels import config, lanes, strips, tensor_cores, walks
 from macko_jax.kernels.lanes import WARP
 from macko_jax.kernels.vectors import Share, deal_blocks
 
-LARGE = 10**8  # stored elements; with more, one vector gains by a third group ahead
-
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
@@ -161,10 +159,7 @@ def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, store
 
 def choose(matrix: strips.Matrix, x_dtype, batch: int) -> Plan:
     """The plan of a product with `batch` vectors of type `x_dtype`."""
-    settings = config.choose(matrix, x_dtype, batch)
-    if settings.vectors == 1 and matrix.stored > LARGE:
-        settings = dataclasses.replace(settings, unroll=3)
-    return Plan(matrix, x_dtype, batch, settings)
+    return Plan(matrix, x_dtype, batch, config.choose(matrix, x_dtype, batch))
 
 
 def plan_fused(matrix: strips.Matrix, x_dtype, fusion: Fusion) -> Plan | None:

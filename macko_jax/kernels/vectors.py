@@ -9,6 +9,7 @@ from macko_jax.kernels.lanes import FRESH
 BLANK = 0xFFFF  # 16 bits in the place of an element that no block has published yet
 PIECE = 8  # elements of a published vector that a thread reads at a time
 AHEAD = 8  # loads per thread and vector that are in flight while elements are staged
+PAIRS_AHEAD = {2: 4, 4: 4, 8: 12}  # the same of so many vectors of which a load brings two columns
 
 
 def deal_blocks(ops, passes: int, vectors: int):
@@ -66,7 +67,7 @@ class Vectors:
         # Columns of 16 bits are read two at a time, if nothing has to be computed of them.
         pairs = staged and self.dtype.itemsize == 2 and length % 2 == 0 and before is None
         self._together = 2 if pairs else 1
-        self._rounds = AHEAD if count == 1 else AHEAD // self._together
+        self._rounds = PAIRS_AHEAD.get(count, AHEAD) if pairs else AHEAD
 
     def begin(self, ops, name, first, threads: int, scale="scale"):
         """Issues the first loads of the array `name` [batch, length], from vector `first` on.
@@ -170,12 +171,17 @@ class Vectors:
             [word] = words
             staged = [ops.as_word(element) for element in ops.pair(word, self.dtype)]
             return ops.store_shared_words(place, staged, pair < self._pieces)
-        both = list(zip(words[::2], words[1::2]))
+        both, inside = list(zip(words[::2], words[1::2])), pair < self._pieces
+        first = [(a & 0xFFFF) | (b << 16) for a, b in both]
+        second = [(a >> 16) | (b & 0xFFFF0000) for a, b in both]
+        if len(both) < 4:
+            return ops.store_shared_words(place, first + second, inside)
+        # Every other four lanes begin with the second column, so that eight lanes meet all banks.
+        other = (ops.thread() & 4) == 4
+        shift = ops.select(other, ops.integer(self.scale), ops.integer(0))
+        ops.store_shared_words(place + shift, ops.select(other, second, first), inside)
         ops.store_shared_words(
-            place, [(a & 0xFFFF) | (b << 16) for a, b in both], pair < self._pieces)
-        ops.store_shared_words(
-            place + self.scale, [(a >> 16) | (b & 0xFFFF0000) for a, b in both],
-            pair < self._pieces)
+            place + self.scale - shift, ops.select(other, first, second), inside)
 
     def receive(self, ops, name, first: int, scale, threads: int) -> list:
         """Fills shared memory with a vector as soon as the blocks that compute it have written it.
