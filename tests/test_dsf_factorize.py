@@ -119,6 +119,7 @@ def test_invariant_to_input_and_output_order():
     assert turned.relative_error == pytest.approx(base.relative_error, rel=0.02)
 
 
+@pytest.mark.slow
 def test_transposed_layer_is_the_transposed_problem():
     """Without a Gram matrix, W and W^T have the same factorizations."""
     weight, _ = small_layer(24, 16)
@@ -129,6 +130,7 @@ def test_transposed_layer_is_the_transposed_problem():
     assert wide.relative_error == pytest.approx(tall.relative_error, rel=0.02)
 
 
+@pytest.mark.slow
 def test_stack_equals_single_layers():
     layers = [small_layer(12, 16, seed=i) for i in range(3)]
     options = dict(FAST, density=0.5)

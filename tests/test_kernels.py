@@ -1,5 +1,6 @@
 """The GPU kernel: its program executed on the CPU, its lowering for CUDA, and its results on a GPU."""
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -169,14 +170,15 @@ def test_other_programs(rows, cols, density, dtype, lanes, encoding):
     settings = config.Settings(blocks=3, warps=4, unroll=2, vectors=2, stage_x=True)
     structure = arrays_of(matrix, "codes", "row_offsets", "starts")
     rounding = 2 * jnp.finfo(dtype).eps  # of the sum, and of its rounding to the values' type
+    oracle = jax.jit(functools.partial(
+        reference.spmv_values, shape=matrix.shape, encoding=encoding, lanes=lanes,
+        stored=matrix.stored, out_dtype="float32"))
     for pattern in packed["values"], packed["values"][:0]:  # is padding told by the values?
         plan = by_values.Plan(static, x.dtype, 2, settings, masked=pattern.size > 0)
         out = execute(by_values.program, plan, structure | {"x": x, "y": y, "values": pattern},
                       {"gradient": np.full(matrix.stored, np.nan, dtype)},
                       blocks=3, warps=4, slots=plan.shared_slots)
-        exact = reference.spmv_values(
-            x, y, *map(jnp.asarray, structure.values()), jnp.asarray(pattern), shape=matrix.shape,
-            encoding=encoding, lanes=lanes, stored=matrix.stored, out_dtype="float32")
+        exact = oracle(x, y, *structure.values(), pattern)
         np.testing.assert_allclose(out.astype(np.float32), exact, rtol=rounding, atol=rounding)
         if pattern.size:
             assert not np.any(out[pattern == 0])
