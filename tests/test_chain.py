@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import macko_jax
-from macko_jax.kernels import chain, emulation, spmv
+from macko_jax.kernels import chain, config, emulation, spmv
 from macko_jax.kernels.vectors import BLANK
 from tests.test_kernels import ENCODINGS, abstract, needs_gpu, sparse, vectors
 
@@ -64,9 +64,10 @@ def emulate(plan, matrices, **others):
     return ops.arrays
 
 
-@pytest.mark.parametrize("blocks", [1, 5])
+@pytest.mark.parametrize("blocks,ahead", [(1, 3), (5, 2)])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_program(encoding, blocks):
+def test_program(encoding, blocks, ahead, monkeypatch):
+    monkeypatch.setattr(config, "groups_ahead", lambda matrix: ahead)
     matrices, x, residual, scale = make(encoding=encoding)
     fusions = [spmv.Fusion(add=True), spmv.Fusion(EPS), spmv.Fusion(gated=True, add=True),
                spmv.Fusion(EPS)]
