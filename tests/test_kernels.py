@@ -76,7 +76,6 @@ def test_three_groups_ahead_where_they_fill_the_steps_of_several_rows(rows, grou
     matrix = strips.Matrix((rows, 8), "delta4", 32, int(rows * 32 * 8 * groups_per_lane), "float16")
     assert config.groups_ahead(matrix) == ahead
     assert config.groups_ahead(matrix, vectors=8) == min(ahead, 2)
-    assert config.groups_ahead(dataclasses.replace(matrix, dtype="int8")) == min(ahead, 2)
 
 
 @pytest.mark.parametrize("lanes", [1, 8, 16, 32])

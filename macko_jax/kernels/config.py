@@ -142,10 +142,9 @@ def groups_ahead(matrix, vectors: int = 1) -> int:
     groups_per_lane = matrix.stored / GROUP / matrix.shape[0] / matrix.lanes
     if groups_per_lane <= 2.5:
         return 1
-    wide = jnp.dtype(matrix.dtype).itemsize > 1
     several = rounds(matrix, row_blocks(matrix.shape[0])) > 1
     of_two, of_three = (-(-groups_per_lane // n) * n for n in (2, 3))
-    return 3 if vectors == 1 and wide and several and of_three <= of_two else 2
+    return 3 if vectors == 1 and several and of_three <= of_two else 2
 
 
 def _fits(matrix, x_dtype, vectors: int) -> bool:
