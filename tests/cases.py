@@ -219,3 +219,9 @@ def pack_as_paper(weight: np.ndarray):
     packed = [deltas[i] | deltas[i + 1] << 4 for i in range(0, len(deltas), 2)]
     return (np.array(values, weight.dtype), np.array(packed, np.uint8),
             np.array(row_indices, np.int32))
+
+
+def static_of(matrix, out_dtype):
+    """What a product's functions take beside arrays; see `macko_jax.reference`."""
+    return dict(shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes,
+                stored=matrix.stored, out_dtype=jnp.dtype(out_dtype))

@@ -67,7 +67,7 @@ def emulate(plan, matrices, **others):
 @pytest.mark.parametrize("blocks,ahead", [(1, 3), (5, 2)])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_program(encoding, blocks, ahead, monkeypatch):
-    monkeypatch.setattr(config, "groups_ahead", lambda matrix: ahead)
+    monkeypatch.setattr(config, "groups_ahead", lambda matrix, blocks: ahead)
     matrices, x, residual, scale = make(encoding=encoding)
     fusions = [spmv.Fusion(add=True), spmv.Fusion(EPS), spmv.Fusion(gated=True, add=True),
                spmv.Fusion(EPS)]

@@ -12,7 +12,7 @@ import macko_jax
 from macko_jax import dispatch, reference
 from macko_jax.kernels import by_values, config, decode, emulation, strips, transposed
 from macko_jax.kernels import spmv as kernel
-from tests.cases import BITS
+from tests.cases import BITS, static_of
 
 ENCODINGS = [*BITS, "banked"]
 HAS_GPU = any(d.platform == "gpu" for d in jax.local_devices())
@@ -74,8 +74,9 @@ def assert_product(y, dense, x):
     (100_000, 2, 1), (100_000, 8.2, 3), (100_000, 9.6, 2), (100_000, 16.5, 3), (64, 8.2, 2)])
 def test_three_groups_ahead_where_they_fill_the_steps_of_several_rows(rows, groups_per_lane, ahead):
     matrix = strips.Matrix((rows, 8), "delta4", 32, int(rows * 32 * 8 * groups_per_lane), "float16")
-    assert config.groups_ahead(matrix) == ahead
-    assert config.groups_ahead(matrix, vectors=8) == min(ahead, 2)
+    blocks = config.row_blocks(rows)
+    assert config.groups_ahead(matrix, blocks) == ahead
+    assert config.groups_ahead(matrix, blocks, vectors=8) == min(ahead, 2)
 
 
 @pytest.mark.parametrize("lanes", [1, 8, 16, 32])
@@ -169,9 +170,7 @@ def test_other_programs(rows, cols, density, dtype, lanes, encoding):
     settings = config.Settings(blocks=3, warps=4, unroll=2, vectors=2, stage_x=True)
     structure = arrays_of(matrix, "codes", "row_offsets", "starts")
     rounding = 2 * jnp.finfo(dtype).eps  # of the sum, and of its rounding to the values' type
-    oracle = jax.jit(functools.partial(
-        reference.spmv_values, shape=matrix.shape, encoding=encoding, lanes=lanes,
-        stored=matrix.stored, out_dtype="float32"))
+    oracle = jax.jit(functools.partial(reference.spmv_values, **static_of(matrix, "float32")))
     for pattern in packed["values"], packed["values"][:0]:  # is padding told by the values?
         plan = by_values.Plan(static, x.dtype, 2, settings, masked=pattern.size > 0)
         out = execute(by_values.program, plan, structure | {"x": x, "y": y, "values": pattern},

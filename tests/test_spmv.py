@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import macko_jax
 from macko_jax import cpu, dispatch, reference
 from macko_jax.compatibility import check_jax
-from tests.cases import CASES, Case, error_bound
+from tests.cases import CASES, Case, error_bound, static_of
 
 BITMASK, DELTA4 = CASES[6], CASES[8]  # 33 x 301, several lanes
 
@@ -27,11 +27,6 @@ def assert_product(actual, weight, x):
     assert actual.dtype == jnp.promote_types(weight.dtype, x.dtype)
     error = np.abs(actual.astype(np.float64) - exact(weight, x))
     np.testing.assert_array_less(error, error_bound(weight, x, actual.dtype) + 1e-300)
-
-
-def static_of(matrix, out_dtype):
-    return dict(shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes,
-                stored=matrix.stored, out_dtype=jnp.dtype(out_dtype))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

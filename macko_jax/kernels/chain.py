@@ -142,7 +142,7 @@ def program(ops, plan: Plan) -> None:
     ways = [walks.make(
         ops, step.matrix, block=ops.block(), blocks=plan.blocks,
         warps=config.busy_warps(step.matrix, plan.blocks),
-        unroll=config.groups_ahead(step.matrix), scale=x.scale, paired=plan.gates(i),
+        unroll=config.groups_ahead(step.matrix, plan.blocks), scale=x.scale, paired=plan.gates(i),
         suffix=str(i))
         for i, (step, x) in enumerate(zip(plan.steps, xs))]
     for i, (step, walk, x) in enumerate(zip(plan.steps, ways, xs)):

@@ -122,7 +122,7 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
     # The sums of 8 vectors leave the 64 registers of a lane of 32 warps no room to load ahead.
     warps = min(busy_warps(matrix, blocks), WARPS_FOR_MANY if vectors >= 8 else 32)
     return Settings(
-        blocks=blocks, warps=warps, unroll=groups_ahead(matrix, vectors), vectors=vectors,
+        blocks=blocks, warps=warps, unroll=groups_ahead(matrix, blocks, vectors), vectors=vectors,
         stage_x=_fits(matrix, x_dtype, vectors), tensor_cores=by_tensor_cores and vectors >= 8)
 
 
@@ -133,8 +133,8 @@ def _suit_tensor_cores(matrix, x_dtype, batch: int) -> bool:
     return matrix.encoding == "banked" and x_dtype.itemsize == 2 and exact and batch > 4
 
 
-def groups_ahead(matrix, vectors: int = 1) -> int:
-    """Groups that each lane loads ahead where a block has all its warps.
+def groups_ahead(matrix, blocks: int, vectors: int = 1) -> int:
+    """Groups that each lane loads ahead where a block, of so many, has all its warps.
 
     Three for one vector, if warps work on several rows one after the other, and steps of three
     leave no more room at the end of a row than steps of two.
@@ -142,9 +142,8 @@ def groups_ahead(matrix, vectors: int = 1) -> int:
     groups_per_lane = matrix.stored / GROUP / matrix.shape[0] / matrix.lanes
     if groups_per_lane <= 2.5:
         return 1
-    several = rounds(matrix, row_blocks(matrix.shape[0])) > 1
     of_two, of_three = (-(-groups_per_lane // n) * n for n in (2, 3))
-    return 3 if vectors == 1 and several and of_three <= of_two else 2
+    return 3 if vectors == 1 and rounds(matrix, blocks) > 1 and of_three <= of_two else 2
 
 
 def _fits(matrix, x_dtype, vectors: int) -> bool:

@@ -167,11 +167,12 @@ class Vectors:
     def _write_pair(self, pair, words):
         """Stages two columns of all vectors, of each of which `words` has both elements."""
         ops, place = self.ops, pair * (2 * self.scale) + self._base
+        inside = pair < self._pieces
         if not self.packed:
             [word] = words
             staged = [ops.as_word(element) for element in ops.pair(word, self.dtype)]
-            return ops.store_shared_words(place, staged, pair < self._pieces)
-        both, inside = list(zip(words[::2], words[1::2])), pair < self._pieces
+            return ops.store_shared_words(place, staged, inside)
+        both = list(zip(words[::2], words[1::2]))
         first = [(a & 0xFFFF) | (b << 16) for a, b in both]
         second = [(a >> 16) | (b & 0xFFFF0000) for a, b in both]
         if len(both) < 4:
