@@ -47,7 +47,7 @@ def program(ops, plan: Plan) -> None:
     walk = walks.make(
         ops, matrix, block=ops.block(), blocks=plan.blocks, warps=plan.warps,
         unroll=config.unroll(plan.warps), scale=size, rows_per_warp=plan.rows_per_warp,
-        together=TOGETHER)
+        together=TOGETHER, spread=True)
     bytes_each, part = buffer_bytes(matrix), walk.part
     buffer, mine = walk.buffer * bytes_each, walk.busy
     zeros = [ops.integer(0)] * (PIECE // 4)

@@ -86,7 +86,7 @@ def program(ops, plan: Plan) -> None:
     block, first_vector = deal_blocks(ops, plan.passes, settings.vectors)
     walk = walks.make(
         ops, matrix, block=block, blocks=settings.blocks, warps=settings.warps,
-        unroll=settings.unroll, scale=planes[0].scale)
+        unroll=settings.unroll, scale=planes[0].scale, spread=not fusion.add)
 
     if settings.tensor_cores:
         begin_row = functools.partial(tensor_cores.zeros, ops, planes)

@@ -1,10 +1,10 @@
 """Walking the rows of a matrix in the strip layout of `format.MackoMatrix`.
 
-A block owns a contiguous share of the rows and deals them to its warps; `lanes` lanes work on a
-row, so a warp works on 32 / lanes rows at a time. Every lane owns a contiguous strip of its row
-whose first column is stored, which spares a prefix sum over the lanes. It reads its strip in steps
-of `unroll` groups of eight elements; the loads of a step are issued before the arithmetic of the
-step before it, also across rows.
+A block owns a share of the rows and deals them to its warps; `lanes` lanes work on a row, so a warp
+works on 32 / lanes rows at a time. Every lane owns a contiguous strip of its row whose first column
+is stored, which spares a prefix sum over the lanes. It reads its strip in steps of `unroll` groups
+of eight elements; the loads of a step are issued before the arithmetic of the step before it, also
+across rows.
 """
 import dataclasses
 from typing import Any, NamedTuple
@@ -175,21 +175,23 @@ class RowWalk:
 
     Attributes:
       part: which strip of its row the lane owns.
-      first_row: of the block's share.
-      end_row: row after the block's share.
+      first_row: of the block's share; of the matrix, where rows are spread.
+      end_row: row after the block's share; after all, where rows are spread.
       busy: whether the lane works on rows at all.
       buffer: which of the rows that the block works on at a time is the lane's, if it is busy.
     """
 
     def __init__(self, ops, matrix: Matrix, *, block, blocks: int, warps: int, unroll: int,
                  scale: int = 1, read_values: bool = True, rows_per_warp: int | None = None,
-                 together: int = 1, paired: bool = False, suffix: str = ""):
+                 together: int = 1, paired: bool = False, spread: bool = False,
+                 suffix: str = ""):
         """`block` of `blocks` is the lane's share of the rows; columns come multiplied by `scale`.
 
         The first `warps` of the block work. A warp works on `rows_per_warp` rows at a time, by
         default as many as it has lanes for. It visits `together` groups of a row at a time: where
         few warps fit on a multiprocessor, what they do for one group has to hide the latencies of
-        another. For `paired` see above; `suffix` ends the names of the matrix's arrays.
+        another. For `paired` see above; `suffix` ends the names of the matrix's arrays. Where rows
+        are `spread`, shares are not contiguous: all blocks are at work in one region of memory.
         """
         self.ops, self.matrix, self.unroll, self.scale = ops, matrix, unroll, scale
         self.suffix = suffix
@@ -208,8 +210,12 @@ class RowWalk:
         slot = lane >> (matrix.lanes.bit_length() - 1)
         self.busy = (slot < rows_per_warp) & (thread < warps * WARP)
         self.buffer = (thread >> 5) * rows_per_warp + slot
-        self._first = ops.select(self.busy, self.first_row + self.buffer, self.end_row)
-        self._stride = warps * rows_per_warp
+        start, self._stride = self.first_row + self.buffer, warps * rows_per_warp
+        if spread:  # over blocks first, and then over their warps
+            self.first_row, self.end_row = ops.integer(0), ops.integer(matrix.shape[0])
+            start = ((thread >> 5) * blocks + block) * rows_per_warp + slot
+            self._stride *= blocks
+        self._first = ops.select(self.busy, start, self.end_row)
 
     def _values(self, group, live) -> list:
         """Issues the loads of the words of a group's values."""
