@@ -19,8 +19,8 @@ import numpy as np
 
 from examples.llama import decode_attention
 import macko_jax
-from macko_jax.kernels import by_values, decode, spmv, strips, transposed
-from tests import test_chain, test_fused
+from macko_jax.kernels import by_values, decode, matmul, spmv, strips, transposed
+from tests import test_chain, test_fused, test_matmul
 from tests import test_llama_decode_attention as attention
 from tests.test_kernels import ENCODINGS
 
@@ -106,6 +106,21 @@ def attend(heads, kv_heads, slots, live, window):
     yield "cache", np.nan_to_num(cache), np.nan_to_num(wanted)
 
 
+def multiplied(encoding, shape, count):
+    """As `products`, of the product with many vectors that decodes its own tiles."""
+    rows, cols, density = shape
+    with on_host():
+        dense = test_matmul.uneven(rows, cols, density, "float16")
+        matrix = jax.tree.map(np.asarray, macko_jax.compress(dense, encoding=encoding))
+        x = test_matmul.vectors(count, cols, dtype="float16")
+    found = jax.jit(functools.partial(
+        matmul.matmul, shape=matrix.shape, encoding=encoding, lanes=matrix.lanes,
+        stored=matrix.stored))(
+            matrix.values, x, matrix.codes, matrix.row_offsets, matrix.starts)
+    wanted = x.astype(np.float32) @ dense.astype(np.float32).T
+    yield "matmul", np.asarray(found).astype(np.float32), wanted
+
+
 def on_host():
     return jax.default_device(jax.devices("cpu")[0])
 
@@ -120,6 +135,11 @@ def cases():
         yield f"fused {kind} {encoding} {shape}", functools.partial(fused, encoding, shape, kind)
     for encoding, shape in itertools.product(ENCODINGS, [(136, 272, 144), (1000, 2744, 2008)]):
         yield f"chain {encoding} {shape}", functools.partial(chained, encoding, shape)
+    for encoding, shape, count in itertools.product(
+            ("delta4", "delta3", "delta5"), [(64, 64, 0.5), (192, 320, 0.3), (448, 1088, 0.1)],
+            (3, 600)):
+        yield f"matmul {encoding} {shape} {count}", functools.partial(
+            multiplied, encoding, shape, count)
     for name, case in attention.CASES.items():
         yield f"attention {name}", functools.partial(attend, *case)
 

@@ -14,6 +14,7 @@ from macko_jax.packing import MULTIPROCESSORS
 BREAK_EVEN = {"spmv": 16, "spmv_transposed": 2}  # vectors; with more, a dense decode is faster
 WARPS_FOR_MANY = 16  # at most, of a block that multiplies 8 vectors or more in a pass
 GROUPS_IN_FLIGHT = 48  # of a multiprocessor's warps together, for each lane
+HOPPER = "9.0"  # the compute capability of an H100 and an H200
 SHARED_BYTES = 220 * 1024  # of a Hopper multiprocessor's 227 KiB; the rest is the kernel's own
 
 
@@ -74,11 +75,20 @@ class Plan:
         return sum(x.slots for x in self.planes)
 
 
-@functools.cache
 def multiprocessors() -> int:
     """Of the first GPU here; of an H200 where there is none (the count only affects speed)."""
+    return _of_gpu("core_count", MULTIPROCESSORS)
+
+
+def compute_capability() -> str:
+    """Of the first GPU here; of an H200 where there is none."""
+    return _of_gpu("compute_capability", HOPPER)
+
+
+@functools.cache
+def _of_gpu(attribute: str, otherwise):
     gpus = [d for d in jax.local_devices() if d.platform == "gpu"]
-    return getattr(gpus[0], "core_count", MULTIPROCESSORS) if gpus else MULTIPROCESSORS
+    return getattr(gpus[0], attribute, otherwise) if gpus else otherwise
 
 
 def row_blocks(rows: int) -> int:

@@ -20,11 +20,14 @@ class NumpyLanes:
       arrays: name -> NumPy array; stores write into them.
     """
 
-    def __init__(self, arrays, *, blocks, threads, shared_slots, cluster=1):
+    def __init__(self, arrays, *, blocks, threads, shared_slots, cluster=1, rings=None):
+        """`rings` has the bytes, by names, of a block's arrays in shared memory beside that one."""
         self.arrays = {name: a.reshape(-1) for name, a in arrays.items()}
         self._blocks, self._threads, self._cluster = blocks, threads, cluster
         self._shared = np.zeros((blocks, 2 * shared_slots), np.uint16)
         self._written = np.zeros(self._shared.shape, bool)
+        self._rings = {name: np.zeros((blocks, size), np.uint8)
+                       for name, size in (rings or {}).items()}
         self._active = np.ones(blocks * threads, bool)
         self._lane_block = np.repeat(np.arange(blocks, dtype=np.uint32), threads)
 
@@ -106,6 +109,40 @@ class NumpyLanes:
     def _whole_warps(self):
         warps = self._active.reshape(-1, WARP)
         assert (warps.all(1) | ~warps.any(1)).all(), "a warp with inactive lanes"
+
+    # Barriers open at once: no thread waits for another one of its block here
+
+    def wait(self, name, index, parity): pass
+    def publish_shared(self): pass
+    def end_copies(self): pass
+    def wait_for_copies(self, but): pass
+    def arrive_expecting(self, name, index, size, where): self._whole_warps()
+
+    def send(self, offset, size, name, index, peer, where):
+        where = where & self._active
+        at = self._shared_at(offset, 16, where)[where][:, None] + np.arange(size // 2)
+        here = self._lane_block[where][:, None]
+        there = here // self._cluster * self._cluster + peer[where][:, None]
+        self._written[there, at] = True
+        self._shared[there, at] = self._shared[here, at]
+
+    def copy_ahead(self, name, index, size, to, place, there):
+        array, active = self.arrays[name].view(np.uint8), self._active
+        first = index.astype(np.int64) * size
+        self._in_range(name, first + there - 1, active & (there > 0), array.size)
+        assert (place % size == 0)[active].all(), f"misaligned copy to {to}"
+        for i in range(size):
+            at = self._in_range(to, place.astype(np.int64) + i, active, self._rings[to].shape[1])
+            byte = array[np.where(active & (i < there), first + i, 0)]
+            byte = np.where(i < there, byte, 0)
+            self._rings[to][self._lane_block[active], at[active]] = byte[active]
+
+    def load_copied(self, name, place, count):
+        ring = self._rings[name]
+        size = ring.shape[1] - 4 * count + 1
+        at = self._in_range(name, place.astype(np.int64), self._active, size)
+        bytes_ = ring[self._lane_block[:, None], at[:, None] + np.arange(4 * count)]
+        return list(np.ascontiguousarray(bytes_).view(np.uint32).T.copy())
 
     # Memory
 

@@ -91,16 +91,16 @@ class MosaicLanes:
       block: register with the block's index in the grid.
     """
 
-    def __init__(self, arrays, shared, block):
+    def __init__(self, arrays, shared, block, first_thread: int = 0):
         self._pointers = {name: mosaic.memref_ptr(ref) for name, (ref, _) in arrays.items()}
         self._dtypes = {name: jnp.dtype(dtype) for name, (_, dtype) in arrays.items()}
         self._shared = mosaic.memref_ptr(shared)
-        self._block = Register(block)
+        self._block, self._first_thread = Register(block), first_thread
 
     # Registers
 
     def block(self): return self._block
-    def thread(self): return Register(mosaic.thread_idx())
+    def thread(self): return Register(mosaic.thread_idx()) - self._first_thread
     def integer(self, number): return Register(_constant(_i32(), number))
     def real(self, number): return Register(_constant(ir.F32Type.get(), number))
 
@@ -236,6 +236,82 @@ class MosaicLanes:
             has_side_effects=True)
         return [Register(llvm.extractvalue(f32, total, [i])) for i in range(4)]
 
+    # Barriers of 8 bytes in an array in shared memory
+
+    def make_barrier(self, name, index, arrivals: int, where):
+        """Makes a barrier that opens after so many arrivals, again and again."""
+        self._act("@p mbarrier.init.shared::cta.b64 [$0], $1; fence.mbarrier_init.release.cluster;",
+                  self._barrier(name, index), _constant(_i32(), arrivals), where=where)
+
+    def arrive(self, name, index, peer, where):
+        """Arrives at the barrier of block `peer` of the cluster."""
+        self._act("{.reg .b32 a; mapa.shared::cluster.u32 a, $0, $1;"
+                  " @p mbarrier.arrive.shared::cluster.b64 _, [a];}",
+                  self._barrier(name, index), peer.value, where=where)
+
+    def arrive_expecting(self, name, index, size: int, where):
+        """Arrives at the block's barrier, which then waits for so many bytes, too (see `send`)."""
+        self._act("@p mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;",
+                  self._barrier(name, index), _constant(_i32(), size), where=where)
+
+    def wait(self, name, index, parity):
+        """Waits until the barrier has opened, for parity 0 (1) an odd (even) number of times."""
+        self._act("{again${:uid}: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;"
+                  " @!p bra again${:uid};}", self._barrier(name, index), parity.value)
+
+    def publish_shared(self):
+        """Lets tensor cores and bulk copies see what the thread has written to shared memory."""
+        self._act("fence.proxy.async.shared::cta;")
+
+    def send(self, offset, size: int, name, index, peer, where):
+        """Copies bytes to the same place of block `peer`, and counts them at its barrier."""
+        place = llvm.ptrtoint(_i32(), self._shared_at(offset))
+        self._act("{.reg .b32 a, b; mapa.shared::cluster.u32 a, $0, $3;"
+                  " mapa.shared::cluster.u32 b, $1, $3; @p cp.async.bulk.shared::cluster"
+                  ".shared::cta.mbarrier::complete_tx::bytes [a], [$0], $2, [b];}",
+                  place, self._barrier(name, index), _constant(_i32(), size), peer.value,
+                  where=where)
+
+    def _barrier(self, name, index):
+        return self._in_shared(name, index, ir.IntegerType.get_signless(64))
+
+    def _in_shared(self, name, index, kind):
+        return llvm.ptrtoint(_i32(), self._address(self._pointers[name], index, kind))
+
+    def _act(self, asm, *operands, where=None):
+        """An instruction without a result, which names p for whether `where` holds."""
+        flag = _constant(_i32(), 1) if where is None else self._flag(where)
+        constraints = ["r" if isinstance(a.type, ir.IntegerType) else "l" for a in operands]
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"), [*operands, flag],
+            f"{{.reg .pred p; setp.ne.u32 p, ${len(operands)}, 0; {asm}}}",
+            ",".join([*constraints, "r", "~{memory}"]), has_side_effects=True)
+
+    # Copies of a thread from global memory to an array in shared memory
+
+    def copy_ahead(self, name, index, size: int, to, place, there):
+        """Begins a copy of 4 or 16 bytes, number `index` of an array, to a byte `place` in `to`.
+
+        What lies beyond its first bytes that are `there` is not read, and is zero.
+        """
+        kind = ir.VectorType.get((size // 4,), _i32()) if size > 4 else _i32()
+        self._act(f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global [$0], [$1], {size}, $2;",
+                  self._in_shared(to, place, ir.IntegerType.get_signless(8)),
+                  self._address(self._pointers[name], index, kind), there.value)
+
+    def end_copies(self):
+        """Makes a group of the thread's copies since the last one."""
+        self._act("cp.async.commit_group;")
+
+    def wait_for_copies(self, but: int):
+        """Waits for all groups of the thread's copies but the last so many."""
+        self._act(f"cp.async.wait_group {but};")
+
+    def load_copied(self, name, place, count: int):
+        """`count` words (1, 2 or 4) at a byte `place` in an array in shared memory."""
+        address = self._address(self._pointers[name], place, ir.IntegerType.get_signless(8))
+        return [Register(r) for r in _load(address, _i32(), count)]
+
     # Cluster
 
     def cluster_barrier(self):
@@ -356,11 +432,7 @@ class MosaicLanes:
         return [Register(r) for r in self._load_shared(ir.F32Type.get(), offset, count)]
 
     def _load_shared(self, kind, offset, count):
-        vector = ir.VectorType.get((count,), kind) if count > 1 else kind
-        loaded = llvm.load(vector, self._shared_at(offset), alignment=4 * count)
-        if count == 1:
-            return [loaded]
-        return [llvm.extractelement(loaded, _constant(_i32(), i)) for i in range(count)]
+        return _load(self._shared_at(offset), kind, count)
 
     def load_fragments(self, offset):
         """Four 8 x 8 matrices of 16-bit elements in shared memory, as operands of `multiply_add`.
@@ -448,6 +520,15 @@ class MosaicLanes:
         return jax.tree.unflatten(tree, [Register(r) for r in op.results])
 
 
+def _load(address, kind: ir.Type, count: int) -> list:
+    """`count` consecutive words of 32 bits."""
+    vector = ir.VectorType.get((count,), kind) if count > 1 else kind
+    loaded = llvm.load(vector, address, alignment=4 * count)
+    if count == 1:
+        return [loaded]
+    return [llvm.extractelement(loaded, _constant(_i32(), i)) for i in range(count)]
+
+
 def _float_type(dtype) -> ir.Type:
     return {"float16": ir.F16Type, "bfloat16": ir.BF16Type, "float32": ir.F32Type}[
         jnp.dtype(dtype).name].get()
@@ -466,6 +547,30 @@ def prefetch_range(ops, name, first, end, size: int) -> None:
     """Asks for the elements of `size` bytes from `first` up to `end`, a line for each thread."""
     index = ops.thread() * (LINE // size) + first
     ops.prefetch(name, index, index < end)
+
+
+def emit(program, arrays, shared, block, first_thread: int = 0, layout=()) -> None:
+    """A lane program inside the body of a kernel.
+
+    Args:
+      program: called with the vocabulary.
+      arrays: name -> (reference, dtype) of the global arrays and of barriers in shared memory.
+      shared: reference of the shared array.
+      block: what the program takes for its block's index.
+      first_thread: of the block's, the one that the program takes for its first.
+      layout: the transforms of the shared array, whose bytes the program sees as they lie.
+    """
+    refs = [ref for ref, _ in arrays.values()]
+
+    @plgpu.inline_mgpu(
+        arg_types=(*[plgpu.RefType()] * len(refs), plgpu.RefType(layout),
+                   plgpu.Layout.WG_SPLAT(())))
+    def inline(_, *arguments):
+        *memory, shared, index = arguments
+        typed = {name: (ref, dtype) for ref, (name, (_, dtype)) in zip(memory, arrays.items())}
+        program(MosaicLanes(typed, shared, index.registers.item(), first_thread))
+
+    inline(*refs, shared, block)
 
 
 def run(name, program, names, operands, result, *, blocks: int, warps: int, shared_slots: int,
@@ -494,15 +599,8 @@ def run(name, program, names, operands, result, *, blocks: int, warps: int, shar
             block = block * cluster + jax.lax.axis_index("peer")
 
         def with_shared(shared):
-            @plgpu.inline_mgpu(
-                arg_types=(plgpu.RefType(),) * (len(refs) + 1) + (plgpu.Layout.WG_SPLAT(()),))
-            def emit(_, *arguments):
-                *arrays, shared, index = arguments
-                program(MosaicLanes(
-                    {name: typed for name, *typed in zip(names, arrays, dtypes)}, shared,
-                    index.registers.item()))
-
-            emit(*refs, shared, block)
+            arrays = {name: typed for name, *typed in zip(names, refs, dtypes)}
+            emit(program, arrays, shared, block)
 
         pl.run_scoped(
             with_shared, plgpu.SMEM((shared_slots,), jnp.float32), collective_axes="warpgroup")

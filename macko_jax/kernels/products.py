@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from macko_jax import quantization
-from macko_jax.kernels import by_values, chain, config, decode, spmv, strips, transposed
+from macko_jax.kernels import (
+    by_values, chain, config, decode, matmul, spmv, strips, transposed)
 from macko_jax.layout import words_per_row
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -35,6 +36,8 @@ def choose(problem) -> Callable:
     if problem.product == "spmv_values":
         return by_values.spmv_values
     if problem.product == "spmv":
+        if _by_matmul(problem):
+            return _spmv_by_matmul
         return _spmv_by_decode if _by_decode(problem) else spmv.spmv
     return _transposed_by_decode if _by_decode(problem) else transposed.spmv_transposed
 
@@ -64,6 +67,13 @@ def _by_decode(problem) -> bool:
     return many and decode.why_not(matrix) is None
 
 
+def _by_matmul(problem) -> bool:
+    """Whether tensor cores multiply by tiles that are decoded for them, without a dense matrix."""
+    matrix, one_type = _matrix(problem), len({*problem.dtypes, problem.out_dtype}) == 1
+    return (one_type and matmul.why_not(matrix) is None
+            and matmul.is_faster(matrix, problem.batch))
+
+
 def _matrix(problem) -> strips.Matrix:
     """What the kernels know of the problem's matrix; its values are an operand or the result."""
     dtype = problem.out_dtype if problem.product == "spmv_values" else problem.dtypes[0]
@@ -76,6 +86,11 @@ def _spmv_by_decode(values, x, codes, row_offsets, starts, *, out_dtype, **stati
     row_offsets, x = jax.lax.optimization_barrier((row_offsets, x))
     dense = decode.decode(values, codes, row_offsets, starts, **static)
     return _matmul("kc,rc->kr", x, dense, out_dtype)
+
+
+def _spmv_by_matmul(values, x, codes, row_offsets, starts, *, out_dtype, **static):
+    del out_dtype  # that of the operands
+    return matmul.matmul(values, x, codes, row_offsets, starts, **static)
 
 
 def _transposed_by_decode(values, y, codes, row_offsets, starts, *, out_dtype, **static):

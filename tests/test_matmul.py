@@ -1,0 +1,142 @@
+"""The product with many vectors that decodes its own tiles."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from hypothesis import given, strategies as st
+import numpy as np
+import pytest
+
+import macko_jax
+from macko_jax.kernels import emulation, matmul, strips, tiles
+from tests.test_kernels import abstract, arrays_of, needs_gpu, sparse, vectors
+
+PLANNED = st.builds(
+    lambda rows, steps, vectors, clusters: matmul.Plan(
+        strips.Matrix((64 * rows, 64 * steps), "delta4", 32, 8, "float16"), vectors, clusters),
+    st.integers(1, 20), st.integers(1, 40), st.integers(1, 1500), st.integers(1, 70)).filter(
+        lambda plan: plan.clusters <= plan.tiles * plan.steps)
+
+
+def uneven(rows, cols, density, dtype):
+    """With rows that are full, empty, begin late and have long gaps, beside each other."""
+    dense = sparse(rows, cols, density, dtype).copy()
+    full = sparse(rows, cols, 1.0, dtype, seed=1)
+    dense[::7] = full[::7]
+    dense[3::11] = 0
+    dense[5::13, :cols // 2 + 9] = 0
+    dense[6::17, 40:-3] = 0
+    return dense
+
+
+def decoded(matrix, vectors, clusters):
+    """The matrix, put together from the tiles in the shared memory of all clusters' blocks."""
+    plan = matmul.Plan(abstract(matrix), vectors, clusters)
+    most = max(plan.first(c + 1) - plan.first(c) for c in range(clusters))
+    assert most <= tiles.STEPS, "a place is used twice, and the emulation does not wait"
+    tile_halves = tiles.ROWS * tiles.COLUMNS
+    ops = emulation.NumpyLanes(
+        arrays_of(matrix, "values", "codes", "row_offsets", "starts"),
+        blocks=clusters * tiles.PEERS, threads=tiles.THREADS, cluster=tiles.PEERS,
+        shared_slots=tiles.STEPS * tile_halves // 2,
+        rings={"ring": tiles.Ring(plan.matrix).size})
+    tiles.program(ops, plan)
+    rows, cols = matrix.shape
+    out = np.full((plan.tiles // plan.across * tiles.ROWS, cols), np.nan)
+    for block in range(clusters * tiles.PEERS):
+        first = plan.first(block // tiles.PEERS)
+        for step in range(first, plan.first(block // tiles.PEERS + 1)):
+            tile, k = divmod(step, plan.steps)
+            place = slice((step - first) * tile_halves, (step - first + 1) * tile_halves)
+            assert ops._written[block, place].all()
+            halves = ops._shared[block, place].view(jnp.dtype(matrix.dtype))
+            pieces = halves.reshape(tiles.ROWS, 8, 8)  # of 16 bytes
+            row = np.arange(tiles.ROWS)[:, None]
+            values = pieces[row, np.arange(8) ^ (row & 7)].reshape(tiles.ROWS, tiles.COLUMNS)
+            at = (slice(tile // plan.across * tiles.ROWS, (tile // plan.across + 1) * tiles.ROWS),
+                  slice(plan.column(k), plan.column(k) + tiles.COLUMNS))
+            fresh = np.isnan(out[at]).all()
+            assert fresh or np.array_equal(out[at], values.astype(np.float64))
+            out[at] = values
+    assert not out[rows:].any()
+    return out[:rows]
+
+
+@pytest.mark.parametrize("encoding", ["delta4", "delta3", "delta5"])
+@pytest.mark.parametrize("rows,cols,density,lanes,count,clusters", [
+    (64, 64, 0.5, None, 512, 1), (192, 320, 0.3, 8, 300, 2), (256, 1088, 0.5, 32, 512, 6),
+    (128, 704, 0.02, 1, 512, 3), (64, 192, 0.9, 4, 1000, 1), (128, 2048, 0.1, 16, 600, 11)])
+def test_tiles_are_the_matrix(rows, cols, density, lanes, count, clusters, encoding):
+    dtype = jnp.bfloat16 if rows == 192 else jnp.float16
+    dense = uneven(rows, cols, density, dtype)
+    matrix = macko_jax.compress(dense, encoding=encoding, lanes=lanes)
+    np.testing.assert_array_equal(decoded(matrix, count, clusters), dense.astype(np.float64))
+
+
+def test_tiles_of_a_matrix_with_fewer_groups_than_strips():
+    matrix = macko_jax.compress(np.eye(64, 128, dtype=np.float16), encoding="delta4", lanes=32)
+    np.testing.assert_array_equal(decoded(matrix, 512, 1), np.eye(64, 128))
+
+
+@given(PLANNED)
+def test_every_step_has_a_cluster_and_every_tile_a_last_one(plan):
+    first = [plan.first(c) for c in range(plan.clusters + 1)]
+    assert first[0] == 0 and first[-1] == plan.tiles * plan.steps
+    assert all(a < b for a, b in zip(first, first[1:]))
+    for tile in range(plan.tiles):
+        step = (tile + 1) * plan.steps - 1
+        last = plan.last_cluster(tile)
+        assert first[last] <= step < first[last + 1]
+    columns = [plan.column(k) for k in range(plan.steps)]
+    assert sorted(columns) == list(range(0, plan.matrix.shape[1], tiles.COLUMNS))
+    for part in range(tiles.PARTS):  # a thread goes on where it was
+        assert all(b - a == tiles.COLUMNS for a, b in zip(
+            columns[part::tiles.PARTS], columns[part + tiles.PARTS::tiles.PARTS]))
+
+
+def lowered(rows=8448, density=0.3, count=512, dtype=jnp.float16, encoding="delta4"):
+    matrix = macko_jax.compress(sparse(rows, 256, density, jnp.float16), encoding=encoding)
+    product = jax.jit(lambda m, x: macko_jax.spmv(m, x))
+    x = jax.ShapeDtypeStruct((count, 256), dtype)
+    return product.trace(matrix, x).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_is_chosen_where_it_is_faster():
+    assert "dot_general" not in lowered()
+    assert "dot_general" not in lowered(count=451, density=0.1)  # and padded
+    for other in (dict(rows=8320), dict(density=0.5), dict(count=513), dict(count=448),
+                  dict(dtype=jnp.bfloat16), dict(dtype=jnp.float32), dict(encoding="banked")):
+        assert "dot_general" in lowered(**other), other
+
+
+def test_explains_why_not():
+    known = strips.Matrix((128, 128), "delta4", 32, 8, "float16")
+    assert matmul.why_not(known) is None
+    for change, said in ((dict(dtype="int8"), "16 bits, not int8"),
+                         (dict(encoding="bitmask"), "bitmask"),
+                         (dict(shape=(100, 128)), "64, not 100 and 128")):
+        assert said in matmul.why_not(dataclasses.replace(known, **change))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("encoding", ["delta4", "delta3", "delta5"])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("rows,cols,density,count", [
+    (64, 64, 0.5, 512), (192, 320, 0.3, 300), (256, 1088, 0.5, 1), (1024, 704, 0.02, 511),
+    (4096, 4096, 0.1, 512), (128, 2048, 0.9, 1300), (8448, 4096, 0.3, 512)])
+def test_on_gpu(rows, cols, density, count, dtype, encoding):
+    dense = uneven(rows, cols, density, dtype)
+    matrix, x = macko_jax.compress(dense, encoding=encoding), vectors(count, cols, dtype=dtype)
+    product = jax.jit(lambda m, x: matmul.matmul(
+        m.values, x, m.codes, m.row_offsets, m.starts, shape=m.shape, encoding=m.encoding,
+        lanes=m.lanes, stored=m.stored))
+    y = np.asarray(product(matrix, x)).astype(np.float32)
+    assert y.shape == (count, rows)
+    wide, x_wide = jnp.asarray(dense, jnp.float32), jnp.asarray(x, jnp.float32)
+    exact = np.asarray(jnp.matmul(x_wide, wide.T, precision="highest"))
+    size = np.asarray(jnp.matmul(jnp.abs(x_wide), jnp.abs(wide.T), precision="highest"))
+    # Sums of exact products in float32, those of the comparison too, and one rounding at the end.
+    bound = 2 * (cols + 2) * 2.0**-24 * size + float(jnp.finfo(dtype).eps) * np.abs(exact)
+    assert np.all(np.abs(y - exact) <= bound)
+    np.testing.assert_array_equal(y, np.asarray(product(matrix, x)).astype(np.float32))
