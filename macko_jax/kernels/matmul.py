@@ -147,8 +147,10 @@ def _body(plan: Plan, x, memory, parts, done, y) -> None:
     def with_memory(xs, ws, out, ring, barriers, full, empty):
         arrays = {**memory, "ring": (ring, jnp.float32), "barriers": (barriers, jnp.float32)}
 
-        def emit(program, number, first_thread=0):
-            lanes.emit(program, arrays, ws, number, first_thread, swizzled)
+        def emit(program, number=cluster, first_thread=0):
+            """A lane program, which is called with the vocabulary and a number."""
+            lanes.emit(lambda ops: program(ops, ops.block()), arrays, ws, number, first_thread,
+                       swizzled)
 
         def load(step):
             """Brings the vectors of the step."""
@@ -220,7 +222,10 @@ def _body(plan: Plan, x, memory, parts, done, y) -> None:
                     plgpu.copy_smem_to_gmem(
                         out.at[warpgroup], y.at[pl.ds(vector + at, OUT), pl.ds(row, rows)])
 
-        emit(lambda ops: (tiles.make_barriers(ops, MULTIPLYING), ops.cluster_barrier()), cluster)
+        @emit
+        def _(ops, _):
+            tiles.make_barriers(ops, MULTIPLYING)
+            ops.cluster_barrier()
 
         @pl.when(warpgroup < MULTIPLYING)
         def _():
@@ -237,10 +242,10 @@ def _body(plan: Plan, x, memory, parts, done, y) -> None:
         @pl.when(warpgroup == MULTIPLYING)
         def _():
             plgpu.set_max_registers(REGISTERS["decode"], action="decrease")
-            emit(lambda ops: tiles.program(ops, plan), cluster * PEERS + peer,
+            emit(lambda ops, _: tiles.program(ops, plan), cluster * PEERS + peer,
                  MULTIPLYING * THREADS)
 
-        emit(lambda ops: ops.cluster_barrier(), cluster)  # the other block may still send
+        emit(lambda ops, _: ops.cluster_barrier())  # the other block may still send
 
     pl.run_scoped(
         with_memory,

@@ -35,15 +35,15 @@ def make_barriers(ops, multiplying: int) -> None:
         ops.make_barrier("barriers", ops.integer(FREE + i), PEERS * multiplying, first)
 
 
-def wait_for(ops) -> None:
-    """Waits for the tile of the block's step with the number `ops.block()`."""
-    rounds, slot = _slot(ops.block())
+def wait_for(ops, step) -> None:
+    """Waits for the tile of a step, by its number among the block's."""
+    rounds, slot = _slot(step)
     ops.wait("barriers", slot + THERE, rounds & 1)
 
 
-def free(ops) -> None:
-    """Tells both blocks that a warpgroup does not need the tile of this step any more."""
-    _, slot = _slot(ops.block())
+def free(ops, step) -> None:
+    """Tells both blocks that a warpgroup does not need the tile of a step any more."""
+    _, slot = _slot(step)
     first = (ops.thread() & (THREADS - 1)) == 0
     for peer in range(PEERS):
         ops.arrive("barriers", slot + FREE, ops.integer(peer), first)
