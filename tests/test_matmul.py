@@ -94,6 +94,117 @@ def test_every_step_has_a_cluster_and_every_tile_a_last_one(plan):
             columns[part::tiles.PARTS], columns[part + tiles.PARTS::tiles.PARTS]))
 
 
+class Recorder(emulation.NumpyLanes):
+    """Also keeps what every warp does at barriers: `events` of each warp of the grid."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.events = [[] for _ in range(self._active.size // 32)]
+
+    def _record(self, kind, where, *registers):
+        for warp, active in enumerate((where & self._active).reshape(-1, 32)):
+            if active.any():
+                lane = 32 * warp + int(np.argmax(active))
+                self.events[warp].append((kind, *(int(r[lane]) for r in registers)))
+
+    def wait(self, name, index, parity): self._record("wait", True, index, parity)
+    def make_barrier(self, name, index, arrivals, where):
+        self._record("make", where, index, self.integer(arrivals))
+
+    def arrive(self, name, index, peer, where): self._record("arrive", where, index, peer)
+    def arrive_expecting(self, name, index, size, where):
+        self._record("expect", where, index, self.integer(size))
+
+    def send(self, offset, size, name, index, peer, where):
+        self._record("send", where, index, peer, self.integer(size))
+
+
+class Barrier:
+    """As `mbarrier` in the PTX manual: a phase ends with all arrivals and all bytes expected."""
+
+    def __init__(self, arrivals):
+        self.arrivals = self.pending = arrivals
+        self.bytes = self.phases = 0
+
+    def count(self, arrivals=0, expected=0, sent=0):
+        self.bytes += expected - sent
+        self.pending -= arrivals
+        assert self.pending >= 0
+        if self.pending == self.bytes == 0:
+            self.phases, self.pending = self.phases + 1, self.arrivals
+
+    def opens(self, parity):
+        return self.phases % 2 != parity
+
+
+@pytest.mark.parametrize("rows,cols,seed", [(128, 64 * 40, 0), (640, 64 * 7, 1), (384, 64 * 5, 2),
+                                            (1280, 64, 3), (256, 64 * 13, 4)])
+def test_barriers_keep_steps_apart(rows, cols, seed):
+    """What decoding and multiplying warps do at barriers, in any order, for one cluster."""
+    matrix = macko_jax.compress(sparse(rows, cols, 0.1, jnp.float16), encoding="delta4")
+    plan = matmul.Plan(abstract(matrix), 512, 1)
+    options = dict(shared_slots=tiles.STEPS * tiles.ROWS * tiles.COLUMNS // 2, cluster=2, blocks=2)
+    decoding = Recorder(
+        arrays_of(matrix, "values", "codes", "row_offsets", "starts"), threads=tiles.THREADS,
+        rings={"ring": tiles.Ring(plan.matrix).size}, **options)
+    tiles.program(decoding, plan)
+    total = plan.tiles * plan.steps
+    multiplying = Recorder({}, threads=2 * tiles.THREADS, **options)
+    for step in range(total):
+        tiles.wait_for(multiplying, multiplying.integer(step))
+        tiles.free(multiplying, multiplying.integer(step))
+    made = Recorder({}, threads=32, **options)
+    tiles.make_barriers(made, 2)
+    barriers = [{index: Barrier(n) for _, index, n in events} for events in made.events]
+
+    actors = {("decode", warp // 4, warp % 4): iter(events)
+              for warp, events in enumerate(decoding.events)}
+    actors |= {("multiply", warp // 8, warp % 8 // 4): iter(events)
+               for warp, events in enumerate(multiplying.events) if warp % 4 == 0}
+    steps = {actor: [step for step in range(total) if actor[0] == "multiply"
+                     or step % plan.steps % tiles.PARTS == actor[2] // 2] for actor in actors}
+    turn = dict.fromkeys(actors, 0)
+    content, freed, sending = {}, dict.fromkeys(actors, -1), []
+    ahead = {actor: event for actor, events in actors.items() if (event := next(events, None))}
+    rng = np.random.default_rng(seed)
+    while ahead or sending:
+        ready = [actor for actor, (kind, *at) in ahead.items()
+                 if kind != "wait" or barriers[actor[1]][at[0]].opens(at[1])]
+        assert ready or sending, "nobody can go on"
+        if sending and (not ready or rng.random() < 0.1):
+            block, place, step, index, size = sending.pop(rng.integers(len(sending)))
+            content[block, place] = step
+            barriers[block][index].count(sent=size)
+            continue
+        actor = ready[rng.integers(len(ready))]
+        (job, block, number), (kind, index, *more) = actor, ahead[actor]
+        step = steps[actor][turn[actor]]
+        slot = step % tiles.STEPS
+        mine = slot, block, number % 2  # the lines of a tile that a warp decodes
+        if job == "decode" and kind == "wait":
+            assert all(freed[a] >= step - tiles.STEPS for a in actors if a[0] == "multiply")
+            assert not any(place == mine and at != block for at, place, *_ in sending)
+            content[block, mine] = "half done"
+        elif job == "decode" and kind == "expect":
+            content[block, mine] = step
+            barriers[block][index].count(arrivals=1, expected=more[0])
+        elif kind == "send":
+            sending.append((more[0], mine, step, index, more[1]))
+            turn[actor] += 1
+        elif kind == "wait":
+            halves = [(slot, b, warp) for b in (0, 1) for warp in (0, 1)]
+            assert all(content[block, half] == step for half in halves)
+        else:
+            freed[actor] = step
+            barriers[more[0]][index].count(arrivals=1)
+            turn[actor] += more[0]  # after having told both blocks
+        if (event := next(actors[actor], None)):
+            ahead[actor] = event
+        else:
+            del ahead[actor]
+    assert all(turn[actor] == len(steps[actor]) for actor in actors)
+
+
 def lowered(rows=8448, density=0.3, count=512, dtype=jnp.float16, encoding="delta4"):
     matrix = macko_jax.compress(sparse(rows, 256, density, jnp.float16), encoding=encoding)
     product = jax.jit(lambda m, x: macko_jax.spmv(m, x))
