@@ -12,7 +12,7 @@ from macko_jax.kernels import config, lanes, strips, walks
 
 PIECE = 16  # bytes that a lane moves at a time
 TOGETHER = 2  # groups that a lane visits at a time
-WARPS = 16  # at most; they keep DRAM as busy as a copy does, and more are slower
+WARPS = 16  # at most; more are slower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,8 @@ def program(ops, plan: Plan) -> None:
 
     def scatter(state, groups):
         for group in groups:
-            for column, bits in zip(group.columns, _bits(group.values, size)):
+            elements = strips.halves(group.values) if size == 2 else group.values
+            for column, bits in zip(group.columns, elements):
                 if size == 2:
                     ops.store_shared_half(buffer + column, bits, group.live)
                 else:
@@ -91,13 +92,6 @@ def program(ops, plan: Plan) -> None:
     walk.run(started, lambda: (), scatter, write)
 
 
-def _bits(words, size: int) -> list:
-    """The eight values of a group; of 16-bit values, each in the lower half of a word."""
-    if size == 4:
-        return words
-    return [half for word in words for half in (word, word >> 16)]
-
-
 def _store_piece(ops, row, offset, row_bytes: int, words, where) -> None:
     """Stores the part of a piece that lies in the row, in the largest units that stay aligned."""
     if row_bytes % PIECE == 0:
@@ -107,7 +101,7 @@ def _store_piece(ops, row, offset, row_bytes: int, words, where) -> None:
             inside = where & (offset + 4 * i < row_bytes)
             ops.store_words("y", (row * row_bytes + offset + 4 * i) >> 2, [word], inside)
     else:
-        for i, half in enumerate(_bits(words, 2)):
+        for i, half in enumerate(strips.halves(words)):
             inside = where & (offset + 2 * i < row_bytes)
             ops.store_half("y", (row * row_bytes + offset + 2 * i) >> 1, half, inside)
 

@@ -305,10 +305,7 @@ class Walk(RowWalk):
 
     def _open(self, row) -> Strip:
         ops, lanes = self.ops, self.matrix.lanes
-        live = row < self.end_row
-        safe = ops.select(live, self.index(row), ops.integer(0))
-        begin = ops.load_integer("row_offsets" + self.suffix, safe)
-        end = ops.select(live, ops.load_integer("row_offsets" + self.suffix, safe + 1), begin)
+        safe, begin, end = open_row(ops, self.index(row), row < self.end_row, self.suffix)
         start = ops.load_integer("starts" + self.suffix, safe * lanes + self.part)
         return Strip(row, begin + self.part, end, self.decoder.open(safe, start))
 
@@ -331,6 +328,24 @@ class Walk(RowWalk):
     def _columns(self, code, place, live):
         del live
         return self.decoder.columns(code, place, self.scale)
+
+
+def open_row(ops, row, live, suffix: str = ""):
+    """Issues the loads that say where a row lies, if the lane has one.
+
+    Returns:
+      the row, or one that exists; the memory index of its first group, and that after its last one,
+      the same where not `live`.
+    """
+    row = ops.select(live, row, ops.integer(0))
+    begin = ops.load_integer("row_offsets" + suffix, row)
+    end = ops.select(live, ops.load_integer("row_offsets" + suffix, row + 1), begin)
+    return row, begin, end
+
+
+def halves(words) -> list:
+    """The 16-bit values of words, each in the lower half of a word."""
+    return [half for word in words for half in (word, word >> 16)]
 
 
 def unpack(ops, words, dtype) -> list:

@@ -155,10 +155,7 @@ class Reader:
 
     def __init__(self, ops, matrix: strips.Matrix, row):
         self.ops, self.matrix, self.ring = ops, matrix, Ring(matrix)
-        live = row < matrix.shape[0]
-        row = ops.select(live, row, ops.integer(0))
-        self._begin = ops.load_integer("row_offsets", row)
-        self._end = ops.select(live, ops.load_integer("row_offsets", row + 1), self._begin)
+        row, self._begin, self._end = strips.open_row(ops, row, row < matrix.shape[0])
         self._starts = row * matrix.lanes
 
     def start(self, column):
@@ -195,8 +192,7 @@ class Reader:
             _, (place, current, ahead, number) = carried
             code, values = self.ring.take(ops, number, current[1])
             offsets, passed = strips.add_up(ops, encoding, code, (place - column) * 2, 2)
-            halves = [half for word in values for half in (word, word >> 16)]
-            for offset, half in zip(offsets, halves):
+            for offset, half in zip(offsets, strips.halves(values)):
                 ops.store_shared_half((offset ^ swizzle) | row, half, offset < ROW_BYTES)
             after = place + passed
             done = after < end + 1
