@@ -205,6 +205,20 @@ def test_barriers_keep_steps_apart(rows, cols, seed):
     assert all(turn[actor] == len(steps[actor]) for actor in actors)
 
 
+def test_results_are_transposed_into_swizzled_lines():
+    """What lane l writes of the matrices that `stmatrix` transposes lies where copies expect it."""
+    written = set()
+    for warpgroup in range(matmul.MULTIPLYING):
+        for thread in range(tiles.THREADS):
+            warp, lane = divmod(thread, 32)
+            half, block = lane // 8 % 2, lane // 16  # of the warp's 16 rows, of 16 vectors
+            line, piece = 8 * block + lane % 8, 2 * warp + half
+            expected = (warpgroup * matmul.OUT + line) * 128 + (piece ^ line % 8) * 16
+            assert matmul.transposed_place(thread, warpgroup) == expected
+            written.add(expected)
+    assert len(written) == matmul.MULTIPLYING * tiles.THREADS
+
+
 def lowered(rows=8448, density=0.3, count=512, dtype=jnp.float16, encoding="delta4"):
     matrix = macko_jax.compress(sparse(rows, 256, density, jnp.float16), encoding=encoding)
     product = jax.jit(lambda m, x: macko_jax.spmv(m, x))

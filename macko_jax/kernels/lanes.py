@@ -281,11 +281,7 @@ class MosaicLanes:
     def _act(self, asm, *operands, where=None):
         """An instruction without a result, which names p for whether `where` holds."""
         flag = _constant(_i32(), 1) if where is None else self._flag(where)
-        constraints = ["r" if isinstance(a.type, ir.IntegerType) else "l" for a in operands]
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"), [*operands, flag],
-            f"{{.reg .pred p; setp.ne.u32 p, ${len(operands)}, 0; {asm}}}",
-            ",".join([*constraints, "r", "~{memory}"]), has_side_effects=True)
+        act(f"{{.reg .pred p; setp.ne.u32 p, ${len(operands)}, 0; {asm}}}", *operands, flag)
 
     # Copies of a thread from global memory to an array in shared memory
 
@@ -487,9 +483,7 @@ class MosaicLanes:
 
     @staticmethod
     def _address(pointer, index, kind):
-        return llvm.getelementptr(
-            pointer.type, pointer, [index.value], [mosaic.DYNAMIC32], kind,
-            llvm.GEPNoWrapFlags.none)
+        return address(pointer, index, kind)
 
     # Control flow
 
@@ -518,6 +512,19 @@ class MosaicLanes:
         with ir.InsertionPoint(op.else_block):
             scf.yield_([leaf.value for leaf in leaves])
         return jax.tree.unflatten(tree, [Register(r) for r in op.results])
+
+
+def act(asm: str, *operands: ir.Value) -> None:
+    """An instruction without a result, whose operands are 32-bit integers and pointers."""
+    constraints = ["r" if isinstance(a.type, ir.IntegerType) else "l" for a in operands]
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), asm,
+                    ",".join([*constraints, "~{memory}"]), has_side_effects=True)
+
+
+def address(pointer: ir.Value, index: Register, kind: ir.Type) -> ir.Value:
+    """Of element `index` of an array of the given kind."""
+    return llvm.getelementptr(
+        pointer.type, pointer, [index.value], [mosaic.DYNAMIC32], kind, llvm.GEPNoWrapFlags.none)
 
 
 def _load(address, kind: ir.Type, count: int) -> list:

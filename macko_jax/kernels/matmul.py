@@ -21,7 +21,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from macko_jax.kernels import config, lanes, strips, tiles
-from macko_jax.kernels.tiles import COLUMNS, PEERS, ROWS, STEPS, THREADS
+from macko_jax.kernels.lanes import Register, act, address
+from macko_jax.kernels.tiles import COLUMNS, PEERS, ROW_BYTES, ROWS, STEPS, THREADS
 
 VECTORS = 256  # of a block
 X_STEPS = 3  # for whose vectors shared memory has room
@@ -109,7 +110,7 @@ def matmul(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, sto
 def run(plan: Plan, x, values, codes, row_offsets, starts) -> jax.Array:
     """The product by a given plan, for a multiple of eight vectors."""
     operands = dict(values=values, codes=codes, row_offsets=row_offsets, starts=starts)
-    shares = plan.clusters * PEERS * MULTIPLYING
+    blocks = plan.clusters * PEERS
 
     def body(x, *refs):
         *arrays, done, y, parts = refs
@@ -124,9 +125,9 @@ def run(plan: Plan, x, values, codes, row_offsets, starts) -> jax.Array:
     y, parts = (
         jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype in (
             ((plan.vectors, plan.matrix.shape[0]), x.dtype),
-            ((shares * ROWS // MULTIPLYING * VECTORS,), jnp.float32)))
+            ((blocks * ROWS * VECTORS,), jnp.float32)))
     # Zeros that vary as the operands do.
-    done = jax.new_ref(jnp.broadcast_to(row_offsets[0], (shares,)) & 0)
+    done = jax.new_ref(jnp.broadcast_to(row_offsets[0], (blocks * MULTIPLYING,)) & 0)
     kernel = pl.kernel(
         body, out_type=[y, parts], mesh=mesh, compiler_params=params, name="macko_matmul")
     return kernel(x, *operands.values(), done)[0]
@@ -137,7 +138,7 @@ def _body(plan: Plan, x, memory, parts, done, y) -> None:
     cluster, peer = jax.lax.axis_index("cluster"), jax.lax.axis_index("peer")
     warpgroup = jax.lax.axis_index("warpgroup")
     begin, end = plan.first(cluster), plan.first(cluster + 1)
-    swizzled = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
+    swizzled = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(ROW_BYTES))
 
     def place(tile):
         """The block's first vector and row."""
@@ -261,48 +262,38 @@ def _body(plan: Plan, x, memory, parts, done, y) -> None:
 
 # What the threads of a warpgroup do with the registers that hold its sums.
 
-def _i32(): return ir.IntegerType.get_signless(32)
-def _number(value: int): return mosaic.c(value, _i32())
-
-
-def _at(ref, index, kind: ir.Type):
-    """The address of an element of global memory, of the given kind."""
-    base = mosaic.memref_ptr(ref)
-    return llvm.getelementptr(
-        base.type, base, [index], [mosaic.DYNAMIC32], kind, llvm.GEPNoWrapFlags.none)
-
-
-def _do(asm: str, constraints: str, *operands) -> None:
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), asm, constraints + ",~{memory}",
-                    has_side_effects=True)
-
-
-def _pieces(parts, index, count: int):
-    """Addresses and type of a thread's pieces of four sums, in the part at an index."""
-    kind = ir.VectorType.get((4,), ir.F32Type.get())
-    thread = arith.andi(mosaic.thread_idx(), _number(THREADS - 1))
-    first = arith.addi(arith.muli(index, _number(count * THREADS)), thread)
-    return kind, [_at(parts, arith.addi(first, _number(i * THREADS)), kind) for i in range(count)]
-
-
 _PART = plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+
+
+def _thread() -> Register:
+    return Register(mosaic.thread_idx())
+
+
+def _pieces(parts, index: Register, count: int):
+    """Addresses and type of a thread's pieces of four sums, in the part at an index."""
+    base, kind = mosaic.memref_ptr(parts), ir.VectorType.get((4,), ir.F32Type.get())
+    first = index * (count * THREADS) + (_thread() & (THREADS - 1))
+    return kind, [address(base, first + i * THREADS, kind) for i in range(count)]
+
+
+def _flag(done, index: Register):
+    """The address of what says whether a part is there."""
+    return address(mosaic.memref_ptr(done), index, ir.IntegerType.get_signless(32))
 
 
 def _put_part(sums, parts, done, index) -> None:
     """Writes a warpgroup's sums for the cluster that adds them up, and says so."""
     @plgpu.inline_mgpu(arg_types=(SUMS, *_PART))
     def put(_, sums, parts, done, index):
-        index, pairs = index.registers.item(), list(sums.registers.flat)
+        index, pairs = Register(index.registers.item()), list(sums.registers.flat)
         _, addresses = _pieces(parts, index, len(pairs) // 2)
-        for address, low, high in zip(addresses, pairs[::2], pairs[1::2]):
-            llvm.store(vector.shuffle(low, high, [0, 1, 2, 3]), address, alignment=16)
-        _do("fence.acq_rel.gpu;", "")
+        for place, low, high in zip(addresses, pairs[::2], pairs[1::2]):
+            llvm.store(vector.shuffle(low, high, [0, 1, 2, 3]), place, alignment=16)
+        act("fence.acq_rel.gpu;")
         mosaic.warpgroup_barrier()
-        first = arith.cmpi(
-            arith.CmpIPredicate.eq, arith.andi(mosaic.thread_idx(), _number(THREADS - 1)),
-            _number(0))
-        with mosaic.when(first):
-            _do("st.release.gpu.global.b32 [$0], $1;", "l,r", _at(done, index, _i32()), _number(1))
+        with mosaic.when(((_thread() & (THREADS - 1)) == 0).value):
+            act("{.reg .b32 a; mov.b32 a, 1; st.release.gpu.global.b32 [$0], a;}",
+                _flag(done, index))
 
     put(sums, parts, done, index)
 
@@ -313,13 +304,13 @@ def _add_part(sums, parts, done, index) -> jax.Array:
         arg_types=(SUMS, *_PART),
         return_type=plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout=SUMS))
     def add(_, sums, parts, done, index):
-        index = index.registers.item()
-        _do("{.reg .b32 a; .reg .pred p; again${:uid}: ld.acquire.gpu.global.b32 a, [$0];"
-            " setp.eq.u32 p, a, 0; @p bra again${:uid};}", "l", _at(done, index, _i32()))
+        index = Register(index.registers.item())
+        act("{.reg .b32 a; .reg .pred p; again${:uid}: ld.acquire.gpu.global.b32 a, [$0];"
+            " setp.eq.u32 p, a, 0; @p bra again${:uid};}", _flag(done, index))
         pairs = sums.registers.copy()
         kind, addresses = _pieces(parts, index, pairs.size // 2)
-        for i, address in enumerate(addresses):
-            four = llvm.load(kind, address, alignment=16)
+        for i, place in enumerate(addresses):
+            four = llvm.load(kind, place, alignment=16)
             for j in (0, 1):
                 two = vector.shuffle(four, four, [2 * j, 2 * j + 1])
                 pairs.flat[2 * i + j] = arith.addf(pairs.flat[2 * i + j], two)
@@ -329,31 +320,32 @@ def _add_part(sums, parts, done, index) -> jax.Array:
     return add(sums, parts, done, index)
 
 
+def transposed_place(thread, warpgroup):
+    """Where the thread writes 16 bytes of the first 16 vectors of `out`; registers or numbers.
+
+    Of four 8 x 8 matrices, of 16 rows and 16 vectors, a lane writes vector l mod 8 of matrix l / 8.
+    """
+    line = (thread & 7) + ((thread & 16) >> 1)
+    piece = (((thread & 96) >> 4) + ((thread & 8) >> 3)) ^ (thread & 7)  # as `tiles.py` permutes
+    return (warpgroup * OUT + line) * ROW_BYTES + piece * 16
+
+
 def _transpose(sums, first: int, out, warpgroup, swizzled) -> None:
     """Writes `OUT` columns of 16-bit sums, from one on, as rows of the warpgroup's `out`.
 
     A register pair holds element [l / 4, 2 (l mod 4)] and the next of an 8 x 8 matrix in lane l;
-    `stmatrix` writes four of them transposed, and lane l names row l mod 8 of matrix l / 8.
+    `stmatrix` writes four of them transposed.
     """
     @plgpu.inline_mgpu(
         arg_types=(SUMS, plgpu.RefType(swizzled), plgpu.Layout.WG_SPLAT(())))
     def put(_, sums, out, warpgroup):
-        def bits(word, mask, shift=0):
-            masked = arith.andi(word, _number(mask))
-            return arith.shrui(masked, _number(shift)) if shift else masked
-
-        pairs = [llvm.bitcast(_i32(), pair) for pair in sums.registers.flat]
-        thread = mosaic.thread_idx()
-        line = arith.addi(bits(thread, 7), bits(thread, 16, 1))
-        piece = arith.addi(bits(thread, 96, 4), bits(thread, 8, 3))  # of 16 bytes, in the line
-        piece = arith.xori(piece, bits(thread, 7))
-        line = arith.addi(arith.muli(warpgroup.registers.item(), _number(OUT)), line)
-        offset = arith.addi(arith.muli(line, _number(128)), arith.muli(piece, _number(16)))
-        base = arith.addi(llvm.ptrtoint(_i32(), mosaic.memref_ptr(out)), offset)
+        i32 = ir.IntegerType.get_signless(32)
+        pairs = [llvm.bitcast(i32, pair) for pair in sums.registers.flat]
+        place = transposed_place(_thread(), Register(warpgroup.registers.item()))
+        base = arith.addi(llvm.ptrtoint(i32, mosaic.memref_ptr(out)), place.value)
         for block in range(0, OUT // 8, 2):
             at = 2 * (first // 8 + block)
-            _do("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
-                f" [$0+{block * 8 * 128}], {{$1, $2, $3, $4}};", "r,r,r,r,r", base,
-                *pairs[at:at + 4])
+            act("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
+                f" [$0+{block * 8 * ROW_BYTES}], {{$1, $2, $3, $4}};", base, *pairs[at:at + 4])
 
     put(sums, out, warpgroup)
