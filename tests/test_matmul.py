@@ -29,18 +29,31 @@ def uneven(rows, cols, density, dtype):
     return dense
 
 
+@jax.jit
+def multiply(matrix, x):
+    """The product, by the kernel."""
+    return matmul.matmul(
+        matrix.values, x, matrix.codes, matrix.row_offsets, matrix.starts, shape=matrix.shape,
+        encoding=matrix.encoding, lanes=matrix.lanes, stored=matrix.stored)
+
+
+def executed(matrix, plan, vocabulary=emulation.NumpyLanes):
+    """The vocabulary after the program that decodes tiles, for all blocks of a plan."""
+    ops = vocabulary(
+        arrays_of(matrix, "values", "codes", "row_offsets", "starts"),
+        blocks=plan.clusters * tiles.PEERS, threads=tiles.THREADS, cluster=tiles.PEERS,
+        shared_slots=tiles.STEPS * tiles.ROWS * tiles.COLUMNS // 2,
+        rings={"ring": tiles.Ring(plan.matrix).size})
+    tiles.program(ops, plan)
+    return ops
+
+
 def decoded(matrix, vectors, clusters):
     """The matrix, put together from the tiles in the shared memory of all clusters' blocks."""
     plan = matmul.Plan(abstract(matrix), vectors, clusters)
     most = max(plan.first(c + 1) - plan.first(c) for c in range(clusters))
     assert most <= tiles.STEPS, "a place is used twice, and the emulation does not wait"
-    tile_halves = tiles.ROWS * tiles.COLUMNS
-    ops = emulation.NumpyLanes(
-        arrays_of(matrix, "values", "codes", "row_offsets", "starts"),
-        blocks=clusters * tiles.PEERS, threads=tiles.THREADS, cluster=tiles.PEERS,
-        shared_slots=tiles.STEPS * tile_halves // 2,
-        rings={"ring": tiles.Ring(plan.matrix).size})
-    tiles.program(ops, plan)
+    ops, tile_halves = executed(matrix, plan), tiles.ROWS * tiles.COLUMNS
     rows, cols = matrix.shape
     out = np.full((plan.tiles // plan.across * tiles.ROWS, cols), np.nan)
     for block in range(clusters * tiles.PEERS):
@@ -143,17 +156,13 @@ def test_barriers_keep_steps_apart(rows, cols, seed):
     """What decoding and multiplying warps do at barriers, in any order, for one cluster."""
     matrix = macko_jax.compress(sparse(rows, cols, 0.1, jnp.float16), encoding="delta4")
     plan = matmul.Plan(abstract(matrix), 512, 1)
-    options = dict(shared_slots=tiles.STEPS * tiles.ROWS * tiles.COLUMNS // 2, cluster=2, blocks=2)
-    decoding = Recorder(
-        arrays_of(matrix, "values", "codes", "row_offsets", "starts"), threads=tiles.THREADS,
-        rings={"ring": tiles.Ring(plan.matrix).size}, **options)
-    tiles.program(decoding, plan)
-    total = plan.tiles * plan.steps
-    multiplying = Recorder({}, threads=2 * tiles.THREADS, **options)
+    decoding = executed(matrix, plan, Recorder)
+    total, two_blocks = plan.tiles * plan.steps, dict(blocks=2, shared_slots=0)
+    multiplying = Recorder({}, threads=2 * tiles.THREADS, **two_blocks)
     for step in range(total):
         tiles.wait_for(multiplying, multiplying.integer(step))
         tiles.free(multiplying, multiplying.integer(step))
-    made = Recorder({}, threads=32, **options)
+    made = Recorder({}, threads=32, **two_blocks)
     tiles.make_barriers(made, 2)
     barriers = [{index: Barrier(n) for _, index, n in events} for events in made.events]
 
@@ -253,10 +262,7 @@ def test_explains_why_not():
 def test_on_gpu(rows, cols, density, count, dtype, encoding):
     dense = uneven(rows, cols, density, dtype)
     matrix, x = macko_jax.compress(dense, encoding=encoding), vectors(count, cols, dtype=dtype)
-    product = jax.jit(lambda m, x: matmul.matmul(
-        m.values, x, m.codes, m.row_offsets, m.starts, shape=m.shape, encoding=m.encoding,
-        lanes=m.lanes, stored=m.stored))
-    y = np.asarray(product(matrix, x)).astype(np.float32)
+    y = np.asarray(multiply(matrix, x)).astype(np.float32)
     assert y.shape == (count, rows)
     wide, x_wide = jnp.asarray(dense, jnp.float32), jnp.asarray(x, jnp.float32)
     exact = np.asarray(jnp.matmul(x_wide, wide.T, precision="highest"))
@@ -264,4 +270,4 @@ def test_on_gpu(rows, cols, density, count, dtype, encoding):
     # Sums of exact products in float32, those of the comparison too, and one rounding at the end.
     bound = 2 * (cols + 2) * 2.0**-24 * size + float(jnp.finfo(dtype).eps) * np.abs(exact)
     assert np.all(np.abs(y - exact) <= bound)
-    np.testing.assert_array_equal(y, np.asarray(product(matrix, x)).astype(np.float32))
+    np.testing.assert_array_equal(y, np.asarray(multiply(matrix, x)).astype(np.float32))
