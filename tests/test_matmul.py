@@ -267,7 +267,10 @@ def test_on_gpu(rows, cols, density, count, dtype, encoding):
     wide, x_wide = jnp.asarray(dense, jnp.float32), jnp.asarray(x, jnp.float32)
     exact = np.asarray(jnp.matmul(x_wide, wide.T, precision="highest"))
     size = np.asarray(jnp.matmul(jnp.abs(x_wide), jnp.abs(wide.T), precision="highest"))
-    # Sums of exact products in float32, those of the comparison too, and one rounding at the end.
-    bound = 2 * (cols + 2) * 2.0**-24 * size + float(jnp.finfo(dtype).eps) * np.abs(exact)
+    # Sums of exact products in float32, those of the comparison too, and one rounding at the end,
+    # which is as coarse below the smallest normal number as at it.
+    info = jnp.finfo(dtype)
+    rounding = float(info.eps) * np.maximum(np.abs(exact), float(info.smallest_normal))
+    bound = 2 * (cols + 2) * 2.0**-24 * size + rounding
     assert np.all(np.abs(y - exact) <= bound)
     np.testing.assert_array_equal(y, np.asarray(multiply(matrix, x)).astype(np.float32))
