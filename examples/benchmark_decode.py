@@ -7,7 +7,7 @@
 Without checkpoints, weights are random and made on the device, layer by layer: the speed of a
 product depends on where the non-zeros are, not on what they are. Masks are random. Embedding and
 output head stay dense. Memory is what the compiled programs of prefill and decode take: arguments,
-results and temporaries.
+results and temporaries, all weights and the whole cache included.
 """
 
 import dataclasses
@@ -121,28 +121,52 @@ def random_model(config, density, dtype, seed):
     return macko_jax.flax_nnx.from_pure_dict(abstract, traverse_util.unflatten_dict(tree))
 
 
-def weight_bytes(model):
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+def array_bytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def program_bytes(compiled):
-    """Device memory that a compiled program needs in all; None where XLA does not say."""
+def added_bytes(compiled):
+    """Device memory that a compiled program needs beside its arguments; None if XLA does not say."""
     sizes = compiled.memory_analysis()
     if sizes is None:
         return None
-    return (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        - sizes.alias_size_in_bytes
-        + sizes.temp_size_in_bytes
-    )
+    return sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+
+
+def peak_bytes(decoder):
+    """Device memory of prefill and of decode by what their programs add to all weights and caches.
+
+    None where XLA does not say.
+    """
+    parts = decoder.parts
+    x = llama.embed.eval_shape(parts.ends, decoder.prompt)
+    layer_caches, added = [], {}
+    for piece in parts.layers:
+        more = llama.read.eval_shape(piece, x, parts.config)[1]
+        layer_caches += more
+        kind = piece.structure, tuple(leaf.shape for leaf in piece.arrays)
+        if kind not in added:  # layers that are alike share a program
+            program = llama.read.lower(piece, x, parts.config).compile()
+            added[kind] = added_bytes(program), array_bytes(more)
+    cache = llama.Cache(tuple(layer_caches), decoder.lengths)
+    ending = llama.first_token.lower(parts.ends, x, cache, decoder.key, decoder.sampling)
+    added[None] = added_bytes(ending.compile()), 0
+    arguments = decoder.decode_arguments()
+    decode = added_bytes(llama.decode.lower(*arguments).compile())
+    if decode is None:
+        return {"prefill_bytes": None, "decode_bytes": None}
+    beside = max(size - caches for size, caches in added.values())  # of one call, but for its caches
+    return {
+        "prefill_bytes": array_bytes((parts, x, cache)) + beside,
+        "decode_bytes": array_bytes(arguments[:2]) + decode,
+    }
 
 
 class Decoder:
     """A model taken apart, with a prompt to continue."""
 
     def __init__(self, model):
-        self.model = llama.Structure.of(model)
+        self.parts = llama.Parts.of(model)
         rng = np.random.default_rng(SEED.value)
         shape = (BATCH.value, PROMPT.value)
         self.prompt = rng.integers(0, model.config.vocab_size, shape).astype(np.int32)
@@ -152,12 +176,12 @@ class Decoder:
 
     def draw(self):
         return llama.draw(
-            *self.model, self.prompt, self.lengths, NEW_TOKENS.value + 1, self.key, self.sampling,
+            self.parts, self.prompt, self.lengths, NEW_TOKENS.value + 1, self.key, self.sampling,
             CHUNK.value,
         )  # fmt: skip
 
     def prefill_arguments(self):
-        return *self.model, self.prompt, self.lengths, self.key, self.sampling
+        return self.parts, self.prompt, self.lengths, self.key, self.sampling
 
     def decode_arguments(self):
         """Those of the last call of a generation, with its widest cache."""
@@ -168,7 +192,7 @@ class Decoder:
             lengths=jnp.asarray(self.lengths + NEW_TOKENS.value - CHUNK.value),
         )
         generation = dataclasses.replace(generation, cache=cache)
-        return *self.model, generation, CHUNK.value, self.sampling
+        return self.parts, generation, CHUNK.value, self.sampling
 
 
 def time_prefills(decoder):
@@ -255,18 +279,14 @@ def models():
 def measure(name, density, make):
     print(name, flush=True)
     model = make()
-    weights = weight_bytes(model)
+    weights = array_bytes(nnx.state(model))
     # A decode step reads everything but the embedding table, of which it takes a row.
     tied = model.head is None
     streamed = weights - (0 if tied else model.embed.embedding.nbytes)
     decoder = Decoder(model)
     prefill, per_token = time_prefills(decoder), time_generations(decoder)
     speed = BATCH.value / float(np.median(per_token.mean(axis=1)))
-    compiled = {
-        "prefill": llama.prefill.lower(*decoder.prefill_arguments()).compile(),
-        "decode": llama.decode.lower(*decoder.decode_arguments()).compile(),
-    }
-    sizes = {f"{stage}_bytes": program_bytes(program) for stage, program in compiled.items()}
+    sizes = peak_bytes(decoder)
     record = {
         "name": name,
         "density": density,

@@ -160,6 +160,23 @@ def test_generation_does_not_depend_on_chunks_or_batch():
     np.testing.assert_array_equal(alone, continuations(model, prompts, 9)[:1])
 
 
+@pytest.mark.parametrize("changes", [{}, VARIANTS["qwen2"], VARIANTS["qwen3"]])
+def test_prompts_are_read_some_layers_at_a_time(changes, monkeypatch):
+    monkeypatch.setattr(llama, "LAYERS_A_CALL", 2)
+    model = make_model(num_hidden_layers=5, **changes)
+    parts = llama.Parts.of(model)
+    structures = [piece.structure for piece in parts.layers]
+    assert structures[0] is structures[1] is not structures[2]  # two, two, and one
+    tokens, lengths = make_tokens(2, 12), np.array([12, 7], np.int32)
+    found = llama.prefill(parts, tokens, lengths, jax.random.key(0), llama.Sampling())
+    logits, cache = begin(model, tokens)
+    likeliest = np.asarray(logits)[[0, 1], lengths - 1].argmax(-1)
+    np.testing.assert_array_equal(found.token, likeliest)
+    np.testing.assert_array_equal(found.cache.lengths, lengths)
+    for a, b in zip(found.cache.layers, cache.layers, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_sampling_is_seeded_and_cut():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     logits = jnp.broadcast_to(logits, (4000, 4))
@@ -261,15 +278,15 @@ def test_packed_model_computes_what_the_pruned_model_does(tmp_path):
 
 def test_norms_gates_and_sums_of_a_decode_step_are_in_the_products_kernels():
     packed, report = macko_jax.flax_nnx.substitute(make_model(), Rule(".*", max_density=1.0))
-    structure, arrays = llama.Structure.of(packed)
+    model = llama.Piece.of(packed)
 
-    def step(arrays, tokens, cache):
-        return structure.build(arrays).hidden(tokens, cache)
+    def step(model, tokens, cache):
+        return model.build().hidden(tokens, cache)
 
     cache = begin(packed, make_tokens(1, 8))[1]
     # Of one token all but the norm before the head; of two, there is nothing in the kernels.
     for tokens, norms, gates in (1, 1, 0), (2, 2 * CONFIG.num_hidden_layers + 1, 1):
-        traced = jax.jit(step).trace(arrays, make_tokens(1, tokens), cache)
+        traced = jax.jit(step).trace(model, make_tokens(1, tokens), cache)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("stablehlo.rsqrt") == norms
         assert text.count("func private @silu") == gates

@@ -184,15 +184,15 @@ def by_emulation(rows, rotation, cache, positions, *, heads, window, blanks):
 
 def decode(model, tokens, prompt):
     """Hidden states of the tokens after a prompt, one after the other, and the cache at the end."""
-    structure, arrays = llama.Structure.of(model)
+    model = llama.Piece.of(model)
 
     @jax.jit
-    def extend(arrays, tokens, cache=None):
-        return structure.build(arrays).hidden(tokens, cache)
+    def extend(model, tokens, cache=None):
+        return model.build().hidden(tokens, cache)
 
-    cache, out = llama.widen(extend(arrays, tokens[:, :prompt])[1], 32), []
+    cache, out = llama.widen(extend(model, tokens[:, :prompt])[1], 32), []
     for i in range(prompt, tokens.shape[1]):
-        hidden, cache = extend(arrays, tokens[:, i : i + 1], cache)
+        hidden, cache = extend(model, tokens[:, i : i + 1], cache)
         out.append(hidden)
     return np.concatenate(out, axis=1), cache
 

@@ -282,26 +282,34 @@ class Llama(nnx.Module):
         Without a cache the tokens begin their sequences, and the cache that comes back has a slot
         for each of them.
         """
-        batch, length = tokens.shape
-        start = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
-        positions = start[:, None] + jnp.arange(length)
-        rotary = rotation(positions, self.config)
-        x = self.embed(tokens)
-        layer_caches = []
-        qkv = self.layers[0].project(x)
-        for i, block in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[i]
-            following = self.layers[i + 1] if i + 1 < len(self.layers) else None
-            x, qkv, layer_cache = block.advance(
-                x, qkv, positions, rotary, layer_cache, dropout, following
-            )
-            layer_caches.append(layer_cache)
-        return self.norm(x), Cache(tuple(layer_caches), start + length)
+        x, cache = through(self.layers, self.embed(tokens), self.config, cache, dropout)
+        return self.norm(x), cache
 
     def logits(self, hidden):
         """Logits in float32 of hidden states [..., E]."""
-        logits = self.embed.attend(hidden) if self.head is None else self.head(hidden)
-        return logits.astype(jnp.float32)
+        return logits(self.embed, self.head, hidden)
+
+
+def through(blocks, x, config, cache=None, dropout=None):
+    """The stream x [B, T, E] after some blocks, and their cache extended by these tokens."""
+    batch, length, _ = x.shape
+    start = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
+    positions = start[:, None] + jnp.arange(length)
+    rotary = rotation(positions, config)
+    qkv, layer_caches = blocks[0].project(x), []
+    for i, block in enumerate(blocks):
+        layer_cache = None if cache is None else cache.layers[i]
+        following = blocks[i + 1] if i + 1 < len(blocks) else None
+        x, qkv, layer_cache = block.advance(
+            x, qkv, positions, rotary, layer_cache, dropout, following
+        )
+        layer_caches.append(layer_cache)
+    return x, Cache(tuple(layer_caches), start + length)
+
+
+def logits(embed, head, hidden):
+    """Logits in float32 of hidden states [..., E]; without a head, by the embedding's table."""
+    return (embed.attend if head is None else head)(hidden).astype(jnp.float32)
 
 
 # Rotary position embeddings (Su et al., arXiv 2104.09864), halves rotated against each other.
@@ -484,25 +492,14 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Structure:
-    """What a model is but its arrays, as a static argument of jitted functions.
+    """What modules are but their arrays, as jitted functions tell their arguments apart.
 
-    Every call of such a function asks for the hash, which for the graph of a deep model takes
+    Every call of such a function asks for the hash, which for a graph of modules takes
     milliseconds; here it is computed once.
     """
 
     graph: nnx.GraphDef
     tree: jax.tree_util.PyTreeDef
-
-    @classmethod
-    def of(cls, model):
-        """The structure of a model, and its arrays."""
-        graph, state = nnx.split(model)
-        arrays, tree = jax.tree.flatten(state)
-        return cls(graph, tree), tuple(arrays)
-
-    def build(self, arrays):
-        """The model again."""
-        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, arrays))
 
     def __eq__(self, other):
         return self is other or (
@@ -515,6 +512,57 @@ class Structure:
 
     def __hash__(self):
         return self._hash
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["structure"]
+)
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Modules taken apart, as an argument of jitted functions."""
+
+    structure: Structure
+    arrays: tuple
+
+    @classmethod
+    def of(cls, modules):
+        """Of a module, or a list or tuple of some."""
+        graph, state = nnx.split(modules)
+        arrays, tree = jax.tree.flatten(state)
+        return cls(Structure(graph, tree), tuple(arrays))
+
+    def build(self):
+        """The modules again."""
+        return nnx.merge(self.structure.graph, jax.tree.unflatten(self.structure.tree, self.arrays))
+
+
+LAYERS_A_CALL = 4  # of a prefill; preparing a call takes the host some 0.6 to 1.2 ms
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["ends", "layers"], meta_fields=["config"]
+)
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A model taken apart, once, since that takes milliseconds.
+
+    ends: embedding, last norm and head.
+    layers: every `LAYERS_A_CALL` of the layers, of one structure where they are alike.
+    """
+
+    config: Config
+    ends: Piece
+    layers: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, model):
+        blocks, layers, known = list(model.layers), [], {}
+        for first in range(0, len(blocks), LAYERS_A_CALL):
+            piece = Piece.of(blocks[first : first + LAYERS_A_CALL])
+            structure = known.setdefault(piece.structure, piece.structure)
+            layers.append(dataclasses.replace(piece, structure=structure))
+        ends = Piece.of((model.embed, model.norm, model.head))
+        return cls(model.config, ends, tuple(layers))
 
 
 @functools.partial(
@@ -537,12 +585,14 @@ class Generation:
     drawn: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "sampling"))
-def prefill(structure, arrays, tokens, lengths, key, sampling):
+def prefill(parts, tokens, lengths, key, sampling):
     """Reads the prompts and draws the first token after each.
 
+    The device is given some layers at a time: it starts on the first while the host prepares the
+    others, and layers that are alike share compiled code.
+
     Args:
-      structure, arrays: the model, from `Structure.of`.
+      parts: the model.
       tokens: [B, T] prompts, padded at the end.
       lengths: [B] true lengths.
       key, sampling: how tokens are drawn.
@@ -550,21 +600,42 @@ def prefill(structure, arrays, tokens, lengths, key, sampling):
     Returns:
       A `Generation` with a cache of T slots.
     """
-    model = structure.build(arrays)
-    hidden, cache = model.hidden(tokens)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    token = sampling(jax.random.fold_in(key, 0), model.logits(last))
-    return Generation(token, dataclasses.replace(cache, lengths=lengths), key, jnp.int32(1))
+    x, layer_caches = embed(parts.ends, tokens), []
+    for piece in parts.layers:
+        x, more = read(piece, x, parts.config)
+        layer_caches += more
+    return first_token(parts.ends, x, Cache(tuple(layer_caches), lengths), key, sampling)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("structure", "steps", "sampling"), donate_argnames="generation"
-)
-def decode(structure, arrays, generation, steps, sampling):
+@jax.jit
+def embed(ends, tokens):
+    """The stream [B, T, E] of tokens [B, T] before the first layer."""
+    table, _, _ = ends.build()
+    return table(tokens)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="x")
+def read(piece, x, config):
+    """The stream of prompts after some layers, and these layers' caches; x is consumed."""
+    x, cache = through(piece.build(), x, config)
+    return x, cache.layers
+
+
+@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+def first_token(ends, x, cache, key, sampling):
+    """The `Generation` after the first draw, from the last layer's x; the cache is consumed."""
+    table, norm, head = ends.build()
+    last = jnp.take_along_axis(norm(x), (cache.lengths - 1)[:, None, None], axis=1)[:, 0]
+    token = sampling(jax.random.fold_in(key, 0), logits(table, head, last))
+    return Generation(token, cache, key, jnp.int32(1))
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "sampling"), donate_argnames="generation")
+def decode(parts, generation, steps, sampling):
     """Draws `steps` further tokens on the device, without a visit to the host.
 
     Args:
-      structure, arrays: the model, from `Structure.of`.
+      parts: the model.
       generation: where to go on, with `steps` free slots at least; it is consumed.
       steps, sampling: how many tokens are drawn, and how.
 
@@ -574,10 +645,11 @@ def decode(structure, arrays, generation, steps, sampling):
 
     def step(now, _):
         # Built inside the loop: the modules are then traced at the loop's own level.
-        model = structure.build(arrays)
-        hidden, cache = model.hidden(now.token[:, None], now.cache)
+        table, norm, head = parts.ends.build()
+        blocks = [block for piece in parts.layers for block in piece.build()]
+        x, cache = through(blocks, table(now.token[:, None]), parts.config, now.cache)
         key = jax.random.fold_in(now.key, now.drawn)
-        token = sampling(key, model.logits(hidden[:, 0]))
+        token = sampling(key, logits(table, head, norm(x)[:, 0]))
         return Generation(token, cache, now.key, now.drawn + 1), token
 
     generation, tokens = jax.lax.scan(step, generation, length=steps)
@@ -613,7 +685,7 @@ def generate(model, prompts, new_tokens, *, sampling=Sampling(), seed=0, chunk=3
     for row, prompt in zip(padded, prompts):
         row[: len(prompt)] = prompt
     calls = draw(
-        *Structure.of(model), padded, lengths, new_tokens, jax.random.key(seed), sampling, chunk
+        Parts.of(model), padded, lengths, new_tokens, jax.random.key(seed), sampling, chunk
     )
     left = new_tokens
     for tokens in one_ahead(calls):
@@ -627,11 +699,11 @@ def one_ahead(calls):
         yield result
 
 
-def draw(structure, arrays, tokens, lengths, new_tokens, key, sampling, chunk):
+def draw(parts, tokens, lengths, new_tokens, key, sampling, chunk):
     """The calls of the device behind `generate`.
 
     Args:
-      structure, arrays: the model, from `Structure.of`.
+      parts: the model.
       tokens, lengths: prompts [B, T], padded at the end, and their true lengths [B], NumPy arrays.
       new_tokens: how many tokens are wanted; the last chunk may hold more.
       key, sampling: how tokens are drawn.
@@ -642,7 +714,7 @@ def draw(structure, arrays, tokens, lengths, new_tokens, key, sampling, chunk):
     """
     live = int(lengths.max())
     full = final_slots(live, new_tokens, chunk)
-    generation = prefill(structure, arrays, tokens, lengths, key, sampling)
+    generation = prefill(parts, tokens, lengths, key, sampling)
     yield generation.token[:, None]
     for _ in range(0, new_tokens - 1, chunk):
         cache = generation.cache
@@ -650,7 +722,7 @@ def draw(structure, arrays, tokens, lengths, new_tokens, key, sampling, chunk):
             enough = full if _has_decode_kernel(cache.layers[0]) else cache_slots(live + chunk)
             generation = dataclasses.replace(generation, cache=widen(cache, min(enough, full)))
         live += chunk
-        drawn, generation = decode(structure, arrays, generation, chunk, sampling)
+        drawn, generation = decode(parts, generation, chunk, sampling)
         yield drawn
 
 
