@@ -158,6 +158,7 @@ def test_generation_does_not_depend_on_chunks_or_batch():
     model, prompts = make_model(), [[3, 1, 4], [1, 5, 9, 2]]
     alone = continuations(model, prompts[:1], 9, chunk=4)
     np.testing.assert_array_equal(alone, continuations(model, prompts, 9)[:1])
+    np.testing.assert_array_equal(alone, continuations(llama.Parts.of(model), prompts[:1], 9))
 
 
 @pytest.mark.parametrize("changes", [{}, VARIANTS["qwen2"], VARIANTS["qwen3"]])

@@ -660,7 +660,8 @@ def generate(model, prompts, new_tokens, *, sampling=Sampling(), seed=0, chunk=3
     """Continues prompts, yielding the new tokens in chunks as they come.
 
     Args:
-      model: a `Llama`, dense or with substituted layers.
+      model: a `Llama`, dense or with substituted layers, or its `Parts`, which saves taking it apart
+        again for every call (some 20 ms for 32 layers).
       prompts: B sequences of token ids, each of at least one token.
       new_tokens: how many tokens to draw for each prompt.
       sampling: how tokens are drawn.
@@ -675,18 +676,17 @@ def generate(model, prompts, new_tokens, *, sampling=Sampling(), seed=0, chunk=3
         raise ValueError("generate needs at least one prompt, each of at least one token")
     if new_tokens < 1:
         raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
+    parts = model if isinstance(model, Parts) else Parts.of(model)
     longest = int(lengths.max())
-    if longest + new_tokens > model.config.max_position_embeddings:
+    if longest + new_tokens > parts.config.max_position_embeddings:
         raise ValueError(
             f"the longest prompt ({longest} tokens) and {new_tokens} new tokens exceed the "
-            f"model's {model.config.max_position_embeddings} positions; shorten one of them"
+            f"model's {parts.config.max_position_embeddings} positions; shorten one of them"
         )
     padded = np.zeros((len(prompts), _round_up(longest)), np.int32)
     for row, prompt in zip(padded, prompts):
         row[: len(prompt)] = prompt
-    calls = draw(
-        Parts.of(model), padded, lengths, new_tokens, jax.random.key(seed), sampling, chunk
-    )
+    calls = draw(parts, padded, lengths, new_tokens, jax.random.key(seed), sampling, chunk)
     left = new_tokens
     for tokens in one_ahead(calls):
         yield jax.device_get(tokens)[:, :left]

@@ -618,10 +618,15 @@ def run(name, program, names, operands, result, *, blocks: int, warps: int, shar
         **({"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}))
     params = plgpu.CompilerParams(
         lowering_semantics=mosaic_gpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True)
-    varying = jax.typeof(operands[0]).manual_axis_type  # inside shard_map: of all operands alike
-    result = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varying), result)
+    result = results(result, operands[0])
     changed = [jax.new_ref(array) for array in changed]
     kernel = pl.kernel(body, out_type=result, mesh=mesh, compiler_params=params, name=name)
     out = kernel(*operands, *changed)
     return (out, [ref[...] for ref in changed]) if changed else out
+
+
+def results(of, operand):
+    """The types of a kernel's results, which inside `shard_map` vary as all its operands do."""
+    varying = jax.typeof(operand).manual_axis_type
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varying), of)

@@ -72,9 +72,14 @@ class Plan:
 
 
 def plan(matrix: strips.Matrix, vectors: int) -> Plan:
-    """By all clusters that the GPU has multiprocessors for, or one for each step."""
-    most = Plan(matrix, vectors, config.multiprocessors() // PEERS)
+    """By all clusters that the GPU has room for, or one for each step."""
+    most = Plan(matrix, vectors, most_clusters())
     return dataclasses.replace(most, clusters=min(most.clusters, most.tiles * most.steps))
+
+
+def most_clusters() -> int:
+    """That run at a time."""
+    return config.multiprocessors() // PEERS
 
 
 def why_not(matrix: strips.Matrix) -> str | None:
@@ -96,7 +101,7 @@ def is_faster(matrix: strips.Matrix, vectors: int) -> bool:
     """Whether it is, than a decode and a dense product."""
     rows, cols = matrix.shape
     return (vectors in FASTER_VECTORS and matrix.stored <= FASTER_DENSITY * rows * cols
-            and rows >= ROWS * (config.multiprocessors() // PEERS))
+            and rows >= ROWS * most_clusters())
 
 
 def matmul(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, stored):
@@ -122,11 +127,9 @@ def run(plan: Plan, x, values, codes, row_offsets, starts) -> jax.Array:
         grid=(plan.clusters,), grid_names=("cluster",), cluster=(PEERS,), cluster_names=("peer",),
         num_threads=MULTIPLYING + DECODING, thread_name="warpgroup")
     params = plgpu.CompilerParams(lowering_semantics=mosaic_gpu.LoweringSemantics.Lane)
-    varying = jax.typeof(x).manual_axis_type  # inside shard_map: of all operands alike
-    y, parts = (
-        jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype in (
-            ((-(-plan.vectors // 8) * 8, plan.matrix.shape[0]), x.dtype),
-            ((blocks * ROWS * VECTORS,), jnp.float32)))
+    y, parts = lanes.results([
+        jax.ShapeDtypeStruct((-(-plan.vectors // 8) * 8, plan.matrix.shape[0]), x.dtype),
+        jax.ShapeDtypeStruct((blocks * ROWS * VECTORS,), jnp.float32)], x)
     # Zeros that vary as the operands do.
     done = jax.new_ref(jnp.broadcast_to(row_offsets[0], (blocks * MULTIPLYING,)) & 0)
     kernel = pl.kernel(
