@@ -17,6 +17,7 @@ from flax import nnx
 import jax
 import macko_jax
 from macko_jax import flax_linen, flax_nnx
+from macko_jax.packing import shared_capacity
 from macko_jax.projection import pack_kernel, project
 from macko_jax.rules import Report, Rules, assign_rules
 
@@ -128,7 +129,11 @@ def pack_linen(variables: dict) -> dict:
                 f"{jax.tree_util.keystr(path)}: factors of stacked or grouped layers "
                 f"{leaf.left.shape} have no packed linen form; keep them as FactorizedKernel"
             )
-        return FactorizedKernel(macko_jax.compress(leaf.left[0]), macko_jax.compress(leaf.right[0]))
+        left, right = (
+            macko_jax.compress(factor[0], capacity=shared_capacity)
+            for factor in (leaf.left, leaf.right)
+        )
+        return FactorizedKernel(left, right)
 
     return jax.tree_util.tree_map_with_path(
         convert, variables, is_leaf=lambda leaf: isinstance(leaf, FactorizedKernel)

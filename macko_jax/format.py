@@ -113,7 +113,7 @@ class MackoMatrix:
 
 
 def compress(weight, *, dtype=None, encoding: str | None = None, lanes: int | None = None,
-             capacity: int | None = None) -> MackoMatrix:
+             capacity: packing.Capacity = None) -> MackoMatrix:
     """Packs a dense matrix; zeros are dropped.
 
     NumPy arrays are packed on the host, arrays on an accelerator by jitted code there. +0.0 and
@@ -128,7 +128,7 @@ def compress(weight, *, dtype=None, encoding: str | None = None, lanes: int | No
       lanes: how many GPU lanes share a row, 1, 2, 4, 8, 16 or 32; None chooses by the number of
         rows and their length, see `packing.choose_lanes`.
       capacity: room for this many groups of eight, so that matrices with different numbers of
-        elements stack; None takes just what is needed.
+        elements stack; or a function that gives it for how many are needed; None takes just those.
 
     Returns:
       The packed matrix; `decompress` gives the same matrix back, but for the rounding to `dtype`.

@@ -16,6 +16,7 @@ SPARSE = 0.15  # share of non-zeros from which on "delta5" need not be looked at
 WORTH = 0.94  # of the bytes of "delta4", at which "delta5" is as fast
 MAX_STORED = np.iinfo(np.int32).max
 MAX_COLS = 2**26  # keeps the arithmetic of `layout.memory_group` exact
+Capacity = int | Callable[[int], int] | None  # groups to have room for; see `format.compress`
 
 
 def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
@@ -58,7 +59,17 @@ def choose_lanes(rows: int, groups: int) -> int:
     return max(n for n in LANES if n == 1 or n <= min(lanes, mean // 2))
 
 
-def pack(weight, encoding: str | None, lanes: int | None, capacity: int | None,
+def shared_capacity(groups: int) -> int:
+    """At most 1/256 more groups, so that matrices of nearly as many have arrays of equal shapes.
+
+    Layers of a model that are pruned alike then share compiled kernels, which for a large model
+    are minutes of compilation.
+    """
+    step = 1 << max(0, groups.bit_length() - 9)
+    return -(-groups // step) * step
+
+
+def pack(weight, encoding: str | None, lanes: int | None, capacity: Capacity,
          on_device: bool | None = None):
     """Packs `weight` [rows, cols]: NumPy arrays on the host, JAX arrays where they lie.
 
@@ -85,7 +96,7 @@ def pack(weight, encoding: str | None, lanes: int | None, capacity: int | None,
     return steps.fill(weight, elements, encoding, lanes, capacity), encoding, lanes
 
 
-def _pack_banked(weight, capacity: int | None, on_device: bool):
+def _pack_banked(weight, capacity: Capacity, on_device: bool):
     if not on_device:
         elements = packing_banked.Elements(weight)
         return elements.fill(_check_capacity(int(elements.counts.sum()), capacity, "banked"))
@@ -94,9 +105,9 @@ def _pack_banked(weight, capacity: int | None, on_device: bool):
     return packing_banked.fill(weight, stored, delta, counts, groups=capacity)
 
 
-def _check_capacity(groups: int, capacity: int | None, encoding: str) -> int:
+def _check_capacity(groups: int, capacity: Capacity, encoding: str) -> int:
     """The capacity to pack with, or an error."""
-    capacity = groups if capacity is None else capacity
+    capacity = groups if capacity is None else capacity(groups) if callable(capacity) else capacity
     if capacity < groups:
         raise ValueError(
             f"capacity={capacity} groups of 8 is too small: this matrix takes {groups} in the "

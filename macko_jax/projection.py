@@ -13,6 +13,7 @@ import numpy as np
 from macko_jax import quantization
 from macko_jax.format import MackoMatrix, compress
 from macko_jax.fused import fused_spmv
+from macko_jax.packing import shared_capacity
 from macko_jax.rules import VALUE_DTYPES, LayerReport, Rule
 
 
@@ -68,7 +69,8 @@ def pack_kernel(
     matrix = (
         _pack_stack(weights, rule)
         if stack
-        else compress(weights, dtype=rule.dtype, encoding=rule.encoding, lanes=rule.lanes)
+        else compress(weights, dtype=rule.dtype, encoding=rule.encoding, lanes=rule.lanes,
+                      capacity=shared_capacity)
     )
     return matrix, dataclasses.replace(
         report, bytes_after=matrix.nbytes, encoding=matrix.encoding
@@ -90,7 +92,7 @@ def _pack_stack(weights: jax.Array, rule: Rule) -> MackoMatrix:
     longest = weights[jnp.argmax(jnp.count_nonzero(weights, axis=(1, 2)))]
     choice = compress(longest, dtype=rule.dtype, encoding=rule.encoding, lanes=rule.lanes)
     options = {"dtype": rule.dtype, "encoding": choice.encoding, "lanes": choice.lanes}
-    groups = max(compress(w, **options).stored for w in weights) // 8
+    groups = shared_capacity(max(compress(w, **options).stored for w in weights) // 8)
     matrices = [compress(w, capacity=groups, **options) for w in weights]
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *matrices)
     return jax.tree.map(lambda array: array.reshape(*stack, *array.shape[1:]), stacked)

@@ -192,6 +192,32 @@ def test_stacks(encoding, lanes):
     assert stack.density == np.count_nonzero(weights) / weights.size
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("encoding", [*ENCODINGS, "banked"])
+def test_capacity_may_be_a_function_of_the_groups(encoding, on_device):
+    weight = (np.random.default_rng(0).random((5, 600)) < 0.5).astype(np.float16)
+    weight, groups = jnp.asarray(weight) if on_device else weight, []
+
+    def more(needed):
+        groups.append(needed)
+        return needed + 7
+
+    exact = macko_jax.compress(weight, encoding=encoding).stored // 8
+    found, expected = (packing.pack(weight, encoding, None, capacity, on_device)[0]
+                       for capacity in (more, exact + 7))
+    assert groups == [exact]
+    for a, b in zip(found, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+@hypothesis.given(st.integers(0, 2**28))
+def test_shared_capacity_has_room_and_few_values(groups):
+    capacity = packing.shared_capacity(groups)
+    assert groups <= capacity <= groups + groups / 256
+    assert packing.shared_capacity(capacity) == capacity
+    assert capacity % (1 << max(0, capacity.bit_length() - 9)) == 0
+
+
 def test_reading_structure_while_tracing_is_refused():
     matrix = CASES[6].matrix()
     with pytest.raises(TypeError, match="while tracing"):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 from dsf_jax import export
 from dsf_jax.layers import become_pair
@@ -292,6 +293,23 @@ def test_norms_gates_and_sums_of_a_decode_step_are_in_the_products_kernels():
         assert text.count("stablehlo.rsqrt") == norms
         assert text.count("func private @silu") == gates
         assert text.count("@mosaic_gpu") == len(report.packed) - 1
+
+
+def test_layers_that_are_pruned_alike_share_kernels():
+    model = nnx.clone(make_model(hidden_size=256, intermediate_size=512, num_hidden_layers=4))
+    for i, block in enumerate(model.layers):
+        for linear in block.attention.qkv, block.attention.out, block.mlp.gate_up, block.mlp.down:
+            mask = np.random.default_rng(0).random(linear.kernel.shape) < 0.5
+            mask[: 5 * i, 0] = False
+            linear.kernel[...] *= mask
+    packed, _ = macko_jax.flax_nnx.substitute(model, Rule("layers/.*", encoding="delta4"))
+    parts = llama.Parts.of(packed)
+    [piece], tokens = parts.layers, make_tokens(1, 64)
+    x = llama.embed.eval_shape(parts.ends, tokens)
+    traced = llama.read.trace(piece, x, parts.config)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = re.findall(r"@mosaic_gpu.*module = \"(.*?)\"", text)
+    assert len(kernels) == 16 and len(set(kernels)) == 4
 
 
 def test_factor_pairs_are_packed_and_stored(tmp_path):
