@@ -107,12 +107,16 @@ def _pack_banked(weight, capacity: Capacity, on_device: bool):
 
 def _check_capacity(groups: int, capacity: Capacity, encoding: str) -> int:
     """The capacity to pack with, or an error."""
-    capacity = groups if capacity is None else capacity(groups) if callable(capacity) else capacity
+    most = MAX_STORED // layout.GROUP
+    if callable(capacity):  # it may ask for more than fits, where what is needed fits
+        capacity = min(capacity(groups), max(groups, most))
+    elif capacity is None:
+        capacity = groups
     if capacity < groups:
         raise ValueError(
             f"capacity={capacity} groups of 8 is too small: this matrix takes {groups} in the "
             f"encoding {encoding!r}; pass at least that")
-    if layout.GROUP * capacity > MAX_STORED:
+    if capacity > most:
         raise ValueError(
             f"the matrix would store {layout.GROUP * capacity} elements; at most {MAX_STORED} fit "
             "32-bit offsets. Split it by rows")

@@ -92,7 +92,7 @@ def _pack_stack(weights: jax.Array, rule: Rule) -> MackoMatrix:
     longest = weights[jnp.argmax(jnp.count_nonzero(weights, axis=(1, 2)))]
     choice = compress(longest, dtype=rule.dtype, encoding=rule.encoding, lanes=rule.lanes)
     options = {"dtype": rule.dtype, "encoding": choice.encoding, "lanes": choice.lanes}
-    groups = shared_capacity(max(compress(w, **options).stored for w in weights) // 8)
+    groups = max(compress(w, **options).stored for w in weights) // 8
     matrices = [compress(w, capacity=groups, **options) for w in weights]
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *matrices)
     return jax.tree.map(lambda array: array.reshape(*stack, *array.shape[1:]), stacked)

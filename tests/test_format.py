@@ -210,6 +210,18 @@ def test_capacity_may_be_a_function_of_the_groups(encoding, on_device):
         assert_same_bits(a, b)
 
 
+def test_room_is_not_asked_for_beyond_what_fits(monkeypatch):
+    weight = np.ones((4, 64), np.float16)
+    monkeypatch.setattr(packing, "MAX_STORED", weight.size)
+    assert macko_jax.compress(weight, capacity=lambda needed: needed + 1).stored == weight.size
+    for capacity, said in (33, "Split it by rows"), (lambda needed: needed - 1, "31 .* too small"):
+        with pytest.raises(ValueError, match=said):
+            macko_jax.compress(weight, capacity=capacity)
+    monkeypatch.setattr(packing, "MAX_STORED", weight.size - 8)
+    with pytest.raises(ValueError, match="Split it by rows"):
+        macko_jax.compress(weight, capacity=packing.shared_capacity)
+
+
 @hypothesis.given(st.integers(0, 2**28))
 def test_shared_capacity_has_room_and_few_values(groups):
     capacity = packing.shared_capacity(groups)
