@@ -138,24 +138,24 @@ def peak_bytes(decoder):
 
     None where XLA does not say.
     """
-    parts = decoder.parts
+    parts, arguments = decoder.parts, decoder.decode_arguments()
+    decode = added_bytes(llama.decode.lower(*arguments).compile())
+    if decode is None:
+        return {"prefill_bytes": None, "decode_bytes": None}
     x = llama.embed.eval_shape(parts.ends, decoder.prompt)
-    layer_caches, added = [], {}
+    layer_caches, calls = [], {}  # layers that are alike share a program
     for piece in parts.layers:
         more = llama.read.eval_shape(piece, x, parts.config)[1]
         layer_caches += more
         kind = piece.structure, tuple(leaf.shape for leaf in piece.arrays)
-        if kind not in added:  # layers that are alike share a program
-            program = llama.read.lower(piece, x, parts.config).compile()
-            added[kind] = added_bytes(program), array_bytes(more)
+        if kind not in calls:
+            calls[kind] = llama.read.lower(piece, x, parts.config), more
     cache = llama.Cache(tuple(layer_caches), decoder.lengths)
     ending = llama.first_token.lower(parts.ends, x, cache, decoder.key, decoder.sampling)
-    added[None] = added_bytes(ending.compile()), 0
-    arguments = decoder.decode_arguments()
-    decode = added_bytes(llama.decode.lower(*arguments).compile())
-    if decode is None:
-        return {"prefill_bytes": None, "decode_bytes": None}
-    beside = max(size - caches for size, caches in added.values())  # of one call, but for its caches
+    beside = max(  # of one call, but for its caches
+        added_bytes(lowered.compile()) - array_bytes(caches)
+        for lowered, caches in [*calls.values(), (ending, ())]
+    )
     return {
         "prefill_bytes": array_bytes((parts, x, cache)) + beside,
         "decode_bytes": array_bytes(arguments[:2]) + decode,

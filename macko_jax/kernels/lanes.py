@@ -312,9 +312,7 @@ class MosaicLanes:
 
     def cluster_barrier(self):
         """A barrier of all threads of the cluster's blocks, for their shared memory."""
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"), [], "barrier.cluster.arrive.release.aligned;"
-            " barrier.cluster.wait.acquire.aligned;", "~{memory}", has_side_effects=True)
+        act("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;")
 
     def load_peer(self, offset, peer):
         """The float32 at a byte offset in the shared memory of block `peer` of the cluster."""
