@@ -1,6 +1,7 @@
 """How a product is laid out on a device: a rule of shape and batch."""
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,21 @@ from macko_jax.kernels.vectors import Vectors
 from macko_jax.layout import GROUP
 from macko_jax.packing import MULTIPROCESSORS
 
-BREAK_EVEN = {"spmv": 16, "spmv_transposed": 2}  # vectors; with more, a dense decode is faster
 WARPS_FOR_MANY = 16  # at most, of a block that multiplies 8 vectors or more in a pass
 GROUPS_IN_FLIGHT = 48  # of a multiprocessor's warps together, for each lane
 HOPPER = "9.0"  # the compute capability of an H100 and an H200
 SHARED_BYTES = 220 * 1024  # of a Hopper multiprocessor's 227 KiB; the rest is the kernel's own
+
+# A pass over a matrix costs (vectors + PASS) * (density + start), and a dense decode with a dense
+# product `decode` in the same unit, whatever the density and the vectors. So (start, decode) are
+# fitted to what an H200 takes for both (docs/results/ideas_h200.json, "passes, or a decode"). Not
+# measured, and taken for deltas: a bitmask of 16 bits, and the transposed product of "banked".
+PASS = 5
+COSTS = {
+    "spmv": {"16 bits": (0.1, 14), "16 bits, banked": (0.1, 17.5), "32 bits": (0.3, 40)},
+    "spmv_transposed": {
+        "16 bits": (0.6, 14.5), "16 bits, banked": (0.6, 14.5), "32 bits": (0.6, 8.5)},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +145,23 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
     return Settings(
         blocks=blocks, warps=warps, unroll=groups_ahead(matrix, blocks, vectors), vectors=vectors,
         stage_x=_fits(matrix, x_dtype, vectors), tensor_cores=by_tensor_cores and vectors >= 8)
+
+
+def by_passes(product: str, matrix, x_dtype, batch: int) -> bool:
+    """Whether passes over the matrix are faster than a dense decode and a dense product."""
+    vectors = choose(matrix, x_dtype, batch).vectors if product == "spmv" else 1
+    passes = -(-batch // vectors)
+    start, decode = COSTS[product][_kind(matrix, x_dtype)]
+    density = matrix.stored / math.prod(matrix.shape)
+    return passes == 1 or passes * (vectors + PASS) * (density + start) <= decode
+
+
+def _kind(matrix, x_dtype) -> str:
+    """Of a product in COSTS. Where types differ, the dense product is one of float32."""
+    dtype = jnp.dtype(matrix.dtype)
+    if dtype.itemsize != 2 or dtype != jnp.dtype(x_dtype):
+        return "32 bits"
+    return "16 bits, banked" if matrix.encoding == "banked" else "16 bits"
 
 
 def _suit_tensor_cores(matrix, x_dtype, batch: int) -> bool:

@@ -63,8 +63,8 @@ def _by_decode(problem) -> bool:
     matrix = _matrix(problem)
     if problem.product == "spmv_transposed" and transposed.why_not(matrix, problem.batch):
         return True
-    many = problem.batch > config.BREAK_EVEN[problem.product]
-    return many and decode.why_not(matrix) is None
+    by_passes = config.by_passes(problem.product, matrix, problem.dtypes[1], problem.batch)
+    return not by_passes and decode.why_not(matrix) is None
 
 
 def _by_matmul(problem) -> bool:
