@@ -19,7 +19,7 @@ import numpy as np
 
 from examples.llama import decode_attention
 import macko_jax
-from macko_jax.kernels import by_values, decode, spmv, strips, transposed
+from macko_jax.kernels import by_values, config, decode, spmv, strips, transposed
 from tests import test_chain, test_fused, test_matmul
 from tests import test_llama_decode_attention as attention
 from tests.test_kernels import ENCODINGS
@@ -60,8 +60,10 @@ def products(encoding, shape, dtype, batch):
         found = run(
             transposed.spmv_transposed, matrix.values, y, *positions, out_dtype="float32")
         yield "transposed", found, wide_y @ dense
-    if decode.why_not(known) is None:
-        yield "decode", run(decode.decode, matrix.values, *positions).astype(np.float32), dense
+    dense_dtype = config.dense_dtype(matrix.dtype, x.dtype)
+    if decode.why_not(known, dense_dtype) is None:
+        found = run(decode.decode, matrix.values, *positions, dtype=dense_dtype)
+        yield "decode", found.astype(np.float32), dense
     if not narrow and by_values.why_not(known, x.dtype, batch) is None:
         pattern = matrix.values[:0] if encoding == "bitmask" else matrix.values
         found = run(by_values.spmv_values, x, y, *positions, pattern, out_dtype=matrix.dtype)

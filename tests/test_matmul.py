@@ -238,9 +238,14 @@ def lowered(rows=8448, density=0.3, count=512, dtype=jnp.float16, encoding="delt
 def test_is_chosen_where_it_is_faster():
     assert "dot_general" not in lowered()
     assert "dot_general" not in lowered(count=451, density=0.1)  # and padded
-    for other in (dict(rows=8320), dict(density=0.5), dict(count=513), dict(count=448),
+    assert "dot_general" not in lowered(rows=16896, density=0.5)
+    for other in (dict(rows=8320), dict(density=0.5), dict(rows=16896, density=0.6),
+                  dict(count=513), dict(count=448),
                   dict(dtype=jnp.bfloat16), dict(dtype=jnp.float32), dict(encoding="banked")):
         assert "dot_general" in lowered(**other), other
+    long_rows = [strips.Matrix((28672, 8192), "delta4", lanes, 28672 * 8192 * tenths // 10, "float16")
+                 for lanes, tenths in ((32, 5), (32, 3), (8, 1))]
+    assert [matmul.is_faster(matrix, 512) for matrix in long_rows] == [False, True, True]
 
 
 def test_explains_why_not():

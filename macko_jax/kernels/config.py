@@ -21,12 +21,14 @@ SHARED_BYTES = 220 * 1024  # of a Hopper multiprocessor's 227 KiB; the rest is t
 # product `decode` in the same unit, whatever the density and the vectors. So (start, decode) are
 # fitted to what an H200 takes for both (docs/results/ideas_h200.json, "passes, or a decode"). Not
 # measured, and taken for deltas: a bitmask of 16 bits, and the transposed product of "banked".
+# A decode has to save a tenth where the dense matrix is LARGE, in bytes, since it needs that room.
 PASS = 5
 COSTS = {
-    "spmv": {"16 bits": (0.1, 14), "16 bits, banked": (0.1, 17.5), "32 bits": (0.3, 40)},
+    "spmv": {"16 bits": (0.13, 15.1), "16 bits, banked": (0.1, 17.5), "32 bits": (0.3, 40)},
     "spmv_transposed": {
         "16 bits": (0.6, 14.5), "16 bits, banked": (0.6, 14.5), "32 bits": (0.6, 8.5)},
 }
+LARGE = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,13 +154,20 @@ def by_passes(product: str, matrix, x_dtype, batch: int) -> bool:
     vectors = choose(matrix, x_dtype, batch).vectors if product == "spmv" else 1
     passes = -(-batch // vectors)
     start, decode = COSTS[product][_kind(matrix, x_dtype)]
-    density = matrix.stored / math.prod(matrix.shape)
-    return passes == 1 or passes * (vectors + PASS) * (density + start) <= decode
+    size = math.prod(matrix.shape)
+    cost = passes * (vectors + PASS) * (matrix.stored / size + start)
+    large = size * dense_dtype(matrix.dtype, x_dtype).itemsize >= LARGE
+    return passes == 1 or cost <= (1.1 * decode if large else decode)
+
+
+def dense_dtype(dtype, x_dtype):
+    """Of a matrix decoded for a product with vectors; they represent values of 8 bits exactly."""
+    return jnp.dtype(x_dtype if jnp.dtype(dtype).itemsize == 1 else dtype)
 
 
 def _kind(matrix, x_dtype) -> str:
     """Of a product in COSTS. Where types differ, the dense product is one of float32."""
-    dtype = jnp.dtype(matrix.dtype)
+    dtype = dense_dtype(matrix.dtype, x_dtype)
     if dtype.itemsize != 2 or dtype != jnp.dtype(x_dtype):
         return "32 bits"
     return "16 bits, banked" if matrix.encoding == "banked" else "16 bits"

@@ -23,6 +23,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from macko_jax.kernels import config, lanes, strips, tiles
 from macko_jax.kernels.lanes import Register, act, address
 from macko_jax.kernels.tiles import COLUMNS, PEERS, ROW_BYTES, ROWS, STEPS, THREADS
+from macko_jax.layout import GROUP
 
 VECTORS = 256  # of a block
 X_STEPS = 3  # for whose vectors shared memory has room
@@ -31,10 +32,12 @@ REGISTERS = {"multiply": 200, "decode": 104}  # of their threads, of 168 that ea
 OUT = 32  # vectors of the result that leave by one copy
 SUMS = plgpu.Layout.WGMMA  # of the sums [64 rows, 256 vectors] of a warpgroup
 
-# Where this is faster than a decode and a dense product: a cluster is full or nearly so, all
-# clusters have a tile, and there is little to decode.
+# Where this is faster than a decode and a dense product (docs/kernel.md, "Many vectors"): a cluster
+# is full or nearly so; there is little to decode, the less the fewer tiles a cluster has; and the
+# lines of memory of all rows at work stay in the L2 cache until every strip has had its part.
 FASTER_VECTORS = range(449, PEERS * VECTORS + 1)
-FASTER_DENSITY = 0.35  # of what is stored
+FASTER_DENSITY = 0, 0.35, 0.55  # of what is stored, by tiles of a cluster: none, one, more
+FASTER_BYTES = 24 << 20  # of those lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +103,11 @@ def why_not(matrix: strips.Matrix) -> str | None:
 def is_faster(matrix: strips.Matrix, vectors: int) -> bool:
     """Whether it is, than a decode and a dense product."""
     rows, cols = matrix.shape
-    return (vectors in FASTER_VECTORS and matrix.stored <= FASTER_DENSITY * rows * cols
-            and rows >= ROWS * most_clusters())
+    at_work = ROWS * most_clusters()  # rows
+    groups = matrix.stored / (rows * matrix.lanes * GROUP)  # of a strip: a line of values for each,
+    lines = groups * (1 + matrix.lanes / lanes.WARP)  # and of codes, which takes up 32 groups
+    return (vectors in FASTER_VECTORS and at_work * lines * lanes.LINE <= FASTER_BYTES
+            and matrix.stored <= FASTER_DENSITY[min(rows // at_work, 2)] * rows * cols)
 
 
 def matmul(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, stored):

@@ -27,7 +27,7 @@ def why_not(problem) -> str | None:
     if problem.product == "spmv_values":
         return by_values.why_not(_matrix(problem), problem.dtypes[0], problem.batch)
     if problem.product == "spmv_transposed" and _by_decode(problem):
-        return decode.why_not(_matrix(problem))
+        return decode.why_not(_matrix(problem), _dense_dtype(problem))
     return None
 
 
@@ -64,7 +64,7 @@ def _by_decode(problem) -> bool:
     if problem.product == "spmv_transposed" and transposed.why_not(matrix, problem.batch):
         return True
     by_passes = config.by_passes(problem.product, matrix, problem.dtypes[1], problem.batch)
-    return not by_passes and decode.why_not(matrix) is None
+    return not by_passes and decode.why_not(matrix, _dense_dtype(problem)) is None
 
 
 def _by_matmul(problem) -> bool:
@@ -72,6 +72,10 @@ def _by_matmul(problem) -> bool:
     matrix, one_type = _matrix(problem), len({*problem.dtypes, problem.out_dtype}) == 1
     return (one_type and matmul.why_not(matrix) is None
             and matmul.is_faster(matrix, problem.batch))
+
+
+def _dense_dtype(problem):
+    return config.dense_dtype(*problem.dtypes)
 
 
 def _matrix(problem) -> strips.Matrix:
@@ -84,7 +88,7 @@ def _matrix(problem) -> strips.Matrix:
 def _spmv_by_decode(values, x, codes, row_offsets, starts, *, out_dtype, **static):
     # Decoding waits for x: else XLA decodes matrices ahead, and holds two or more at a time.
     row_offsets, x = jax.lax.optimization_barrier((row_offsets, x))
-    dense = decode.decode(values, codes, row_offsets, starts, **static)
+    dense = _decode(values, x, codes, row_offsets, starts, **static)
     return _matmul("kc,rc->kr", x, dense, out_dtype)
 
 
@@ -94,8 +98,13 @@ def _spmv_by_matmul(values, x, codes, row_offsets, starts, *, out_dtype, **stati
 
 
 def _transposed_by_decode(values, y, codes, row_offsets, starts, *, out_dtype, **static):
-    dense = decode.decode(values, codes, row_offsets, starts, **static)
+    dense = _decode(values, y, codes, row_offsets, starts, **static)
     return _matmul("kr,rc->kc", y, dense, out_dtype)
+
+
+def _decode(values, x, *positions, **static):
+    dtype = config.dense_dtype(values.dtype, x.dtype)
+    return decode.decode(values, *positions, **static, dtype=dtype)
 
 
 def _matmul(subscripts, a, b, out_dtype) -> jax.Array:

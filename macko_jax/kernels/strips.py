@@ -356,3 +356,13 @@ def unpack(ops, words, dtype) -> list:
         4: lambda word: [ops.as_real(word)],
     }[jnp.dtype(dtype).itemsize]
     return [real for word in words for real in unpack_word(word)]
+
+
+def convert(ops, words, dtype, kind) -> list:
+    """The words of a group's eight values as those of a type that represents them exactly."""
+    if jnp.dtype(dtype) == jnp.dtype(kind):
+        return words
+    reals = unpack(ops, words, dtype)
+    if jnp.dtype(kind).itemsize == 4:
+        return [ops.as_word(real) for real in reals]
+    return [ops.pack(low, high, kind) for low, high in zip(reals[::2], reals[1::2])]

@@ -8,7 +8,7 @@ memory. Their product has the sums of every element's vectors with the weights o
 these the ones of an element with its own weights are used.
 """
 from macko_jax.kernels.lanes import WARP, sum_over_lanes
-from macko_jax.kernels.strips import unpack
+from macko_jax.kernels.strips import convert
 from macko_jax.layout import GROUP
 
 VECTORS = 8  # of 16 bits, in the 16 bytes of a row
@@ -30,10 +30,8 @@ def multiply(ops, planes: list, first_slot: int, dtype, sums: list, groups: list
       dtype: of the weights, that of the vectors or of 8 bits, which that represents exactly.
     """
     [group] = groups
-    kind, words = planes[0].dtype, group.values
-    if dtype != kind:
-        reals = unpack(ops, words, dtype)
-        words = [ops.pack(a, b, kind) for a, b in zip(reals[::2], reals[1::2])]
+    kind = planes[0].dtype
+    words = convert(ops, group.values, dtype, kind)
     place = ops.thread() * 16 + 4 * first_slot
     ops.store_shared_words(place, words, ops.thread() >= 0)
     ops.warp_barrier()

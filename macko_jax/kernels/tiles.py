@@ -97,23 +97,26 @@ def program(ops, plan) -> None:
 class Ring:
     """Where in shared memory every thread has the groups of its row that it decodes next.
 
-    Of a group's code there is the word that has its unit, for every plane.
+    Of a group's code there is what has its unit, for every plane.
 
     Attributes:
       size: its bytes.
     """
 
     def __init__(self, matrix: strips.Matrix):
-        self.planes = PLANES[matrix.encoding]
         self._groups = matrix.stored // GROUP
         self._code_bytes = self._groups * code_bytes(matrix.encoding)
-        self._codes = AHEAD * THREADS * 16  # where they begin, and how long a plane's are
-        self._plane = AHEAD * THREADS * 4
-        self.size = self._codes + len(self.planes) * self._plane
+        self.size = AHEAD * THREADS * 16
+        self._planes = []  # each with the bytes of a copy, and where its copies begin
+        for plane in PLANES[matrix.encoding]:
+            # Four bytes have a unit, but a copy of four goes through the L1 cache, which is slower.
+            copied = 16 if plane.size == 4 else 4
+            self._planes.append((plane, copied, self.size))
+            self.size += AHEAD * THREADS * copied
 
     @staticmethod
     def _at(ops, number):
-        return ((number & (AHEAD - 1)) * THREADS + ops.thread()) * 4
+        return (number & (AHEAD - 1)) * THREADS + ops.thread()
 
     def _byte(self, plane, group):
         return group * plane.size + plane.before * self._groups
@@ -121,26 +124,27 @@ class Ring:
     def put(self, ops, number, group, live) -> None:
         """Begins to copy the group at a memory index, as the `number`th one of the thread."""
         at, nothing = self._at(ops, number), ops.integer(0)
-        whole = ops.select(live, ops.integer(16), nothing)
-        ops.copy_ahead("values", group, 16, "ring", at * 4, whole)
-        for i, plane in enumerate(self.planes):
-            word, size = self._byte(plane, group) >> 2, ops.integer(4)
-            words, rest = divmod(self._code_bytes, 4)
-            if rest:  # of the last word
-                size = ops.select(word < words, size, ops.integer(rest))
-            ops.copy_ahead("codes", word, 4, "ring", at + (self._codes + i * self._plane),
-                           ops.select(live, size, nothing))
+        ops.copy_ahead("values", group, 16, "ring", at * 16,
+                       ops.select(live, ops.integer(16), nothing))
+        for plane, copied, begin in self._planes:
+            index, there = self._byte(plane, group) // copied, ops.integer(copied)
+            pieces, rest = divmod(self._code_bytes, copied)
+            if rest:  # of the last piece
+                there = ops.select(index < pieces, there, ops.integer(rest))
+            ops.copy_ahead("codes", index, copied, "ring", at * copied + begin,
+                           ops.select(live, there, nothing))
         ops.end_copies()
 
     def take(self, ops, number, group):
         """Units of the code, and the values, of the `number`th group, whose index is given."""
         ops.wait_for_copies(AHEAD - 1)
         at, units = self._at(ops, number), []
-        values = ops.load_copied("ring", at * 4, 4)
-        for i, plane in enumerate(self.planes):
-            [word] = ops.load_copied("ring", at + (self._codes + i * self._plane), 1)
+        values = ops.load_copied("ring", at * 16, 4)
+        for plane, copied, begin in self._planes:
+            byte = self._byte(plane, group)
+            [word] = ops.load_copied("ring", at * copied + (byte & (copied - 4)) + begin, 1)
             if plane.size < 4:
-                word = word >> ((self._byte(plane, group) & 3) << 3) & (256**plane.size - 1)
+                word = word >> ((byte & 3) << 3) & (256**plane.size - 1)
             units.append(word)
         return units, values
 
