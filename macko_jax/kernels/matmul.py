@@ -104,8 +104,9 @@ def is_faster(matrix: strips.Matrix, vectors: int) -> bool:
     """Whether it is, than a decode and a dense product."""
     rows, cols = matrix.shape
     at_work = ROWS * most_clusters()  # rows
-    groups = matrix.stored / (rows * matrix.lanes * GROUP)  # of a strip: a line of values for each,
-    lines = groups * (1 + matrix.lanes / lanes.WARP)  # and of codes, which takes up 32 groups
+    # A strip's groups have a line of values each, and one of codes, which 32 of the row's share.
+    groups = matrix.stored / (rows * matrix.lanes * GROUP)
+    lines = groups * (1 + matrix.lanes / 32)
     return (vectors in FASTER_VECTORS and at_work * lines * lanes.LINE <= FASTER_BYTES
             and matrix.stored <= FASTER_DENSITY[min(rows // at_work, 2)] * rows * cols)
 
