@@ -137,6 +137,7 @@ def test_older_configs_are_read():
         ({"num_hidden_layers": 3}, r"9 missing: model.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, r"9 surplus: model.layers.1.input_layernorm.weight"),
         ({"num_key_value_heads": 3}, "multiple"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "lacks factor of its rope type 'linear'"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(tmp_path, changes, message):
@@ -155,6 +156,40 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     assert checkpoint.load(directory).head is None
     edit_tensors(directory, lambda tensors: tensors.update(spare=np.zeros(2, np.float32)))
     with pytest.raises(ValueError, match="1 surplus: spare"):
+        checkpoint.load(directory)
+
+
+def test_tensors_of_integers_are_refused(tmp_path):
+    directory = copy_of(tmp_path, "llama3")
+    name = "model.norm.weight"
+    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name].astype(np.int32)}))
+    with pytest.raises(ValueError, match="1 not of floats: model.norm.weight of I32"):
+        checkpoint.load(directory)
+
+
+def test_files_beside_the_model_are_refused_or_left_out_by_its_index(tmp_path):
+    directory = copy_of(tmp_path, "llama3")
+    shutil.copy(directory / "model.safetensors", directory / "consolidated.safetensors")
+    with pytest.raises(ValueError, match=r"in both .*consolidated.* and .*/model.safetensors"):
+        checkpoint.load(directory)
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (directory / checkpoint.INDEX).write_text(json.dumps(index))
+    (directory / "consolidated.safetensors").write_bytes(b"anything")
+    checkpoint.load(directory)
+    index["weight_map"]["lm_head.weight"] = "model-00002.safetensors"
+    (directory / checkpoint.INDEX).write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match="lacks model-00002.safetensors"):
+        checkpoint.load(directory)
+
+
+def test_files_that_are_cut_off_are_named(tmp_path):
+    directory = copy_of(tmp_path, "llama3")
+    (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+        checkpoint.load(directory)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
         checkpoint.load(directory)
 
 

@@ -23,6 +23,8 @@ import safetensors.numpy
 from examples.llama import model as llama
 from examples.records import replacing, write_json
 
+INDEX = "model.safetensors.index.json"  # names the file of every tensor
+
 # Parameter of a block -> the stored tensors that it joins, below "model.layers.N.".
 _BLOCK_TENSORS = {
     "attention_norm.scale": ("input_layernorm.weight",),
@@ -95,6 +97,7 @@ def save(directory, model, dtype, extra=None):
             tensors[name] = np.ascontiguousarray(part)
     with replacing(directory / "model.safetensors") as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+    (directory / INDEX).unlink(missing_ok=True)  # of a checkpoint that was there
     described = config_to_json(model.config) | {"torch_dtype": jnp.dtype(dtype).name}
     write_json(directory / "config.json", described | (extra or {}))
 
@@ -126,7 +129,7 @@ class Checkpoint:
     Files are open only while they are read, so that what was read leaves memory.
 
     Args:
-      directory: holds config.json and one or more safetensors files.
+      directory: holds config.json and one or more safetensors files, or those that its index names.
 
     Attributes:
       config: the model's `Config`.
@@ -138,17 +141,41 @@ class Checkpoint:
     def __init__(self, directory):
         self.directory = pathlib.Path(directory)
         self.config = load_config(directory)
-        paths = sorted(self.directory.glob("*.safetensors"))
+        self._owner, self._shapes, self._dtypes = {}, {}, {}
+        for path in self._files():
+            with _open(path) as file:
+                for name in file.keys():
+                    self._own(name, path, file.get_slice(name))
+        self._check_tensors()
+
+    def _files(self):
+        """The model's files: those that its index names, where it has one."""
+        index = self.directory / INDEX
+        if index.is_file():
+            named = _read_json(index).get("weight_map", {}).values()
+            paths = sorted(self.directory / name for name in set(named))
+            if absent := [path.name for path in paths if not path.is_file()]:
+                raise FileNotFoundError(
+                    f"{self.directory} lacks {', '.join(absent)}, which {INDEX} names; fetch the "
+                    "whole checkpoint"
+                )
+        else:
+            paths = sorted(self.directory.glob("*.safetensors"))
         if not paths:
             raise FileNotFoundError(
                 f"{self.directory} holds no .safetensors file; convert the checkpoint to "
                 "safetensors"
             )
-        self._owner = {}
-        for path in paths:
-            with _open(path) as file:
-                self._owner |= dict.fromkeys(file.keys(), path)
-        self._check_names()
+        return paths
+
+    def _own(self, name, path, stored):
+        if name in self._owner:
+            raise ValueError(
+                f"{name} is in both {self._owner[name]} and {path}; remove the file that is not "
+                f"the model's, or name the others in {INDEX}"
+            )
+        self._owner[name] = path
+        self._shapes[name], self._dtypes[name] = tuple(stored.get_shape()), stored.get_dtype()
 
     def fill(self, module, prefix=()):
         """Gives an abstract module its parameters.
@@ -165,36 +192,46 @@ class Checkpoint:
                 for path in sorted({self._owner[name] for name in names})
             }
             for path, param in parameters:
-                turn = path[-1] == "kernel"
-                sizes = _sizes(self.config, path, param.shape)
-                rest = param.shape[:-1] if turn else param.shape[1:]
-                parts = [
-                    self._read(files, name, (size, *rest))
-                    for name, size in zip(stored_names(path), sizes)
-                ]
+                parts = [files[self._owner[name]].get_tensor(name) for name in stored_names(path)]
                 joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
                 joined = jnp.asarray(joined, param.dtype)
-                param.set_value(joined.T if turn else joined)
+                param.set_value(joined.T if path[-1] == "kernel" else joined)
 
     def dtype(self):
         """Of the stored embedding, and so in practice of every tensor."""
         (name,) = stored_names(("embed", "embedding"))
         return _dtype_of(self._owner[name], name)
 
-    def _check_names(self):
-        """Refuses a set of tensors that is not exactly the model's."""
+    def _check_tensors(self):
+        """Refuses a set of tensors that is not exactly the model's, before any is read."""
         model = abstract_model(self.config, dtype=jnp.float32, param_dtype=jnp.float32)
-        wanted = {name for path, _ in _parameters(model) for name in stored_names(path)}
+        wanted = {}
+        for path, param in _parameters(model):
+            rest = param.shape[:-1] if path[-1] == "kernel" else param.shape[1:]
+            sizes = _sizes(self.config, path, param.shape)
+            wanted |= {name: (size, *rest) for name, size in zip(stored_names(path), sizes)}
         # Buffers of older exports, and the head of a model that uses its embedding as head.
         ignored = {name for name in self._owner if name.endswith("rotary_emb.inv_freq")}
         if self.config.tie_word_embeddings:
             ignored.add("lm_head.weight")
-        missing = sorted(wanted - self._owner.keys())
-        surplus = sorted(self._owner.keys() - wanted - ignored)
+        misshapen = [
+            f"{name} of shape {self._shapes[name]} instead of {shape}"
+            for name, shape in sorted(wanted.items())
+            if self._shapes.get(name, shape) != shape
+        ]
         problems = [
-            f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-            for what, names in (("missing", missing), ("surplus", surplus))
-            if names
+            f"{len(found)} {what}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
+            for what, found in (
+                ("missing", sorted(wanted.keys() - self._owner.keys())),
+                ("surplus", sorted(self._owner.keys() - wanted.keys() - ignored)),
+                ("misshapen", misshapen),
+                ("not of floats", [
+                    f"{name} of {self._dtypes[name]}"
+                    for name in sorted(wanted.keys() & self._owner.keys())
+                    if not self._dtypes[name].startswith(("F", "BF"))
+                ]),
+            )
+            if found
         ]
         if problems:
             raise ValueError(
@@ -202,18 +239,22 @@ class Checkpoint:
                 + "; ".join(problems)
             )
 
-    def _read(self, files, name, shape):
-        """One tensor as a NumPy array of the expected shape."""
-        array = files[self._owner[name]].get_tensor(name)
-        if array.shape != shape:
-            raise ValueError(
-                f"{name} in {self.directory} has shape {array.shape}; config.json asks for {shape}"
-            )
-        return array
-
 
 def _open(path):
-    return safetensors.safe_open(path, framework="np")
+    try:
+        return safetensors.safe_open(path, framework="np")
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}). It was cut off, or only points to "
+            "the file (git-lfs); fetch it again"
+        ) from error
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
 
 
 def _dtype_of(path, name):
@@ -383,6 +424,10 @@ def abstract_model(config, *, dtype, param_dtype):
 # config.json.
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_ROPE_FIELDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}  # fmt: skip
 
 
 def load_config(directory):
@@ -390,7 +435,7 @@ def load_config(directory):
     path = pathlib.Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: not a Hugging Face model directory")
-    return config_from_json(json.loads(path.read_text()))
+    return config_from_json(_read_json(path))
 
 
 def config_from_json(described):
@@ -440,17 +485,15 @@ def _rope_scaling(rope, max_position_embeddings):
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    if kind == "linear":
-        return llama.RopeScaling("linear", rope["factor"])
+    if kind not in _ROPE_FIELDS:
+        known = ", ".join(("default", *_ROPE_FIELDS))
+        raise ValueError(f"rope type {kind!r} is not supported; known: {known}")
+    if absent := [field for field in _ROPE_FIELDS[kind] if field not in rope]:
+        raise ValueError(f"config.json lacks {', '.join(absent)} of its rope type {kind!r}")
+    fields = [rope[field] for field in _ROPE_FIELDS[kind]]
     if kind == "llama3":
-        return llama.RopeScaling(
-            "llama3",
-            rope["factor"],
-            rope["low_freq_factor"],
-            rope["high_freq_factor"],
-            rope.get("original_max_position_embeddings", max_position_embeddings),
-        )
-    raise ValueError(f"rope type {kind!r} is not supported; known: default, linear, llama3")
+        fields.append(rope.get("original_max_position_embeddings", max_position_embeddings))
+    return llama.RopeScaling(kind, *fields)
 
 
 def _sliding_windows(described, kind, layers):
