@@ -31,15 +31,18 @@ CHECKPOINT = flags.DEFINE_string(
 )  # fmt: skip
 OUT = flags.DEFINE_string("out", None, "Directory of the packed model.", required=True)
 METHOD = flags.DEFINE_enum("method", "wanda", [*METHODS], "How to compress.")
-DENSITY = flags.DEFINE_float(
-    "density", 0.5, "Share of weights that stay.", lower_bound=0.0, upper_bound=1.0
+DENSITY = flags.DEFINE_float("density", 0.5, "Share of weights that stay, in (0, 1].")
+flags.register_validator(
+    "density", lambda share: 0 < share <= 1, message="the share of weights that stay is in (0, 1]"
 )
 CALIBRATION = flags.DEFINE_string(
     "calibration", None,
     "Text file to calibrate on; by default, for a byte-level model, modules of the library.",
 )  # fmt: skip
 WINDOWS = flags.DEFINE_integer("windows", 128, "Windows of the text.", lower_bound=1)
-LENGTH = flags.DEFINE_integer("length", None, "Window; by default the model's, at most 2048.")
+LENGTH = flags.DEFINE_integer(
+    "length", None, "Window; by default the model's, at most 2048.", lower_bound=1
+)
 BATCH = flags.DEFINE_integer("batch", 4, "Windows at a time.", lower_bound=1)
 ENCODING = flags.DEFINE_enum(
     "encoding", None, list(ENCODINGS),
@@ -53,6 +56,12 @@ DTYPE = flags.DEFINE_enum(
 def read_windows():
     """The calibration windows, [N, T]."""
     config = checkpoint.load_config(CHECKPOINT.value)
+    length = LENGTH.value or min(2048, config.max_position_embeddings)
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"--length={length} exceeds the model's {config.max_position_embeddings} positions; "
+            "give at most these"
+        )
     tokenizer = tokenizers.load_tokenizer(CHECKPOINT.value, config.vocab_size)
     if CALIBRATION.value:
         text = pathlib.Path(CALIBRATION.value).read_text(encoding="utf-8")
@@ -61,7 +70,6 @@ def read_windows():
         text = "\0".join(module.decode() for module in modules.values())
     else:
         raise ValueError("give --calibration=FILE, a text of the kind that the model is meant for")
-    length = LENGTH.value or min(2048, config.max_position_embeddings)
     return compression.calibration_windows(tokenizer.encode(text), length, WINDOWS.value)
 
 

@@ -67,7 +67,10 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     metadata = {"format": FORMAT, "version": VERSION, "tree": text, "crc32": _crc32(text.encode())}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors lets only the owner read
         safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

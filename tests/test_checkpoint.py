@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +140,16 @@ def test_a_failed_save_leaves_the_old_file(path, monkeypatch, moment):
             macko_jax.save(path, {"x": jnp.zeros(4)})
     np.testing.assert_array_equal(macko_jax.load(path)["x"], np.ones(4))
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_file_has_the_mode_of_the_umask(path, umask):
+    previous = os.umask(umask)
+    try:
+        macko_jax.save(path, {"x": jnp.ones(4)})
+    finally:
+        os.umask(previous)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_save_names_the_place_of_what_it_cannot_store(path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -101,9 +102,13 @@ def test_blocks_give_what_the_whole_model_gives(dense, packed, windows):
     )
 
 
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
 def test_directory_holds_the_model_and_the_report(packed):
     out, report = packed
-    assert sorted(path.name for path in out.iterdir()) == sorted([
+    assert names(out) == sorted([
         "config.json", "report.json", "tokenizer.json", "packed-embed.safetensors",
         "packed-norm.safetensors", "packed-head.safetensors",
         *(f"packed-0000{i}.safetensors" for i in range(3)),
@@ -127,25 +132,50 @@ def test_killed_run_goes_on(dense, packed, windows, tmp_path, killed_at):
     assert not (tmp_path / "config.json").exists()
     with pytest.raises(FileNotFoundError, match="not finished"):
         checkpoint.load_any(tmp_path)
+    (work,) = (tmp_path / "work").iterdir()
+    half_written = [
+        tmp_path / ".packed-00001.safetensors.7.tmp", tmp_path / "report.json.7.tmp",
+        tmp_path / ".tmpQx4a9Z", work / "tmpl6_k2xw1.unfinished", work / ".tmpQx4a9Z",
+    ]  # fmt: skip
+    for path in half_written:
+        path.write_bytes(b"half")
     seen = []
+
+    def see(progress):
+        assert not any(path.exists() for path in half_written)
+        seen.append(progress)
+
     compression.compress_checkpoint(
-        dense[0], tmp_path, windows, batch=2, callback=seen.append, **SETTINGS
+        dense[0], tmp_path, windows, batch=2, callback=see, **SETTINGS
     )
-    assert [progress.layer.resumed for progress in seen] == [i < killed_at for i in range(12)]
+    resumed = [i < killed_at for i in range(12)]
+    assert [progress.layer.resumed for progress in seen] == resumed
+    assert [progress.seconds_left is None for progress in seen] == resumed
     assert [progress.index for progress in seen] == list(range(1, 13))
     assert seen[-1].seconds_left in (0, None)
     assert contents(tmp_path) == contents(packed[0])
-    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "work").exists()
+    assert names(tmp_path) == names(packed[0])
 
 
-def test_failing_write_leaves_no_file(dense, windows, tmp_path, monkeypatch):
-    def fail(*_):
+def test_time_left_is_by_the_pace_of_what_was_solved():
+    seen = []
+    progress = compression._Progress(CONFIG, seen.append)
+    solved = dsf_jax.LayerReport("", "linear", (32, 32), "wanda", 0.5, None, 512, 0.1, seconds=10.0)
+    progress.add(dataclasses.replace(solved, shape=(64, 32), seconds=1e6, resumed=True))
+    progress.add(solved)
+    # A block is as much work as six layers of 32 x 32.
+    assert seen[0].seconds_left is None
+    np.testing.assert_allclose(seen[1].seconds_left, 10 * (3 * 6 - 2 - 1), rtol=0.01)
+
+
+def test_failing_write_leaves_no_part(dense, windows, tmp_path, monkeypatch):
+    def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr("safetensors.numpy.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         compression.compress_checkpoint(dense[0], tmp_path, windows, batch=2, **SETTINGS)
-    assert not list(tmp_path.rglob("*.*"))
+    assert names(tmp_path) == ["report.json"]
 
 
 def test_other_settings_are_refused(dense, packed, windows):
@@ -153,6 +183,31 @@ def test_other_settings_are_refused(dense, packed, windows):
         compression.compress_checkpoint(
             dense[0], packed[0], windows[::-1].copy(), **SETTINGS | {"density": 0.4}
         )
+
+
+def test_directories_of_something_else_are_refused(dense, packed, windows, tmp_path):
+    def refuse(source, out, message, **changes):
+        before = names(out)
+        with pytest.raises(ValueError, match=message):
+            compression.compress_checkpoint(source, out, windows, **SETTINGS | changes)
+        assert names(out) == before
+
+    other = shutil.copytree(packed[0], tmp_path / "other")
+    refuse(packed[0], other, "packed already; give the dense checkpoint")
+    (tmp_path / "link").symlink_to(dense[0])
+    refuse(dense[0], tmp_path / "link", "is the directory of the checkpoint")
+    refuse(dense[0], tmp_path, r"must be in \(0, 1\], got 0", density=0)
+    refuse(dense[0], tmp_path, "method must be one of", method="none")
+
+    report = json.loads((other / "report.json").read_text())
+    (other / "report.json").write_text(json.dumps(report | {"layers": report["layers"][:4]}))
+    refuse(dense[0], other, "holds packed-00001.safetensors and no report.json that says")
+    (other / "report.json").write_text(json.dumps(report)[:99])
+    refuse(dense[0], other, "other/report.json is not the report of a run, or was cut off")
+    (other / "report.json").write_text("[]")
+    refuse(dense[0], other, "other/report.json is not the report of a run, or was cut off")
+    (other / "report.json").unlink()
+    refuse(dense[0], other, "packed-00000.safetensors and no report.json .* Give another directory")
 
 
 def test_memory_does_not_grow_with_the_number_of_blocks(windows, tmp_path):
@@ -197,6 +252,21 @@ def test_scripts_compress_and_evaluate(tmp_path):
     assert [result["kind"] for result in results] == ["dense", "packed", "pruned"]
     dense, packed, pruned = (result["perplexity"] for result in results)
     assert abs(packed / pruned - 1) < 1e-4 < abs(dense / pruned - 1)
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--density=0", "--density=0.0: the share of weights that stay is in (0, 1]"),
+    ("--length=0", "--length=0"),
+    ("--length=65", "--length=65 exceeds the model's 64 positions"),
+])  # fmt: skip
+def test_script_refuses(dense, tmp_path, argument, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.compress_llm", f"--checkpoint={dense[0]}",
+         f"--out={tmp_path / 'packed'}", argument],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode and message in done.stdout
+    assert not (tmp_path / "packed").exists()
 
 
 def run(script, *arguments):

@@ -23,3 +23,12 @@ def test_json_replaces_what_was_there(tmp_path):
     for record in ({"rows": [1]}, {"rows": [1, 2]}):
         records.write_json(path, record)
         assert json.loads(path.read_text()) == record
+
+
+def test_file_has_the_mode_of_the_umask(tmp_path):
+    path, other = tmp_path / "model.safetensors", tmp_path / "other"
+    with records.replacing(path) as temporary:
+        temporary.write_text("whole")
+        temporary.chmod(0o600)
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode

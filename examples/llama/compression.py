@@ -16,6 +16,8 @@ import time
 
 import dsf_jax
 from dsf_jax import export
+from dsf_jax.problem import check_density
+from dsf_jax.solve import check_method
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,10 @@ from examples.records import write_json
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 LAYERS_OF_BLOCK = 4  # qkv, out, gate_up, down
+# What macko_jax, examples.records, safetensors and dsf_jax call a file while they write it.
+UNFINISHED = (
+    ".packed-*.tmp", "*.json.*.tmp", ".tmp??????", "work/*/*.unfinished", "work/*/.tmp??????",
+)  # fmt: skip
 
 
 def calibration_windows(tokens, length, count):
@@ -73,13 +79,16 @@ def compress_checkpoint(
       The `dsf_jax.Report` of all layers.
 
     Raises:
-      FileNotFoundError, ValueError: a checkpoint that cannot be read, or a directory that holds
-        results of other settings.
+      FileNotFoundError, ValueError: a checkpoint that cannot be read or is packed already, an
+        unknown method or density, or a directory that is the checkpoint's own or holds something
+        other than a run of these settings.
     """
     began = time.perf_counter()
+    check_method(method)
+    check_density(density)
     out = pathlib.Path(out)
+    stored = _open_source(source, out)
     out.mkdir(parents=True, exist_ok=True)
-    stored = checkpoint.Checkpoint(source)
     record = _Record(out / "report.json", {
         "checkpoint": str(stored.directory),
         "files": {path.name: path.stat().st_size for path in sorted(stored.directory.iterdir())
@@ -88,6 +97,8 @@ def compress_checkpoint(
         "encoding": encoding, "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
         "windows": list(windows.shape),
     })  # fmt: skip
+    _remove_unfinished(out)
+    record.begin()
     progress = _Progress(stored.config, callback)
     model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
     save = functools.partial(_save_part, out, stored, model)
@@ -96,7 +107,8 @@ def compress_checkpoint(
     del embed
     for i, abstract in enumerate(model.layers):
         if checkpoint.part_file(out, i).is_file():
-            progress.resumed(record.block(i))
+            for layer in record.block(i):
+                progress.add(layer)
         else:
             _compress_block(out, stored, abstract, i, hidden, record, progress,
                             method=method, density=density, encoding=encoding)  # fmt: skip
@@ -113,6 +125,27 @@ def compress_checkpoint(
         out / "config.json", json.loads((stored.directory / "config.json").read_text())
     )
     return record.report(time.perf_counter() - began)
+
+
+def _open_source(source, out):
+    """The dense checkpoint, which `out` must leave as it is."""
+    if checkpoint.is_packed(source):
+        raise ValueError(
+            f"{source} holds a model that is packed already; give the dense checkpoint that it was "
+            "made from"
+        )
+    if out.exists() and out.samefile(source):
+        raise ValueError(
+            f"{out} is the directory of the checkpoint; give another one for the packed model"
+        )
+    return checkpoint.Checkpoint(source)
+
+
+def _remove_unfinished(out):
+    """Removes the files that a killed run was writing."""
+    for pattern in UNFINISHED:
+        for path in sorted(out.glob(pattern)):
+            path.unlink()
 
 
 def _batches(windows, most):
@@ -139,7 +172,7 @@ def _compress_block(out, stored, abstract, index, hidden, record, progress, *, e
         compressed = dsf_jax.compress_model(
             block, hidden, forward=functools.partial(_forward, stored.config),
             keep_activations="host", work_dir=out / "work" / str(index),
-            callback=lambda step: progress.solved(_renamed(step.layer, prefix)), **asked,
+            callback=lambda step: progress.add(_renamed(step.layer, prefix)), **asked,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"block {index}: {error}") from error
@@ -175,34 +208,59 @@ class _Record:
     def __init__(self, path, settings):
         self.path, self.settings = path, settings
         self.blocks = {}
-        if not path.is_file():
-            return
-        found = json.loads(path.read_text())
-        other = sorted(key for key in settings if found["settings"].get(key) != settings[key])
+        if path.is_file():
+            self._read()
+        self._check_parts()
+
+    def _read(self):
+        try:
+            found = json.loads(self.path.read_text())
+            earlier = dict(found["settings"])
+            for layer in found["layers"]:
+                report = dsf_jax.LayerReport(**layer | {"shape": tuple(layer["shape"])})
+                self.blocks.setdefault(int(report.path.split("/")[1]), []).append(report)
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} is not the report of a run, or was cut off ({error!r}). Give another "
+                "directory, or remove this one"
+            ) from error
+        other = sorted(key for key in self.settings if earlier.get(key) != self.settings[key])
         if other:
             raise ValueError(
-                f"{path.parent} holds a run with another {', '.join(other)}. Give another "
+                f"{self.path.parent} holds a run with another {', '.join(other)}. Give another "
                 "directory, or empty this one"
             )
-        for layer in found["layers"]:
-            report = dsf_jax.LayerReport(**layer | {"shape": tuple(layer["shape"])})
-            self.blocks.setdefault(int(report.path.split("/")[1]), []).append(report)
+
+    def _check_parts(self):
+        """Refuses parts that the recorded run did not write."""
+        directory = self.path.parent
+        parts = {path.name for path in directory.glob("packed-*.safetensors")}
+        if self.path.is_file():
+            known = ("embed", "norm", "head", *self.blocks)
+            parts -= {checkpoint.part_file(directory, name).name for name in known}
+        if parts:
+            raise ValueError(
+                f"{directory} holds {min(parts)} and no {self.path.name} that says which run wrote "
+                "it. Give another directory, or remove this one"
+            )
+
+    def begin(self):
+        """Writes the settings before any part, so that those of another run are never taken."""
+        if not self.path.is_file():
+            write_json(self.path, {"settings": self.settings, "layers": []})
 
     def block(self, index):
         return [dataclasses.replace(layer, resumed=True) for layer in self.blocks[index]]
 
     def add(self, index, layers):
         self.blocks[index] = layers
-        self._write(self.report(sum(layer.seconds for block in self.blocks.values()
-                                    for layer in block)))  # fmt: skip
+        seconds = sum(layer.seconds for block in self.blocks.values() for layer in block)
+        write_json(self.path, {"settings": self.settings} | self.report(seconds).to_dict())
 
     def report(self, seconds):
         layers = tuple(layer for index in sorted(self.blocks) for layer in self.blocks[index])
         skipped = {"embed": "an embedding", "head": "the output head"}
         return dsf_jax.Report(layers, skipped, LAYERS_OF_BLOCK * len(self.blocks), seconds)
-
-    def _write(self, report):
-        write_json(self.path, {"settings": self.settings} | report.to_dict())
 
 
 class _Progress:
@@ -222,24 +280,17 @@ class _Progress:
         )  # fmt: skip
         self.done = 0
 
-    def resumed(self, layers):
-        for layer in layers:
-            self._count(layer, None)
-
-    def solved(self, layer):
-        if self.began is None:
-            self.began = time.perf_counter() - layer.seconds
-        self.done += self._work(layer)
-        spent = time.perf_counter() - self.began
-        self._count(layer, spent * (self.left - self._work(layer)) / self.done)
-
-    def _count(self, layer, seconds_left):
+    def add(self, layer):
+        rows, cols = layer.shape
+        work = rows * cols**2
         self.index += 1
-        self.left -= self._work(layer)
+        self.left -= work
+        seconds_left = None
+        if not layer.resumed:
+            now = time.perf_counter()
+            if self.began is None:
+                self.began = now - layer.seconds
+            self.done += work
+            seconds_left = (now - self.began) * self.left / self.done
         if self.callback is not None:
             self.callback(dsf_jax.Progress(self.index, self.total, layer, seconds_left))
-
-    @staticmethod
-    def _work(layer):
-        rows, cols = layer.shape
-        return rows * cols**2
