@@ -8,6 +8,8 @@ only reads as many bytes shows what memory allows.
 """
 import csv
 import dataclasses
+import importlib.metadata
+import importlib.util
 import itertools
 import sys
 
@@ -164,7 +166,10 @@ def measure(name, dense, x, y) -> dict:
 def save(out: str, records: list) -> None:
     """Writes all records so far, as JSON with the environment and as a table."""
     command = " ".join(["python -m examples.benchmark_spmv", *sys.argv[1:]])
-    whole = {"command": command, **benchmark.environment(), "records": records}
+    environment = benchmark.environment()
+    if "torch" in IMPLEMENTATIONS.value:
+        environment["versions"]["torch"] = importlib.metadata.version("torch")
+    whole = {"command": command, **environment, "records": records}
     write_json(f"{out}.json", whole)
     columns = list(dict.fromkeys(key for record in records for key in record))
     with replacing(f"{out}.csv") as table, table.open("w", newline="") as file:
@@ -178,6 +183,8 @@ def main(_):
     if unknown:
         raise app.UsageError(f"unknown --implementations {sorted(unknown)}; "
                              f"choose of {[*MAKERS, 'torch']}")
+    if "torch" in IMPLEMENTATIONS.value and importlib.util.find_spec("torch") is None:
+        raise app.UsageError("torch is not installed; leave it out of --implementations")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     header = f"{'rows x cols':>15} {'density':>7} {'dtype':>9} {'batch':>5} {'':14} " \
              f"{'us':>9} {'GB/s':>6} {'speed-up':>8} {'of floor':>8}"

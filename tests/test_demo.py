@@ -143,9 +143,24 @@ def test_generate_reads_a_tokenizer_and_batches(tmp_path):
     loaded = tokenizers.load_tokenizer(tmp_path, config.vocab_size)
     assert loaded.decode(loaded.encode("def grüße(x):")) == "def grüße(x):"
     assert loaded.stop_tokens == {2}
+    with pytest.raises(ValueError, match="has 5 tokens"):
+        tokenizers.load_tokenizer(tmp_path, 5).encode("def")
     done = run("generate", f"--checkpoint={tmp_path}", "--prompt=def ", "--prompt=import os",
                "--new_tokens=5", "--temperature=1", "--top_k=10", "--top_p=0.9")  # fmt: skip
     assert "--- def " in done.stdout and "--- import os" in done.stdout
+
+
+@pytest.mark.slow
+def test_benchmark_spmv_and_its_figure(tmp_path):
+    out = tmp_path / "spmv"
+    run("benchmark_spmv", "--shapes=64x96", "--densities=0.5,0.1", "--batches=1,3", "--repeats=2",
+        "--implementations=macko,dense,bcoo,bcsr", f"--out={out}")  # fmt: skip
+    records = json.loads(out.with_suffix(".json").read_text())["records"]
+    assert len(records) == 16 and all(r["speedup"] > 0 for r in records)
+    assert out.with_suffix(".csv").read_text().count("\n") == 17
+    figure = tmp_path / "spmv.png"
+    run("plot_results", f"--record={out}.json", f"--out={figure}")
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -159,6 +174,32 @@ def test_benchmark_decode(tmp_path):
     assert (sparse["density"], dense["density"]) == (0.5, 1.0)
     assert sparse["weight_bytes"] < dense["weight_bytes"]
     assert sparse["tokens_per_second"] > 0 and "of dense" in done.stdout
+
+
+def test_benchmark_decode_names_checkpoints(byte_model, tmp_path):
+    done = run("benchmark_decode", f"--checkpoint={byte_model}", "--new_tokens=4", "--chunk=4",
+               "--repeats=1", "--prompt=16", f"--out={tmp_path / 'record.json'}")  # fmt: skip
+    table = done.stdout[done.stdout.index("density  tokens/s") :].splitlines()
+    assert table[0].endswith("  checkpoint") and table[1].endswith(f"  {byte_model}")
+
+
+def test_calls_on_a_cpu_are_timed_one_by_one():
+    program = """if True:
+        import time
+        import jax
+        from examples import benchmark_decode
+
+        class Decoder:
+            def draw(self):  # as on a CPU, where a call runs while it is queued
+                for _ in range(3):
+                    time.sleep(0.1)
+                    yield 0
+
+        jax.config.update("jax_platforms", "cpu")
+        benchmark_decode.flags.FLAGS(["", "--repeats=1", "--chunk=1"])
+        assert benchmark_decode.time_generations(Decoder()).min() > 0.09
+    """
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=300)
 
 
 @pytest.mark.slow
@@ -179,13 +220,16 @@ def test_training_learns_and_records(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "script, arguments, message",
     [
-        (["--density=1.5"], "density"),
-        (["--checkpoint=nowhere"], "nowhere/config.json is missing"),
-        ([f"--checkpoint={DATA / 'llama3'}"], "96 tokens"),
+        ("demo", ["--density=1.5"], "density"),
+        ("demo", ["--checkpoint=nowhere"], "nowhere/config.json is missing"),
+        ("demo", [f"--checkpoint={DATA / 'llama3'}"], "96 tokens"),
+        ("evaluate", ["--windows=0"], "windows"),
+        ("evaluate", ["--length=0"], "length"),
+        ("benchmark_decode", ["--prompt=900", "--new_tokens=256"], "1024 positions of tiny"),
     ],
 )
-def test_demo_refuses(arguments, message):
-    done = run("demo", *arguments, check=False)
+def test_scripts_refuse(script, arguments, message):
+    done = run(script, *arguments, check=False)
     assert done.returncode and message in done.stdout + done.stderr

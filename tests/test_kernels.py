@@ -316,6 +316,31 @@ def test_explains_why_not():
     assert "float64" in reasons["mosaic_gpu"] and reasons["xla"] is None
 
 
+def on_gpu_with(monkeypatch, **attributes):
+    """As if the first GPU here had these."""
+    monkeypatch.setattr(
+        config, "_of_gpu", lambda attribute, otherwise: attributes.get(attribute, otherwise))
+
+
+def test_older_gpus_are_left_to_xla(monkeypatch):
+    on_gpu_with(monkeypatch, compute_capability="8.9")
+    assert "mosaic_gpu" not in lowered(None, "cuda", differentiate=True)
+    with pytest.raises(NotImplementedError, match="compute capability 9.0 and later, not 8.9"):
+        lowered("mosaic_gpu", "cuda")
+
+
+@pytest.mark.parametrize("batch", [1, 8, 100])
+def test_plans_fit_into_the_shared_memory_of_other_gpus(monkeypatch, batch):
+    room = 99 * 1024
+    on_gpu_with(monkeypatch, compute_capability="12.0", shared_memory_per_block_optin=room)
+    matrix = strips.Matrix((4096, 11008), "delta4", 32, 4096 * 5504, "float16")
+    settings = config.choose(matrix, "float16", batch)
+    plans = [kernel.Plan(matrix, jnp.dtype("float16"), batch, settings),
+             decode.plan(matrix, "float16"), transposed.plan(matrix, batch)]
+    assert all(plan is None or 4 * plan.shared_slots <= room for plan in plans)
+    assert plans[0].settings.vectors == min(batch, 4) and plans[1] is not None
+
+
 @pytest.mark.parametrize("wrong", [
     {"warps": 3}, {"warps": 36}, {"vectors": 3}, {"blocks": 0}, {"unroll": 0}])
 def test_settings_are_checked(wrong):

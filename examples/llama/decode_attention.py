@@ -16,7 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from macko_jax.kernels import lanes, vectors
+from macko_jax.kernels import config, lanes, vectors
 
 HEAD_DIM = 128
 LANES = 8  # that share a slot
@@ -111,6 +111,7 @@ def fits(cache):
     """Whether the kernel serves a layer's cache [B, K, S, 2, D] on the default device."""
     return (
         jax.default_backend() == "gpu"
+        and config.why_no_kernels() is None
         and cache.shape[-1] == HEAD_DIM
         and cache.dtype in (jnp.float16, jnp.bfloat16)
         and cache.size // CHUNK < 2**31  # loads have 32-bit indices

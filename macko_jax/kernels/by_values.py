@@ -94,7 +94,7 @@ def _store_group(ops, index, reals, dtype, where) -> None:
 def plan(matrix: strips.Matrix, x_dtype, batch: int) -> Plan | None:
     """The plan of a gradient; None if so many vectors do not fit in one pass."""
     fitting = Plan(matrix, x_dtype, batch, config.choose(matrix, x_dtype, batch))
-    fits = 4 * fitting.shared_slots <= config.SHARED_BYTES
+    fits = 4 * fitting.shared_slots <= config.shared_bytes()
     return fitting if fits and batch <= fitting.planes[0].count else None
 
 

@@ -232,7 +232,7 @@ def why_not(plan: Plan) -> str | None:
             return f"a matrix of {rows} rows has too few for {plan.blocks} blocks"
         if rows % PIECE or cols % PIECE:
             return f"a {rows} x {cols} matrix has not whole pieces of {PIECE} rows and columns"
-    if 4 * plan.shared_slots > config.SHARED_BYTES:
+    if 4 * plan.shared_slots > config.shared_bytes():
         return "shared memory has no room for the vectors"
     return None
 

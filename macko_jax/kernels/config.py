@@ -15,7 +15,8 @@ from macko_jax.packing import MULTIPROCESSORS
 WARPS_FOR_MANY = 16  # at most, of a block that multiplies 8 vectors or more in a pass
 GROUPS_IN_FLIGHT = 48  # of a multiprocessor's warps together, for each lane
 HOPPER = "9.0"  # the compute capability of an H100 and an H200
-SHARED_BYTES = 220 * 1024  # of a Hopper multiprocessor's 227 KiB; the rest is the kernel's own
+HOPPER_SHARED = 227 * 1024  # bytes of a multiprocessor's shared memory that a block can have
+KERNELS_OWN = 7 * 1024  # of these, not for what is planned here
 
 # A pass over a matrix costs (vectors + PASS) * (density + start), and a dense decode with a dense
 # product `decode` in the same unit, whatever the density and the vectors. So (start, decode) are
@@ -93,9 +94,23 @@ def multiprocessors() -> int:
     return _of_gpu("core_count", MULTIPROCESSORS)
 
 
+def shared_bytes() -> int:
+    """Of shared memory that a block can plan with, on the first GPU here or an H200."""
+    there = _of_gpu("shared_memory_per_block_optin", HOPPER_SHARED)
+    return min(there, HOPPER_SHARED) - KERNELS_OWN
+
+
 def compute_capability() -> str:
     """Of the first GPU here; of an H200 where there is none."""
     return _of_gpu("compute_capability", HOPPER)
+
+
+def why_no_kernels() -> str | None:
+    """None if the first GPU here runs what Pallas makes for Mosaic GPU, or why it does not."""
+    version = compute_capability()
+    if int(version.split(".")[0]) < int(HOPPER.split(".")[0]):
+        return f"the kernels are for compute capability {HOPPER} and later, not {version}"
+    return None
 
 
 @functools.cache
@@ -119,7 +134,7 @@ def row_buffers(matrix, buffer_bytes: int, other_bytes: int = 0, most: int = 32
     rows = -(-matrix.shape[0] // row_blocks(matrix.shape[0]))
     rows_per_warp = 32 // matrix.lanes
     while rows_per_warp:
-        warps = (SHARED_BYTES - other_bytes) // (rows_per_warp * buffer_bytes)
+        warps = (shared_bytes() - other_bytes) // (rows_per_warp * buffer_bytes)
         warps = min(most, warps // WARPGROUP * WARPGROUP)
         if warps * rows_per_warp >= 8 or (warps and rows_per_warp == 1):
             busy = -(-rows // rows_per_warp)
@@ -197,7 +212,7 @@ def _fits(matrix, x_dtype, vectors: int) -> bool:
     settings = Settings(blocks=1, warps=4, unroll=1, vectors=vectors, stage_x=True)
     plan = Plan(matrix, x_dtype, vectors, settings)
     weights = tensor_cores.BUFFER * WARPS_FOR_MANY if vectors >= 8 else 0
-    return 4 * (plan.x_slots + weights) <= SHARED_BYTES
+    return 4 * (plan.x_slots + weights) <= shared_bytes()
 
 
 def busy_warps(matrix, blocks: int) -> int:

@@ -14,6 +14,8 @@ FLOATS = ("float16", "bfloat16", "float32")
 
 def why_not(problem) -> str | None:
     """None if a kernel serves the problem, or the reason why none does."""
+    if (reason := config.why_no_kernels()) is not None:
+        return reason
     values_first = problem.product != "spmv_values"
     for i, dtype in enumerate((*problem.dtypes, problem.out_dtype)):
         allowed = FLOATS + quantization.NAMES * (values_first and i == 0)
@@ -26,20 +28,37 @@ def why_not(problem) -> str | None:
         return "the arrays are too large for 32-bit indices"
     if problem.product == "spmv_values":
         return by_values.why_not(_matrix(problem), problem.dtypes[0], problem.batch)
-    if problem.product == "spmv_transposed" and _by_decode(problem):
-        return decode.why_not(_matrix(problem), _dense_dtype(problem))
-    return None
+    return why_not_by(way(problem), problem)
 
 
 def choose(problem) -> Callable:
     """The function that serves a problem that `why_not` has no objection to."""
     if problem.product == "spmv_values":
         return by_values.spmv_values
-    if problem.product == "spmv":
-        if _by_matmul(problem):
-            return _spmv_by_matmul
-        return _spmv_by_decode if _by_decode(problem) else spmv.spmv
-    return _transposed_by_decode if _by_decode(problem) else transposed.spmv_transposed
+    return WAYS[problem.product][way(problem)]
+
+
+def way(problem) -> str:
+    """The fastest of the `WAYS` of a product with vectors, by what was measured."""
+    matrix = _matrix(problem)
+    if why_not_by("tiles", problem) is None and matmul.is_faster(matrix, problem.batch):
+        return "tiles"
+    if why_not_by("passes", problem) is not None:
+        return "decode"
+    by_passes = config.by_passes(problem.product, matrix, problem.dtypes[1], problem.batch)
+    return "passes" if by_passes or why_not_by("decode", problem) is not None else "decode"
+
+
+def why_not_by(way: str, problem) -> str | None:
+    """None if one of the `WAYS` serves the product, or the reason why it does not."""
+    matrix, backward = _matrix(problem), problem.product == "spmv_transposed"
+    if way == "decode":
+        return decode.why_not(matrix, config.dense_dtype(*problem.dtypes))
+    if way == "passes":
+        return transposed.why_not(matrix, problem.batch) if backward else None
+    if backward or len({*problem.dtypes, problem.out_dtype}) > 1:
+        return "tiles are for forward products of one type"
+    return matmul.why_not(matrix)
 
 
 def plan_fused(problems, around) -> spmv.Plan | chain.Plan | None:
@@ -56,26 +75,6 @@ def plan_fused(problems, around) -> spmv.Plan | chain.Plan | None:
         return spmv.plan_fused(step.matrix, x_dtype, step.fusion)
     plan = chain.Plan(tuple(steps), x_dtype, config.multiprocessors())
     return plan if chain.why_not(plan) is None else None
-
-
-def _by_decode(problem) -> bool:
-    """Whether a dense decode and a dense product are faster, or the only way."""
-    matrix = _matrix(problem)
-    if problem.product == "spmv_transposed" and transposed.why_not(matrix, problem.batch):
-        return True
-    by_passes = config.by_passes(problem.product, matrix, problem.dtypes[1], problem.batch)
-    return not by_passes and decode.why_not(matrix, _dense_dtype(problem)) is None
-
-
-def _by_matmul(problem) -> bool:
-    """Whether tensor cores multiply by tiles that are decoded for them, without a dense matrix."""
-    matrix, one_type = _matrix(problem), len({*problem.dtypes, problem.out_dtype}) == 1
-    return (one_type and matmul.why_not(matrix) is None
-            and matmul.is_faster(matrix, problem.batch))
-
-
-def _dense_dtype(problem):
-    return config.dense_dtype(*problem.dtypes)
 
 
 def _matrix(problem) -> strips.Matrix:
@@ -116,3 +115,11 @@ def _matmul(subscripts, a, b, out_dtype) -> jax.Array:
     result = out_dtype if out_dtype == a.dtype else jnp.float32
     product = jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=result)
     return product.astype(out_dtype)
+
+
+# The ways of a product with vectors: by passes over the matrix; by a dense decode and a dense
+# product; by tiles that are decoded for tensor cores, without a dense matrix.
+WAYS = {
+    "spmv": {"passes": spmv.spmv, "decode": _spmv_by_decode, "tiles": _spmv_by_matmul},
+    "spmv_transposed": {"passes": transposed.spmv_transposed, "decode": _transposed_by_decode},
+}

@@ -168,7 +168,7 @@ def plan_fused(matrix: strips.Matrix, x_dtype, fusion: Fusion) -> Plan | None:
     if not plan.settings.stage_x:
         return None
     plan = dataclasses.replace(plan, fusion=fusion)
-    return plan if 4 * plan.shared_slots <= config.SHARED_BYTES else None
+    return plan if 4 * plan.shared_slots <= config.shared_bytes() else None
 
 
 def run(plan: Plan, out_dtype, *operands):
