@@ -6,8 +6,10 @@
 
 Without checkpoints, weights are random and made on the device, layer by layer: the speed of a
 product depends on where the non-zeros are, not on what they are. Masks are random. Embedding and
-output head stay dense. Memory is what the compiled programs of prefill and decode take: arguments,
-results and temporaries, all weights and the whole cache included.
+output head stay dense. A time per token is that of one call of --chunk tokens, divided by --chunk;
+percentiles are over the calls, not over single tokens. Memory is what the compiled programs of
+prefill and decode take: arguments, results and temporaries, all weights and the whole cache
+included.
 """
 
 import dataclasses
@@ -208,12 +210,14 @@ def time_prefills(decoder):
 def time_generations(decoder):
     """Seconds per token of each call after the prefill, [REPEATS, calls].
 
-    As in `llama.generate`, the device is given a call while the one before it runs.
+    As in `llama.generate`, the device is given a call while the one before it runs. A CPU would run
+    the second call before the host can note when the first one ended; it is given one at a time.
     """
+    in_turn = iter if jax.default_backend() == "cpu" else llama.one_ahead
     rows = []
     for _ in range(REPEATS.value + 1):
         ready = []
-        for tokens in llama.one_ahead(decoder.draw()):
+        for tokens in in_turn(decoder.draw()):
             jax.block_until_ready(tokens)
             ready.append(time.perf_counter())
         rows.append(np.diff(ready))
@@ -259,6 +263,17 @@ def chosen_dtype():
 def chosen_config():
     config = CONFIGS[CONFIG.value]
     return dataclasses.replace(config, num_hidden_layers=LAYERS.value or config.num_hidden_layers)
+
+
+def check_positions():
+    """Refuses generations that are longer than a model's positions."""
+    configs = {directory: checkpoint.load_config(directory) for directory in CHECKPOINT.value}
+    for name, config in (configs or {CONFIG.value: chosen_config()}).items():
+        if PROMPT.value + NEW_TOKENS.value > config.max_position_embeddings:
+            raise ValueError(
+                f"--prompt={PROMPT.value} and --new_tokens={NEW_TOKENS.value} exceed the "
+                f"{config.max_position_embeddings} positions of {name}; shorten one of them"
+            )
 
 
 def models():
@@ -338,7 +353,10 @@ def print_record(record):
 
 def print_table(records):
     dense = next((record for record in records if record["density"] == 1), None)
-    print("density  tokens/s  of dense  prefill ms  of dense  weights GB  peak GB")
+    print(
+        "density  tokens/s  of dense  prefill ms  of dense  weights GB  peak GB"
+        + ("  checkpoint" if CHECKPOINT.value else "")
+    )
     for record in reversed(records):
         for field, ratio in (("tokens_per_second", "speed"), ("prefill_seconds", "prefill")):
             record[f"{ratio}_over_dense"] = record[field] / dense[field] if dense else None
@@ -347,6 +365,7 @@ def print_table(records):
             f"{record['density']:7.2f}  {record['tokens_per_second']:8.1f}  {over[0]:8.2f}  "
             f"{1e3 * record['prefill_seconds']:10.1f}  {over[1]:8.2f}  "
             f"{record['weight_bytes'] / 1e9:10.2f}  {(record['peak_bytes'] or np.nan) / 1e9:7.2f}"
+            + (f"  {record['name']}" if CHECKPOINT.value else "")
         )
 
 
@@ -375,6 +394,7 @@ def describe(device, records):
 
 
 def main(_):
+    check_positions()
     device = jax.devices()[0]
     what = "checkpoints" if CHECKPOINT.value else CONFIG.value
     print(

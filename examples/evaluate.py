@@ -33,9 +33,15 @@ PRUNED = flags.DEFINE_bool(
 TEXT = flags.DEFINE_string(
     "text", None, "Text file, in UTF-8; by default the held-out standard library modules."
 )
-LENGTH = flags.DEFINE_integer("length", None, "Window; by default the model's, at most 2048.")
-STRIDE = flags.DEFINE_integer("stride", None, "Step between windows; by default half a window.")
-WINDOWS = flags.DEFINE_integer("windows", None, "Take at most this many, spread over the text.")
+LENGTH = flags.DEFINE_integer(
+    "length", None, "Window; by default the model's, at most 2048.", lower_bound=1
+)
+STRIDE = flags.DEFINE_integer(
+    "stride", None, "Step between windows; by default half a window.", lower_bound=1
+)
+WINDOWS = flags.DEFINE_integer(
+    "windows", None, "Take at most this many, spread over the text.", lower_bound=1
+)
 BATCH = flags.DEFINE_integer("batch", 4, "Windows per call.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "File of the results, in JSON; by default none.")
 DTYPE = flags.DEFINE_enum(

@@ -29,7 +29,9 @@ CHECKPOINT = flags.DEFINE_string(
 PROMPT = flags.DEFINE_multi_string("prompt", ["def main():\n"], "Text to continue; repeatable.")
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 200, "Most tokens to draw.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
-TOP_K = flags.DEFINE_integer("top_k", None, "Draw among this many likeliest tokens only.")
+TOP_K = flags.DEFINE_integer(
+    "top_k", None, "Draw among this many likeliest tokens only.", lower_bound=1
+)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens of this probability.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 CHUNK = flags.DEFINE_integer("chunk", 32, "Tokens between two visits to the host.", lower_bound=1)

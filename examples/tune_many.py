@@ -1,6 +1,6 @@
 """Times the ways of a product with several vectors, to find from how many on which is the fastest.
 
-    python -m examples.tune_many --shapes=4096x11008,22016x4096 --densities=0.5,0.1 --batches=8,16,32
+    python -m examples.tune_many --shapes=4096x11008 --densities=0.5,0.1 --batches=8,16,32
 
 The ways are those of macko_jax/kernels/products.py: passes over the packed matrix, a dense decode
 with a dense product, and tiles that are decoded for tensor cores. Printed and saved is what each
@@ -66,7 +66,8 @@ def tune(matrices: list, batch: int) -> dict:
 def main(_):
     if jax.default_backend() != "gpu":
         raise app.UsageError(f"the ways are kernels; this needs a GPU, not {jax.default_backend()}")
-    record = {**benchmark.environment(), "product": PRODUCT.value, "dtype": DTYPE.value, "cases": []}
+    record = {
+        **benchmark.environment(), "product": PRODUCT.value, "dtype": DTYPE.value, "cases": []}
     for shape, density in itertools.product(SHAPES.value, DENSITIES.value):
         rows, cols = map(int, shape.split("x"))
         dense = benchmark.random_sparse(rows, cols, float(density), DTYPE.value)

@@ -62,7 +62,8 @@ def tune(rows: int, cols: int, density: float) -> list[dict]:
 
 def main(_):
     if jax.default_backend() != "gpu":
-        raise app.UsageError(f"settings are of kernels; this needs a GPU, not {jax.default_backend()}")
+        raise app.UsageError(
+            f"settings are of kernels; this needs a GPU, not {jax.default_backend()}")
     record = {**benchmark.environment(), "dtype": DTYPE.value, "cases": []}
     for shape, density in itertools.product(SHAPES.value, DENSITIES.value):
         rows, cols = map(int, shape.split("x"))

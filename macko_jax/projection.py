@@ -61,8 +61,8 @@ def pack_kernel(
     if dtype.name not in VALUE_DTYPES:
         return skip(f"values of {dtype} are not packed; a rule can set dtype to "
                     f"{', '.join(VALUE_DTYPES)}")
-    if density > rule.max_density:
-        return skip(f"above density {rule.max_density:g} dense is faster")
+    if rule.max_density < 1 and density >= rule.max_density:
+        return skip(f"from density {rule.max_density:g} on dense is faster")
 
     *stack, rows, cols = matrix_shape(kernel, contracted, stacked)
     weights = rounded.reshape(*stack, cols, rows).swapaxes(-1, -2)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from macko_jax import quantization
 
-# Above this density the packed product reads as many bytes as the dense one, or more work is
+# From this density on the packed product reads as many bytes as the dense one, or more work is
 # spent on them than is saved, so the dense layer is the faster one.
 BREAK_EVEN_DENSITY = 0.8
 
@@ -26,7 +26,7 @@ class Rule:
         path: regular expression that has to match the whole path of a layer, whose parts are joined
             by "/", as in `layers/0/attention/query`; the path of the model itself is "".
         skip: leave the layers dense.
-        max_density: leave a layer dense whose share of non-zeros is above this; 1.0 packs all.
+        max_density: leave a layer dense whose share of non-zeros is this or more; 1.0 packs all.
         dtype: dtype in which the values are stored: float16, bfloat16 or float32, or int8 or
             float8_e4m3fn with a scale for every row; None keeps the kernel's. Values that the dtype
             rounds to zero are dropped.

@@ -350,7 +350,7 @@ def test_dense_layers_stay_dense_unless_a_rule_allows_them(inputs):
     dense = fill_kernels(linear(20, 8), density=1.0)
     packed, report = substitute(dense)
     assert isinstance(packed, nnx.Linear)
-    assert report.layers[0].skipped == "above density 0.8 dense is faster"
+    assert report.layers[0].skipped == "from density 0.8 on dense is faster"
     packed, report = substitute(dense, Rule(max_density=1.0))
     assert isinstance(packed, MackoLinear) and report.layers[0].density == 1.0
     np.testing.assert_allclose(packed(inputs), dense(inputs), rtol=1e-5, atol=1e-5)
@@ -362,7 +362,7 @@ def test_rules_choose_layers_and_dtypes(dense):
         Rule("first|pair/.*", max_density=0.1), "sequence/.*"])
     skipped = {layer.path: layer.skipped for layer in report.skipped}
     assert skipped["last"] == "rule 'last' says so"
-    assert skipped["first"] == skipped["pair/0"] == "above density 0.1 dense is faster"
+    assert skipped["first"] == skipped["pair/0"] == "from density 0.1 on dense is faster"
     assert skipped["attention/out"] == "no rule matches its path"
     assert {layer.path for layer in report.packed} == {
         "blocks/0", "blocks/1/up", "sequence/layers/0", "sequence/layers/2"}

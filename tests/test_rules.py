@@ -62,7 +62,7 @@ REPORT = Report(
     layers=(
         LayerReport("layers/0/up", "Linear", (512, 2048), 0.5, 4_194_304, 2_300_000, "bitmask"),
         LayerReport("head", "Linear", (512, 256), 1.0, 524_288, 524_288,
-                    skipped="above density 0.8 dense is faster"),
+                    skipped="from density 0.8 on dense is faster"),
     ),
     other_bytes=1000,
 )  # fmt: skip
@@ -80,7 +80,7 @@ def test_report_prints_a_table():
     assert lines[2].split() == [
         "layers/0/up", "Linear", "512", "x", "2048", "0.500", "4.19", "MB", "2.30", "MB", "bitmask"
     ]  # fmt: skip
-    assert lines[3].endswith("skipped: above density 0.8 dense is faster")
+    assert lines[3].endswith("skipped: from density 0.8 on dense is faster")
     assert lines[-1].endswith("1 of 2 layers packed, 60% of the bytes")
     # The columns line up: the numbers of a column end at one place.
     assert lines[2].index("4.19 MB") + 7 == lines[3].index("524.29 kB") + 9
@@ -90,5 +90,5 @@ def test_report_as_json():
     record = json.loads(REPORT.to_json())
     assert record == json.loads(json.dumps(REPORT.to_dict()))
     assert record["layers"][0]["density"] == 0.5
-    assert record["layers"][1]["skipped"].startswith("above density")
+    assert record["layers"][1]["skipped"].startswith("from density")
     assert record["bytes_after"] == REPORT.bytes_after

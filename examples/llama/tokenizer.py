@@ -23,9 +23,10 @@ class FileTokenizer:
 
     Args:
       directory: holds tokenizer.json, and config.json with the ids of the tokens that end a text.
+      vocab_size: tokens that the model knows.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory, vocab_size):
         try:
             import tokenizers
         except ImportError as error:
@@ -33,6 +34,7 @@ class FileTokenizer:
                 "tokenizer.json is read by the package tokenizers: pip install tokenizers, or "
                 "install this project with the extra [hf]"
             ) from error
+        self._vocab_size = vocab_size
         self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
         stop = []
         for name in ("config.json", "generation_config.json"):
@@ -42,7 +44,14 @@ class FileTokenizer:
         self.stop_tokens = frozenset(stop) - {None}
 
     def encode(self, text):
-        return self._tokenizer.encode(text).ids
+        tokens = self._tokenizer.encode(text).ids
+        largest = max(tokens, default=0)
+        if largest >= self._vocab_size:
+            raise ValueError(
+                f"tokenizer.json gives token {largest}, and the model's vocabulary has "
+                f"{self._vocab_size} tokens, from 0; copy the model's own tokenizer.json there"
+            )
+        return tokens
 
     def decode(self, tokens):
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -56,7 +65,7 @@ def load_tokenizer(directory, vocab_size):
     """
     directory = pathlib.Path(directory)
     if (directory / "tokenizer.json").is_file():
-        return FileTokenizer(directory)
+        return FileTokenizer(directory, vocab_size)
     if vocab_size == 256:
         return ByteTokenizer()
     raise FileNotFoundError(
