@@ -36,8 +36,8 @@ def substitute(
             metadata such as `nn.Partitioned` is dropped.
         *args: example arguments of `module.apply`; arrays may be `jax.ShapeDtypeStruct`.
         rules: the `Rule`s, or regular expressions, that say which layers are packed and how; the
-            first one that matches the whole path of a layer applies. None packs every layer up
-            to the break-even density.
+            first one that matches the whole path of a layer applies. None packs every layer
+            below the break-even density.
         **kwargs: further arguments of `module.apply`, such as `method` and `rngs`.
 
     Returns:

@@ -188,15 +188,15 @@ def substitute(model: Model, rules: Rules = None) -> tuple[Model, Report]:
     `nnx.Linear` and `nnx.LinearGeneral` are packed wherever they are: as attributes, in lists,
     dicts, tuples and Sequential, in vmapped or scanned stacks (kernels with leading axes), shared
     between several parents (and then shared again), or as the model itself. The report names the
-    layers that stay dense and why: one that no rule matches, whose density is above the rule's
-    `max_density`, or that does something MackoLinear does not (a subclass with a `__call__` of its
+    layers that stay dense and why: one that no rule matches, whose density is at least the
+    rule's `max_density`, or that does something MackoLinear does not (a subclass with a `__call__` of its
     own, batch axes, a custom `dot_general`, `nnx.Einsum`).
 
     Args:
         model: any NNX model, or a pytree of modules, with concrete arrays. It is left as it is.
         rules: the `Rule`s, or regular expressions, that say which layers are packed and how; the
-            first one that matches the whole path of a layer applies. None packs every layer up
-            to the break-even density.
+            first one that matches the whole path of a layer applies. None packs every layer
+            below the break-even density.
 
     Returns:
         A copy of the model that shares no variable and no array with it, and the report.

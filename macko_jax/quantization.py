@@ -54,6 +54,6 @@ def _round_up(real, dtype):
 
 
 def dequantize(values, scales) -> jax.Array:
-    """[rows, cols] of the scales' type."""
+    """[rows, cols] of the scales' type, to which each product is rounded once more."""
     exact = values.astype(jnp.float32) * scales.astype(jnp.float32)[:, None]
     return exact.astype(scales.dtype)
