@@ -22,6 +22,7 @@ from macko_jax.format import ENCODINGS
 from examples import stdlib_text
 from examples.llama import checkpoint
 from examples.llama import compression
+from examples.llama import evaluation
 from examples.llama import tokenizer as tokenizers
 
 
@@ -56,12 +57,7 @@ DTYPE = flags.DEFINE_enum(
 def read_windows():
     """The calibration windows, [N, T]."""
     config = checkpoint.load_config(CHECKPOINT.value)
-    length = LENGTH.value or min(2048, config.max_position_embeddings)
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"--length={length} exceeds the model's {config.max_position_embeddings} positions; "
-            "give at most these"
-        )
+    length = evaluation.window_length(LENGTH.value, config)
     tokenizer = tokenizers.load_tokenizer(CHECKPOINT.value, config.vocab_size)
     if CALIBRATION.value:
         text = pathlib.Path(CALIBRATION.value).read_text(encoding="utf-8")

@@ -69,11 +69,7 @@ def models():
 
 def windowing(config):
     """The length of a window and the stride between two."""
-    length = LENGTH.value or min(2048, config.max_position_embeddings)
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"--length={length} exceeds the model's {config.max_position_embeddings} positions"
-        )
+    length = evaluation.window_length(LENGTH.value, config)
     return length, STRIDE.value or max(length // 2, 1)
 
 

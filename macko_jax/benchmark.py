@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 # Bytes of distinct matrices that are read in turn: ten times the L2 cache of an H200 (60 MB), and
-# several times the last-level cache of a CPU.
-ROTATION = {"gpu": 600e6, "cpu": 150e6}
-MAX_COPIES = {"gpu": 128, "cpu": 24}  # each is a product to compile
+# several times the last-level cache of a CPU; and how many they are at most, each a product to
+# compile.
+ROTATION = {"gpu": (600e6, 128), "cpu": (150e6, 24)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Timing:
 
 def copies(size: int) -> int:
     """How many matrices of `size` bytes make up the rotation of the default backend."""
-    backend = jax.default_backend() if jax.default_backend() in ROTATION else "cpu"
-    return min(MAX_COPIES[backend], max(2, int(ROTATION[backend] // max(size, 1)) + 1))
+    total, most = ROTATION.get(jax.default_backend(), ROTATION["cpu"])
+    return min(most, max(2, int(total // max(size, 1)) + 1))
 
 
 def nbytes(matrix) -> int:

@@ -15,6 +15,7 @@ product. Dtypes that safetensors' NumPy reader does not know (the 8-bit floats) 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -65,11 +66,25 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     tensors: dict[str, np.ndarray] = {}
     text = json.dumps(_encode(tree, (), tensors), separators=(",", ":"))
     metadata = {"format": FORMAT, "version": VERSION, "tree": text, "crc32": _crc32(text.encode())}
+    with replacing(path) as temporary:
+        safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike):
+    """A temporary path beside `path`, renamed to it on success and removed on failure.
+
+    Its folder is made where it is missing. The name does not end as the file's does, so that what a
+    killed program leaves behind is not taken for a file. The file's mode is that of the umask.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors lets only the owner read
-        safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
+        mode = temporary.stat().st_mode  # what safetensors writes only its owner may read
+        temporary.unlink()
+        yield temporary
         temporary.chmod(mode)
         os.replace(temporary, path)
     finally:

@@ -189,8 +189,8 @@ def substitute(model: Model, rules: Rules = None) -> tuple[Model, Report]:
     dicts, tuples and Sequential, in vmapped or scanned stacks (kernels with leading axes), shared
     between several parents (and then shared again), or as the model itself. The report names the
     layers that stay dense and why: one that no rule matches, whose density is at least the
-    rule's `max_density`, or that does something MackoLinear does not (a subclass with a `__call__` of its
-    own, batch axes, a custom `dot_general`, `nnx.Einsum`).
+    rule's `max_density`, or that does something MackoLinear does not (a subclass with a
+    `__call__` of its own, batch axes, a custom `dot_general`, `nnx.Einsum`).
 
     Args:
         model: any NNX model, or a pytree of modules, with concrete arrays. It is left as it is.

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import pathlib
+from typing import NamedTuple
 
 import dsf_jax
 from flax import nnx
@@ -123,6 +124,14 @@ def load(directory, *, dtype=jnp.float32, param_dtype=None):
     return model
 
 
+class Stored(NamedTuple):
+    """Where a tensor is, its shape, and its type as safetensors calls it."""
+
+    path: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class Checkpoint:
     """A dense model directory, whose tensors are read when they are asked for.
 
@@ -141,11 +150,11 @@ class Checkpoint:
     def __init__(self, directory):
         self.directory = pathlib.Path(directory)
         self.config = load_config(directory)
-        self._owner, self._shapes, self._dtypes = {}, {}, {}
+        self._stored = {}
         for path in self._files():
             with _open(path) as file:
                 for name in file.keys():
-                    self._own(name, path, file.get_slice(name))
+                    self._add(name, path, file.get_slice(name))
         self._check_tensors()
 
     def _files(self):
@@ -168,14 +177,13 @@ class Checkpoint:
             )
         return paths
 
-    def _own(self, name, path, stored):
-        if name in self._owner:
+    def _add(self, name, path, tensor):
+        if name in self._stored:
             raise ValueError(
-                f"{name} is in both {self._owner[name]} and {path}; remove the file that is not "
-                f"the model's, or name the others in {INDEX}"
+                f"{name} is in both {self._stored[name].path} and {path}; remove the file that is "
+                f"not the model's, or name the others in {INDEX}"
             )
-        self._owner[name] = path
-        self._shapes[name], self._dtypes[name] = tuple(stored.get_shape()), stored.get_dtype()
+        self._stored[name] = Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
 
     def fill(self, module, prefix=()):
         """Gives an abstract module its parameters.
@@ -189,10 +197,12 @@ class Checkpoint:
         with contextlib.ExitStack() as stack:
             files = {
                 path: stack.enter_context(_open(path))
-                for path in sorted({self._owner[name] for name in names})
+                for path in sorted({self._stored[name].path for name in names})
             }
             for path, param in parameters:
-                parts = [files[self._owner[name]].get_tensor(name) for name in stored_names(path)]
+                parts = [
+                    files[self._stored[name].path].get_tensor(name) for name in stored_names(path)
+                ]
                 joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
                 joined = jnp.asarray(joined, param.dtype)
                 param.set_value(joined.T if path[-1] == "kernel" else joined)
@@ -200,7 +210,7 @@ class Checkpoint:
     def dtype(self):
         """Of the stored embedding, and so in practice of every tensor."""
         (name,) = stored_names(("embed", "embedding"))
-        return _dtype_of(self._owner[name], name)
+        return _dtype_of(self._stored[name].path, name)
 
     def _check_tensors(self):
         """Refuses a set of tensors that is not exactly the model's, before any is read."""
@@ -211,25 +221,27 @@ class Checkpoint:
             sizes = _sizes(self.config, path, param.shape)
             wanted |= {name: (size, *rest) for name, size in zip(stored_names(path), sizes)}
         # Buffers of older exports, and the head of a model that uses its embedding as head.
-        ignored = {name for name in self._owner if name.endswith("rotary_emb.inv_freq")}
+        ignored = {name for name in self._stored if name.endswith("rotary_emb.inv_freq")}
         if self.config.tie_word_embeddings:
             ignored.add("lm_head.weight")
+        there = [(name, self._stored[name]) for name in sorted(wanted.keys() & self._stored.keys())]
         misshapen = [
-            f"{name} of shape {self._shapes[name]} instead of {shape}"
-            for name, shape in sorted(wanted.items())
-            if self._shapes.get(name, shape) != shape
+            f"{name} of shape {stored.shape} instead of {wanted[name]}"
+            for name, stored in there
+            if stored.shape != wanted[name]
+        ]
+        other_types = [
+            f"{name} of {stored.dtype}"
+            for name, stored in there
+            if not stored.dtype.startswith(("F", "BF"))
         ]
         problems = [
             f"{len(found)} {what}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
             for what, found in (
-                ("missing", sorted(wanted.keys() - self._owner.keys())),
-                ("surplus", sorted(self._owner.keys() - wanted.keys() - ignored)),
+                ("missing", sorted(wanted.keys() - self._stored.keys())),
+                ("surplus", sorted(self._stored.keys() - wanted.keys() - ignored)),
                 ("misshapen", misshapen),
-                ("not of floats", [
-                    f"{name} of {self._dtypes[name]}"
-                    for name in sorted(wanted.keys() & self._owner.keys())
-                    if not self._dtypes[name].startswith(("F", "BF"))
-                ]),
+                ("not of floats", other_types),
             )
             if found
         ]

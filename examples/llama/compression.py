@@ -31,7 +31,7 @@ from examples.records import write_json
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 LAYERS_OF_BLOCK = 4  # qkv, out, gate_up, down
-# What macko_jax, examples.records, safetensors and dsf_jax call a file while they write it.
+# What macko_jax, safetensors and dsf_jax call a file while they write it.
 UNFINISHED = (
     ".packed-*.tmp", "*.json.*.tmp", ".tmp??????", "work/*/*.unfinished", "work/*/.tmp??????",
 )  # fmt: skip

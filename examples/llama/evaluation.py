@@ -9,6 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def window_length(asked, config):
+    """Tokens of a window: those asked for, or by default the model's positions, at most 2048."""
+    length = asked or min(2048, config.max_position_embeddings)
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"--length={length} exceeds the model's {config.max_position_embeddings} positions; "
+            "give at most these"
+        )
+    return length
+
+
 def windows(tokens, length, stride):
     """Cuts a text into overlapping windows in which every token but the first counts once.
 
