@@ -32,8 +32,8 @@ PRODUCT = flags.DEFINE_enum(
 BATCHES = flags.DEFINE_list("batches", ["1"], "Numbers of vectors.")
 IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations", ["macko", "dense"],
-    "Of macko, macko_bitmask, macko_delta3, macko_delta5, macko_banked, macko_int8, "
-    "macko_banked_int8, macko_fp8, macko_xla, dense, bcsr, bcoo, torch (cuBLAS, where torch is).")
+    "Of macko, which may end in an encoding and a type (macko_delta3, macko_int8, macko_banked_fp8), "
+    "macko_xla, dense, bcsr, bcoo, torch (cuBLAS, where torch is).")
 REPEATS = flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)
 READ_FLOOR = flags.DEFINE_bool("read_floor", True, "Time a plain read of the same bytes (GPU).")
 OUT = flags.DEFINE_string("out", "runs/spmv", "Records go to <out>.json and <out>.csv.")
@@ -55,14 +55,9 @@ def jax_sparse(kind):
 
 # name -> function of the dense matrix that gives (matrix, product of matrix and vectors)
 MAKERS = {
-    "macko": macko(),
-    "macko_bitmask": macko(encoding="bitmask"),
-    "macko_delta3": macko(encoding="delta3"),
-    "macko_delta5": macko(encoding="delta5"),
-    "macko_banked": macko(encoding="banked"),
-    "macko_int8": macko(dtype="int8"),
-    "macko_banked_int8": macko(dtype="int8", encoding="banked"),
-    "macko_fp8": macko(dtype="float8_e4m3fn"),
+    **{"_".join(filter(None, ("macko", encoding, short))): macko(encoding=encoding, dtype=dtype)
+       for encoding in (None, *macko_jax.format.ENCODINGS)
+       for short, dtype in ((None, None), ("int8", "int8"), ("fp8", "float8_e4m3fn"))},
     "macko_xla": macko(implementation="xla"),
     "dense": lambda dense: (dense, lambda m, x: x @ m.T if x.ndim > 1 else m @ x),
     "bcsr": jax_sparse(sparse.BCSR),

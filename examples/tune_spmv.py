@@ -6,6 +6,8 @@ Every number of lanes a row (fixed when a matrix is packed) is tried with every 
 unroll. Printed and saved are the times, the best first, beside those of the default rule in
 macko_jax/kernels/config.py, where a better rule would go.
 """
+import dataclasses
+import functools
 import itertools
 
 from absl import app, flags
@@ -13,13 +15,15 @@ import jax
 
 import macko_jax
 from macko_jax import benchmark
-from macko_jax.kernels import config, spmv, strips
+from macko_jax.kernels import spmv, strips
 
 from examples.records import write_json
 
 SHAPES = flags.DEFINE_list("shapes", ["4096x4096", "11008x4096"], "Matrices, rows x cols.")
 DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.3", "0.1"], "Shares of non-zeros.")
 DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "bfloat16"], "Of matrix and vector.")
+VALUES = flags.DEFINE_string("values", None, "Type of the values, if not that of the vector.")
+ENCODING = flags.DEFINE_string("encoding", None, "As in macko_jax.compress; None chooses.")
 LANES = flags.DEFINE_multi_integer("lanes", [8, 16, 32], "Lanes that share a row.")
 SETTINGS = flags.DEFINE_list(
     "settings", ["32x1", "32x2", "32x4", "28x2", "24x2", "24x4", "16x4"],
@@ -28,12 +32,12 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "Passes over all matrices.", lower_
 OUT = flags.DEFINE_string("out", "runs/tune_spmv.json", "Where the record goes.")
 
 
-def time_settings(matrices, x, settings) -> float:
-    """Median microseconds of a product."""
+def time_settings(matrices, x, **changes) -> float:
+    """Median microseconds of a product with changed settings, without scales of 8-bit values."""
     def product(m, x):
-        static = strips.Matrix(m.shape, m.encoding, m.lanes, m.stored, m.dtype)
-        plan = (spmv.Plan(static, x.dtype, 1, settings) if settings
-                else spmv.choose(static, x.dtype, 1))
+        static = strips.Matrix(m.shape, m.encoding, m.lanes, m.stored, m.values.dtype)
+        plan = spmv.choose(static, x.dtype, 1)
+        plan = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, **changes))
         return spmv.run(plan, x.dtype, m.values, m.codes, m.row_offsets, m.starts, x[None])
 
     return 1e6 * benchmark.time_products(product, matrices, x, repeats=REPEATS.value).median
@@ -43,20 +47,19 @@ def tune(rows: int, cols: int, density: float) -> list[dict]:
     """The times of all settings for one matrix, the fastest first."""
     dense = benchmark.random_sparse(rows, cols, density, DTYPE.value)
     x = jax.random.normal(jax.random.key(1), cols, DTYPE.value)
-    default = macko_jax.compress(dense).lanes
-    blocks = min(config.multiprocessors(), rows)
-    out = []
+    pack = functools.partial(
+        macko_jax.compress, dense, encoding=ENCODING.value, dtype=VALUES.value)
+    default, out = pack().lanes, []
     for lanes in LANES.value:
-        matrix = macko_jax.compress(dense, lanes=lanes)
+        matrix = pack(lanes=lanes)
         matrices = benchmark.distinct(matrix)
         for pair in ["default"] * (lanes == default) + SETTINGS.value:
-            settings = None
+            changes = {}
             if pair != "default":
                 warps, unroll = map(int, pair.split("x"))
-                settings = config.Settings(
-                    blocks=blocks, warps=warps, unroll=unroll, vectors=1, stage_x=True)
-            out.append({"lanes": lanes, "settings": pair,
-                        "microseconds": time_settings(matrices, x, settings)})
+                changes = {"warps": warps, "unroll": unroll}
+            out.append({"lanes": lanes, "settings": pair, "encoding": matrix.encoding,
+                        "microseconds": time_settings(matrices, x, **changes)})
     return sorted(out, key=lambda row: row["microseconds"])
 
 
@@ -64,7 +67,7 @@ def main(_):
     if jax.default_backend() != "gpu":
         raise app.UsageError(
             f"settings are of kernels; this needs a GPU, not {jax.default_backend()}")
-    record = {**benchmark.environment(), "dtype": DTYPE.value, "cases": []}
+    record = {**benchmark.environment(), "dtype": DTYPE.value, "values": VALUES.value, "cases": []}
     for shape, density in itertools.product(SHAPES.value, DENSITIES.value):
         rows, cols = map(int, shape.split("x"))
         times = tune(rows, cols, float(density))

@@ -1,12 +1,10 @@
 """`spmv`, the matrix-vector product: validation, dtype promotion, leading axes."""
-import functools
-import math
-
 import jax
 import jax.numpy as jnp
 
 from macko_jax import dispatch, primitive
 from macko_jax.format import MackoMatrix
+from macko_jax.fused import fused_spmv
 
 
 def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Array:
@@ -52,31 +50,9 @@ def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Ar
         raise ValueError(
             f"this MackoMatrix is a stack, its values have shape {list(matrix.values.shape)}; use "
             "jax.vmap(macko_jax.spmv) or jax.lax.scan over it")
-    return _spmv(matrix, x, implementation)
-
-
-@functools.partial(jax.jit, static_argnums=2, inline=True)
-def _spmv(matrix: MackoMatrix, x: jax.Array, implementation: str | None) -> jax.Array:
-    out_dtype = jnp.promote_types(matrix.dtype, x.dtype)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        x = x.astype(out_dtype)
-    values = matrix.values
-    # Without a bitmask a slot is known to be padding by its value, and it must stay zero.
-    tells = matrix.encoding == "bitmask" or matrix.scales is not None
-    pattern = jnp.zeros(0, values.dtype) if tells else jax.lax.stop_gradient(values)
-    batch, (rows, cols) = x.shape[:-1], matrix.shape
-    product_dtype = out_dtype
-    if matrix.scales is not None:
-        values = jax.lax.stop_gradient(values)
-        product_dtype = jnp.promote_types(out_dtype, "float32")
-    y = primitive.contract(
-        "y", {"values": values, "x": x.reshape(math.prod(batch), cols)},
-        (matrix.codes, matrix.row_offsets, matrix.starts, pattern), own=True,
-        shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes,
-        stored=matrix.stored, out_dtype=product_dtype, implementation=implementation)
-    if matrix.scales is not None:
-        y = (y * matrix.scales.astype(product_dtype)).astype(out_dtype)
-    return y.reshape(*batch, rows)
+    if matrix.scales is not None and implementation is None:
+        return fused_spmv(matrix, x)  # for one vector, its kernel multiplies by the scales
+    return primitive.multiply(matrix, x, implementation)
 
 
 def _matmul(matrix: MackoMatrix, x) -> jax.Array:

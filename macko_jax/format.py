@@ -214,7 +214,7 @@ def validate(matrix: MackoMatrix) -> None:
     groups = values.size // GROUP
     if matrix.encoding == "bitmask":
         codes_of = (rows * layout.words_per_row(cols),), np.uint32
-    elif matrix.encoding == "delta4":
+    elif layout.PLANES[matrix.encoding] == layout.ONE_WORD:
         codes_of = (groups,), np.uint32
     else:
         codes_of = (layout.code_bytes(matrix.encoding) * groups,), np.uint8

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from macko_jax import dispatch
-from macko_jax.api import spmv
 from macko_jax.format import MackoMatrix
-from macko_jax.primitive import vary_alike
+from macko_jax.primitive import multiply, vary_alike
 
 
 class Step(NamedTuple):
@@ -85,7 +84,8 @@ def fused_spmv(
     """
     step = Step(matrix, norm, gated, add)
     _check(step, x.shape, [])
-    if norm is None and not gated and add is None or not _fits(step, x):
+    nothing = norm is None and not gated and add is None and matrix.scales is None
+    if nothing or not _fits(step, x):
         return _compose(x, step)
     [y] = _one_vector(x, [step])
     return y
@@ -125,7 +125,7 @@ def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None 
     if blank is not None and (blank.shape, blank.dtype) != ((needed,), jnp.uint16):
         raise ValueError(
             f"blank has {needed} elements of uint16 here, got {list(blank.shape)} {blank.dtype}")
-    dtypes = {x.dtype, *(a.dtype for s in steps for a in (s.linear.values, *_extras(s).values()))}
+    dtypes = {x.dtype, *(a.dtype for s in steps for a in (s.linear, *_extras(s).values()))}
     if len(steps) > 1 and len(dtypes) == 1 and all(_fits(step, x) for step in steps):
         return _one_vector(x, steps, blank)
     return in_turn(x, steps, _fused_step)
@@ -191,8 +191,8 @@ def _fits(step, x) -> bool:
     matrix, add = step.linear, step.add
     one = math.prod(x.shape[:-1]) == 1
     whole = add is None or isinstance(add, int) or add.size == matrix.shape[0]
-    plain = matrix.scales is None and matrix.values.ndim == 1
-    return one and whole and plain and jnp.issubdtype(x.dtype, jnp.floating)
+    stack = matrix.values.ndim > 1
+    return one and whole and not stack and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _extras(step) -> dict[str, jax.Array]:
@@ -215,7 +215,7 @@ def _compose(x, step):
         x = rms_norm(x, *step.norm)
     if step.gated:
         x = swiglu(x)
-    y = spmv(step.linear, x)
+    y = multiply(step.linear, x)
     return y if step.add is None else (step.add + y).astype(y.dtype)
 
 
@@ -261,19 +261,20 @@ def _kernel(static, x, parts, blank):
     problems = [
         dispatch.Problem(
             product="spmv", platform="cuda", shape=matrix.shape, encoding=matrix.encoding,
-            lanes=matrix.lanes, stored=matrix.stored, batch=1, dtypes=(matrix.dtype, x.dtype),
-            out_dtype=out_dtype)
+            lanes=matrix.lanes, stored=matrix.stored, batch=1,
+            dtypes=(matrix.values.dtype, x.dtype), out_dtype=out_dtype)
         for matrix, _ in parts]
     around = [
-        (kernel.Fusion(known.eps, known.gated, known.added is not None or "add" in extras),
-         known.added, known.kept)
-        for known, (_, extras) in zip(static, parts)]
+        (kernel.Fusion(known.eps, known.gated, known.added is not None or "add" in extras,
+                       matrix.scales is not None), known.added, known.kept)
+        for known, (matrix, extras) in zip(static, parts)]
     plan = products.plan_fused(problems, around)
     if plan is None:
         return None
     operands = [
         ([m.values, m.codes, m.row_offsets, m.starts],
-         [extras[name] for name in ("scale", "add") if name in extras])
+         [extras[name] for name in ("scale", "add") if name in extras]
+         + [m.scales] * (m.scales is not None))
         for m, extras in parts]
     if len(parts) == 1:
         [(arrays, extras)] = operands
@@ -301,6 +302,21 @@ def _batch(operands, dims, *, static, tree):
     return results, [0] * len(results)
 
 
+def _transpose(cotangents, *operands, static, tree):
+    """Where what is computed is linear, as a product without a norm is in x."""
+    linear = [i for i, a in enumerate(operands) if ad.is_undefined_primal(a)]
+
+    def of(*values):
+        known = dict(zip(linear, values))
+        filled = [known.get(i, a) for i, a in enumerate(operands)]
+        return _separate(static, *jax.tree.unflatten(tree, filled))
+
+    terms = jax.linear_transpose(of, *(operands[i].aval for i in linear))(
+        [ad.instantiate_zeros(c) for c in cotangents])
+    known = dict(zip(linear, terms))
+    return [known.get(i) for i in range(len(operands))]
+
+
 def _abstract(*operands, static, tree):
     x, parts, _ = jax.tree.unflatten(tree, operands)
     return [x.update(shape=(1, matrix.shape[0]), dtype=_out_dtype(x, parts), weak_type=False)
@@ -312,6 +328,7 @@ _fused_p.multiple_results = True
 _fused_p.def_impl(jax.jit(_fused_p.bind, static_argnames=("static", "tree")))
 _fused_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[_fused_p] = _batch
+ad.primitive_transposes[_fused_p] = _transpose
 for _platform in None, "cuda":
     _function = functools.partial(_lower, on_cuda=_platform == "cuda")
     mlir.register_lowering(

@@ -15,7 +15,9 @@ from jax import lax
 
 GROUP = 8  # slots per group: 16 bytes of 16-bit values, 32 bits of 4-bit deltas
 WORD = 32  # columns per bitmask word
-DELTA_BITS = {"delta4": 4, "delta3": 3, "delta5": 5}  # a longer gap takes an explicit zero
+WARP = BANKS = 32  # lanes, and banks of the shared memory from which they gather x
+# Of the encodings with deltas in column order; a longer gap takes an explicit zero.
+DELTA_BITS = {"delta4": 4, "delta3": 3, "delta5": 5, "choice": 3}
 EVEN_FIRST = np.r_[0:GROUP:2, 1:GROUP:2]  # elements of a group
 
 
@@ -35,7 +37,8 @@ class Plane(NamedTuple):
 
 
 TWO_AND_ONE = Plane(2), Plane(1, before=2, shift=16)  # of 24 bits
-PLANES = {"delta4": (Plane(4),), "delta3": TWO_AND_ONE, "banked": TWO_AND_ONE,
+ONE_WORD = (Plane(4),)
+PLANES = {"delta4": ONE_WORD, "choice": ONE_WORD, "delta3": TWO_AND_ONE, "banked": TWO_AND_ONE,
           "delta5": (Plane(4), Plane(1, before=4, part=1))}
 
 
@@ -184,16 +187,18 @@ def code_parts(delta, encoding: str, join=join_deltas) -> tuple:
     """The codes of deltas [groups, 8], in parts uint32 [groups], which can be put in another order.
 
     Works on NumPy and JAX arrays, as all here of codes. 5-bit deltas are low nibbles, as in
-    "delta4", and a byte of their highest bits.
+    "delta4", and a byte of their highest bits. In "choice" they are in nibbles, without choices.
     """
+    if PLANES[encoding] == ONE_WORD:
+        return (join(delta, 4),)
     if encoding != "delta5":
         return (join(delta, DELTA_BITS[encoding]),)
     return join(delta & 15, 4), join(delta[..., EVEN_FIRST] >> 4, 1)
 
 
 def code_planes(parts: tuple, encoding: str) -> tuple:
-    """The planes of the parts of all codes: bytes, but in "delta4" words."""
-    if encoding == "delta4":
+    """The planes of the parts of all codes: bytes, or words if there is one of whole words."""
+    if PLANES[encoding] == ONE_WORD:
         return parts
     return tuple(_bytes(parts[plane.part] >> plane.shift, plane.size) for plane in PLANES[encoding])
 
@@ -210,7 +215,7 @@ def join_parts(parts: tuple, encoding: str):
 
 def split_parts(codes, encoding: str) -> tuple:
     """The inverse of `join_parts`."""
-    if encoding == "delta4":
+    if PLANES[encoding] == ONE_WORD:
         return (codes,)
     groups = codes.shape[0] // code_bytes(encoding)
     return join_units([
@@ -245,6 +250,10 @@ def spread_4_bits(code):
     return code & 0x0F0F0F0F, (code >> 4) & 0x0F0F0F0F
 
 
+def spread_3_of_4_bits(code):
+    return code & 0x07070707, (code >> 4) & 0x07070707
+
+
 def spread_5_bits(nibbles, highest):
     low, high = spread_4_bits(nibbles)
     # Times this constant, bit i of four stands at 8 i + 4 among others, and no two at one place.
@@ -253,7 +262,7 @@ def spread_5_bits(nibbles, highest):
 
 
 SPREAD = {"delta4": spread_4_bits, "delta3": spread_3_bits, "delta5": spread_5_bits,
-          "banked": spread_3_bits}
+          "banked": spread_3_bits, "choice": spread_3_of_4_bits}
 
 
 def prefix_bytes(low, high):

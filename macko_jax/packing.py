@@ -7,13 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from macko_jax import banked, layout, packing_banked, packing_jax, packing_numpy
+from macko_jax.layout import WARP
 
-ENCODINGS = ("bitmask", "delta4", "delta3", "delta5", "banked")
+ENCODINGS = ("bitmask", "delta4", "delta3", "delta5", "choice", "banked")
 LANES = (1, 2, 4, 8, 16, 32)
 MULTIPROCESSORS = 132  # of an H200
-WARP = 32  # lanes
 SPARSE = 0.15  # share of non-zeros from which on "delta5" need not be looked at
 WORTH = 0.94  # of the bytes of "delta4", at which "delta5" is as fast
+# Times the bytes of "delta4", at which "choice" is as fast with values of 1 and of 2 bytes, and how
+# many columns x may have to lie twice in an H200's shared memory.
+CHOICE_WORTH = {1: 1.06, 2: 1.02}
+CHOICE_COLS = 18_000
 MAX_STORED = np.iinfo(np.int32).max
 MAX_COLS = 2**26  # keeps the arithmetic of `layout.memory_group` exact
 Capacity = int | Callable[[int], int] | None  # groups to have room for; see `format.compress`
@@ -36,7 +40,10 @@ def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
 
     if jnp.dtype(dtype).itemsize <= 2:
         sparse = layout.GROUP * groups < SPARSE * rows * cols
-        return "delta5" if sparse and bytes_of("delta5") <= WORTH * bytes_of("delta4") else "delta4"
+        if sparse:
+            return "delta5" if bytes_of("delta5") <= WORTH * bytes_of("delta4") else "delta4"
+        most = CHOICE_WORTH[jnp.dtype(dtype).itemsize] * bytes_of("delta4")
+        return "choice" if cols <= CHOICE_COLS and bytes_of("choice") <= most else "delta4"
     bitmask = groups * value_bytes + 4 * rows * layout.words_per_row(cols)
     # Explicit zeros only add to delta4, so they need no counting where it has lost already.
     without_zeros = groups * (value_bytes + layout.code_bytes("delta4"))

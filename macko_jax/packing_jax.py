@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from macko_jax import layout
+from macko_jax import choice, layout
 from macko_jax.layout import GROUP, WORD
 
 
@@ -89,15 +89,35 @@ def _fill(weight, elements: jax.Array, *, encoding: str, lanes: int, groups: int
         delta = scatter(jnp.zeros(GROUP * groups, jnp.uint8), slot, gap).reshape(groups, GROUP)
         parts = layout.code_parts(delta, encoding)
         base = layout.delta_bases(parts, encoding, offsets, row)
+        bank = choice.banks(base, delta)
         start = base.at[offsets[:-1, None] + chunk].get(mode="clip")
 
     order = layout.column_order(offsets, row, lanes)
     values = layout.reorder(values.reshape(groups, GROUP), order, lanes).reshape(-1)
     if encoding != "bitmask":
         parts = tuple(layout.reorder(part, order, lanes) for part in parts)
+        if encoding == "choice":
+            bank = layout.reorder(bank, order, lanes)
+            parts = (parts[0] | _choices(bank, offsets[:-1], count, lanes),)
         codes = layout.code_planes(parts, encoding)
     starts = jnp.where(chunk < count[:, None], start, cols).astype(layout.start_dtype(cols))
     return values, codes, offsets, starts
+
+
+def _choices(bank: jax.Array, begin: jax.Array, count: jax.Array, lanes: int) -> jax.Array:
+    """As `packing_numpy.choices`."""
+    groups, rows = bank.shape[0], begin.shape[0]
+    visits = choice.turns(begin, count, lanes, groups,
+                          total_repeat_length=choice.most_turns(rows, groups, lanes))
+
+    def visit(taken, group):
+        banks = bank.at[group].get(mode="fill", fill_value=layout.BANKS).astype(jnp.uint32)
+        chosen, taken = choice.choose(banks, taken)
+        return taken, chosen
+
+    nothing = jnp.zeros((visits.shape[1], GROUP), jnp.uint32)
+    _, chosen = lax.scan(visit, (nothing,) * 3, visits)
+    return jnp.zeros(groups, jnp.uint32).at[visits].set(chosen, mode="drop", unique_indices=True)
 
 
 def _stored(elements: jax.Array, encoding: str) -> jax.Array:

@@ -4,9 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from macko_jax import choice
 from macko_jax.layout import (
-    DELTA_BITS, GROUP, code_parts, join_parts, lane_chunks, logical_group, start_dtype,
+    BANKS, DELTA_BITS, GROUP, code_parts, join_parts, lane_chunks, logical_group, start_dtype,
     words_per_row)
+
+TURNS = 1 << 11  # for which copies are chosen together, so that what is known of them stays in a cache
 
 
 class Padding(NamedTuple):
@@ -128,11 +131,17 @@ def fill(weight: np.ndarray, elements: Elements, encoding: str, lanes: int, capa
     else:
         values, delta = fill_deltas(
             weight, elements, GROUP * begin, values.size, DELTA_BITS[encoding])
-        parts = code_parts(delta.reshape(-1, GROUP), encoding, join_deltas)
-        advance = np.cumsum(delta.reshape(-1, GROUP).sum(axis=1, dtype=np.int64) + GROUP)
+        delta = delta.reshape(-1, GROUP)
+        parts = code_parts(delta, encoding, join_deltas)
+        advance = np.cumsum(delta.sum(axis=1, dtype=np.int64) + GROUP)
         column = np.concatenate([[0], advance])  # columns that all groups before have passed
         start = column[begin[:, None] + chunk] - column[begin][:, None]
-        codes = join_parts(tuple(part[order] for part in parts), encoding)
+        parts = tuple(part[order] for part in parts)
+        if encoding == "choice":
+            base = column[:groups] - np.repeat(column[begin], count)
+            bank = choice.banks(base, delta[:groups])[order[:groups]]
+            parts[0][:groups] |= choices(bank, begin, count, lanes)
+        codes = join_parts(parts, encoding)
 
     starts = np.where(chunk < count[:, None], start, cols).astype(start_dtype(cols))
     values = values.reshape(-1, GROUP)[order].reshape(-1)
@@ -149,6 +158,25 @@ def fill_deltas(
     delta = _filled(row_begin, elements.padded_count(bits), size) * np.uint8(most)
     delta[placed] = elements.gap & most
     return values, delta
+
+
+def choices(bank: np.ndarray, begin: np.ndarray, count: np.ndarray, lanes: int) -> np.ndarray:
+    """Which copies of x are read, as bits of the codes, uint32 [groups]; see `choice.choose`.
+
+    Args:
+      bank: [groups, 8] of copy 0 of every element, in memory order.
+      begin, count: [rows] the first group of each row, and its number of groups.
+    """
+    groups = bank.shape[0]
+    bank = np.concatenate([bank, np.full((1, GROUP), BANKS, np.uint8)])
+    out = np.zeros(groups + 1, np.uint32)
+    visits = choice.turns(begin, count, lanes, groups)
+    for first in range(0, visits.shape[1], TURNS):
+        visited = visits[:, first:first + TURNS]
+        taken = (np.zeros((visited.shape[1], GROUP), np.uint32),) * 3
+        for group in visited:
+            out[group], taken = choice.choose(bank[group].astype(np.uint32), taken)
+    return out[:groups]
 
 
 def pack_nibbles(delta: np.ndarray) -> np.ndarray:

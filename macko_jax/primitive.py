@@ -13,6 +13,7 @@ where the array `pattern`, the matrix's own values, is zero; else it is empty. I
 role of the values is the pattern itself, nothing has to be left out: the products are told by `own`.
 """
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,31 @@ def contract(result: str, operands: dict, structure, *, out_dtype, **static) -> 
     _, roles = PRODUCTS[result]
     arrays = vary_alike(*(operands[role] for role in roles), *structure)
     return PRIMITIVES[result].bind(*arrays, out_dtype=np.dtype(out_dtype), **static)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def multiply(matrix, x: jax.Array, implementation: str | None = None) -> jax.Array:
+    """y = x A^T, [..., cols] -> [..., rows], of a MackoMatrix and a real x that fit."""
+    out_dtype = jnp.promote_types(matrix.dtype, x.dtype)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(out_dtype)
+    values = matrix.values
+    # Without a bitmask a slot is known to be padding by its value, and it must stay zero.
+    tells = matrix.encoding == "bitmask" or matrix.scales is not None
+    pattern = jnp.zeros(0, values.dtype) if tells else jax.lax.stop_gradient(values)
+    batch, (rows, cols) = x.shape[:-1], matrix.shape
+    product_dtype = out_dtype
+    if matrix.scales is not None:
+        values = jax.lax.stop_gradient(values)
+        product_dtype = jnp.promote_types(out_dtype, "float32")
+    y = contract(
+        "y", {"values": values, "x": x.reshape(math.prod(batch), cols)},
+        (matrix.codes, matrix.row_offsets, matrix.starts, pattern), own=True,
+        shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes,
+        stored=matrix.stored, out_dtype=product_dtype, implementation=implementation)
+    if matrix.scales is not None:
+        y = (y * matrix.scales.astype(product_dtype)).astype(out_dtype)
+    return y.reshape(*batch, rows)
 
 
 def vary_alike(*arrays):

@@ -76,8 +76,13 @@ CASES = (
     Case(12, 1900, 0.1, "float16", "delta5", 32, "skewed"),
     Case(1, 5, 0.0, "float32", "delta5"),
     Case(40, 256, 0.3, "float32", "delta5", 8, "empty_rows"),
+    Case(33, 301, 0.5, "float16", "choice", 4),
+    Case(9, 517, 1.0, "bfloat16", "choice", 2, "gaps"),
+    Case(12, 700, 0.5, "float16", "choice", 32, "skewed"),
+    Case(1, 5, 0.0, "float32", "choice"),
+    Case(40, 256, 0.3, "float32", "choice", 8, "empty_rows"),
 )
-BITS = {"bitmask": None, "delta4": 4, "delta3": 3, "delta5": 5}  # of a delta
+BITS = {"bitmask": None, "delta4": 4, "delta3": 3, "delta5": 5, "choice": 3}  # of a delta
 LAYOUTS = [*((encoding, 2) for encoding in BITS), ("banked", 32)]  # encoding, lanes
 
 
@@ -163,6 +168,7 @@ CODES = {
     "delta4": lambda deltas: np.array(words_of(deltas, 4), np.uint32),
     "delta3": lambda deltas: three_bytes(words_of(deltas, 3)),
     "delta5": five_bytes,
+    "choice": lambda deltas: np.array(words_of(deltas, 4), np.uint32),
 }
 
 
@@ -171,8 +177,8 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
     if encoding == "banked":
         return pack_banked_slowly(weight)
     values, codes, offsets, starts = [], [], [0], []
-    cols = weight.shape[1]
-    for row in weight:
+    cols, turns = weight.shape[1], {}
+    for number, row in enumerate(weight):
         columns = stored_columns(row, BITS[encoding])
         groups = [columns[i:i + 8] for i in range(0, len(columns), 8)]
         offsets.append(offsets[-1] + len(groups))
@@ -201,9 +207,27 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
                             delta[i] = column - previous - 1
                             previous = column
                         codes.append(delta)
+                        slots = group + [previous + 1 + i for i in range(8 - len(group))]
+                        turns.setdefault((number * lanes // 32, step), []).append((delta, slots))
+    if encoding == "choice":
+        choose_slowly(turns.values())
     start_dtype = np.uint16 if cols < 65536 else np.uint32
     return [np.array(values, weight.dtype).reshape(-1), CODES[encoding](codes),
             np.array(offsets, np.int32), np.array(starts, start_dtype)]
+
+
+def choose_slowly(turns) -> None:
+    """Adds choices to deltas, as choice.py says; a turn has (deltas, columns) of the lanes' groups."""
+    for turn in turns:
+        for j in range(8):
+            read = [0] * 32  # from each bank
+            for delta, columns in turn:
+                bank = 3 * columns[j] % 32
+                other = (bank + 1) % 32
+                if min(read[other], 3) < min(read[bank], 3):
+                    delta[j] |= 8
+                    bank = other
+                read[bank] += 1
 
 
 def pack_as_paper(weight: np.ndarray):

@@ -1,4 +1,6 @@
 """Chains of products: the kernel, and the products one after the other."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,17 +10,19 @@ from jax.sharding import PartitionSpec as P
 import macko_jax
 from macko_jax.kernels import chain, config, emulation, spmv
 from macko_jax.kernels.vectors import BLANK
-from tests.test_kernels import ENCODINGS, abstract, needs_gpu, sparse, vectors
+from tests.test_kernels import STORED, abstract, needs_gpu, sparse, vectors
 
 EPS = 1e-5
 HIDDEN, WIDE, NEXT = 72, 136, 104
 
 
-def make(hidden=HIDDEN, wide=WIDE, after=NEXT, encoding=None, dtype=np.float16):
+def make(hidden=HIDDEN, wide=WIDE, after=NEXT, encoding=None, dtype=np.float16,
+         values=None):
     """Matrices, x, residual stream and norm scale of what follows attention in a transformer."""
     shapes = [(hidden, 40), (2 * wide, hidden), (hidden, wide), (after, hidden)]
     dense = [sparse(*shape, 0.4, np.float32, seed=i) / 4 for i, shape in enumerate(shapes)]
-    matrices = [macko_jax.compress(jnp.asarray(d, dtype), encoding=encoding) for d in dense]
+    matrices = [macko_jax.compress(jnp.asarray(d, dtype), encoding=encoding, dtype=values)
+                for d in dense]
     x, residual = (vectors(1, n, n, dtype) for n in (40, hidden))
     return matrices, x, residual, 1 + vectors(1, hidden, 2, dtype)[0]
 
@@ -33,9 +37,10 @@ def steps(matrices, residual, scale):
 
 def exact(matrices, x, residual, scale):
     """The last two results in float64, each step's input rounded as the kernel rounds it."""
+    dtype = matrices[0].dtype
     out, gate_up, down, after = (np.asarray(macko_jax.decompress(m), np.float64) for m in matrices)
     x, residual, scale = (np.asarray(a, np.float64).reshape(-1) for a in (x, residual, scale))
-    rounded = lambda v: v.astype(np.asarray(matrices[0].values).dtype).astype(np.float64)
+    rounded = lambda v: v.astype(dtype).astype(np.float64)
     norm = lambda v: v / np.sqrt((v * v).mean() + EPS) * scale
     stream = out @ x + residual
     gate, up = np.split(gate_up @ norm(rounded(stream)), 2)
@@ -54,6 +59,8 @@ def emulate(plan, matrices, **others):
     """All arrays after the program is executed with NumPy, the results among them."""
     arrays = {f"{name}{i}": np.asarray(getattr(m, name)) for i, m in enumerate(matrices)
               for name in ("values", "codes", "row_offsets", "starts")} | others
+    arrays |= {f"row_scales{i}": np.asarray(m.scales) for i, m in enumerate(matrices)
+               if m.scales is not None}
     assert set(arrays) == set(plan.names)
     for i in plan.kept:
         arrays[f"y{i}"] = np.full(matrices[i].shape[0], np.nan, np.float32)
@@ -65,12 +72,12 @@ def emulate(plan, matrices, **others):
 
 
 @pytest.mark.parametrize("blocks,ahead", [(1, 3), (5, 2)])
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_program(encoding, blocks, ahead, monkeypatch):
+@pytest.mark.parametrize("encoding,values", STORED)
+def test_program(encoding, values, blocks, ahead, monkeypatch):
     monkeypatch.setattr(config, "groups_ahead", lambda matrix, blocks: ahead)
-    matrices, x, residual, scale = make(encoding=encoding)
-    fusions = [spmv.Fusion(add=True), spmv.Fusion(EPS), spmv.Fusion(gated=True, add=True),
-               spmv.Fusion(EPS)]
+    matrices, x, residual, scale = make(encoding=encoding, values=values)
+    fusion = functools.partial(spmv.Fusion, scaled=values is not None)
+    fusions = [fusion(add=True), fusion(EPS), fusion(gated=True, add=True), fusion(EPS)]
     plan = chain.Plan(tuple(
         chain.Step(abstract(m), fusion, 0 if i == 2 else None, i == 2)
         for i, (m, fusion) in enumerate(zip(matrices, fusions))), jnp.dtype(np.float16), blocks)
@@ -198,12 +205,12 @@ def test_errors_say_what_is_wrong():
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding,values", STORED)
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 @pytest.mark.parametrize(
     "shape", [(136, 272, 144), (1000, 2744, 2008), (4096, 11008, 12288)], ids=str)
-def test_kernel(shape, dtype, encoding):
-    matrices, x, residual, scale = make(*shape, encoding=encoding, dtype=dtype)
+def test_kernel(shape, dtype, encoding, values):
+    matrices, x, residual, scale = make(*shape, encoding=encoding, dtype=dtype, values=values)
     assert lowered("cuda", (matrices, x, residual, scale)).count("@mosaic_gpu") == 1
     function = jax.jit(lambda m, x, r, s: macko_jax.fused_chain(x, steps(m, r, s)))
     found = function(matrices, x, residual, scale)

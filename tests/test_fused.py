@@ -1,4 +1,5 @@
 """Products with a norm or a gate before and a sum after: the kernel, and what it stands for."""
+import dataclasses
 import itertools
 
 from flax import nnx
@@ -11,7 +12,7 @@ import macko_jax
 from macko_jax.kernels import config
 from macko_jax.kernels import spmv as kernel
 from tests.test_kernels import (
-    ENCODINGS, abstract, arrays_of, execute, needs_gpu, sparse, vectors)
+    STORED, abstract, arrays_of, execute, needs_gpu, sparse, vectors)
 
 EPS = 1e-5
 KINDS = [("norm", False), ("norm", True), ("gated", False), ("gated", True), (None, True)]
@@ -23,6 +24,13 @@ def make(rows, cols, density, kind, add, dtype=np.float16):
     x = 3 * vectors(1, 2 * cols if kind == "gated" else cols, dtype=dtype)
     scale = 1 + vectors(1, cols, seed=2, dtype=dtype)[0] if kind == "norm" else None
     return dense, x, scale, vectors(1, rows, seed=3, dtype=dtype) if add else None
+
+
+def exact_product(matrix):
+    """The matrix in float64, the scales of 8-bit values multiplied without rounding."""
+    values = macko_jax.decompress(dataclasses.replace(matrix, scales=None))
+    scales = 1.0 if matrix.scales is None else np.asarray(matrix.scales, np.float64)[:, None]
+    return np.asarray(values, np.float64) * scales
 
 
 def options(kind, scale, add):
@@ -45,18 +53,23 @@ def assert_exact(y, dense, x, scale, add, rounding=0.0):
     assert np.all(np.abs(y - exact) <= bound), np.abs(y - exact).max()
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding,values", STORED)
 @pytest.mark.parametrize("kind,add", KINDS)
 @pytest.mark.parametrize("shape", [(5, 1, 0.6), (1, 700, 0.5), (37, 301, 0.5)], ids=str)
-def test_program(shape, kind, add, encoding):
+def test_program(shape, kind, add, encoding, values):
     dense, x, scale, addend = make(*shape, kind, add)
-    matrix = macko_jax.compress(dense, encoding=encoding)
+    matrix = macko_jax.compress(dense, encoding=encoding, dtype=values)
     settings = config.Settings(
-        blocks=min(3, shape[0]), warps=4, unroll=2, vectors=1, stage_x=True)
-    fusion = kernel.Fusion(EPS if kind == "norm" else None, kind == "gated", add)
+        blocks=min(3, shape[0]), warps=4, unroll=2, vectors=1, stage_x=True,
+        twice=encoding == "choice")
+    scaled = values is not None
+    fusion = kernel.Fusion(EPS if kind == "norm" else None, kind == "gated", add, scaled)
     plan = kernel.Plan(abstract(matrix), x.dtype, 1, settings, fusion)
     operands = arrays_of(matrix, "values", "codes", "row_offsets", "starts")
     operands |= {"x": x, "scale": scale, "add": addend}
+    if scaled:
+        operands["row_scales"] = np.asarray(matrix.scales)
+        dense = exact_product(matrix)
     y = execute(
         kernel.program, plan, {name: a for name, a in operands.items() if a is not None},
         {"y": np.full((1, shape[0]), np.nan, np.float32)},
@@ -105,22 +118,32 @@ def test_derivatives_and_vmap_are_those_of_the_separate_operations(kind, add):
     assert by_values.shape == matrix.values.shape and np.any(by_values)
 
 
-def lowered(platform, tokens, kind, add):
+def lowered(platform, tokens, kind, add, values=None):
     dense, x, scale, addend = make(64, 96, 0.5, kind, add)
-    matrix = macko_jax.compress(dense)
+    matrix = macko_jax.compress(dense, dtype=values)
     x = jnp.broadcast_to(x, (tokens, x.shape[1]))
     addend = None if addend is None else jnp.broadcast_to(addend, (tokens, 64))
     function = jax.jit(lambda m, x: macko_jax.fused_spmv(m, x, **options(kind, scale, addend)))
     return function.trace(matrix, x).lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.parametrize("values", [None, "int8"])
 @pytest.mark.parametrize("kind,add", KINDS)
-def test_one_kernel_for_one_token_on_cuda(kind, add):
+def test_one_kernel_for_one_token_on_cuda(kind, add, values):
     arithmetic = "stablehlo.rsqrt", "stablehlo.logistic", "stablehlo.add", "stablehlo.multiply"
-    text = lowered("cuda", 1, kind, add)
+    text = lowered("cuda", 1, kind, add, values)
     assert text.count("@mosaic_gpu") == 1 and not any(name in text for name in arithmetic)
-    for text in lowered("cuda", 2, kind, add), lowered("cpu", 1, kind, add):
+    for text in lowered("cuda", 2, kind, add, values), lowered("cpu", 1, kind, add, values):
         assert any(name in text for name in arithmetic)
+
+
+def test_scales_of_8_bit_values_take_no_kernel_of_their_own():
+    matrix = macko_jax.compress(sparse(64, 96, 0.5, np.float16), dtype="int8")
+    function = jax.jit(macko_jax.spmv)
+    for tokens, alone in (1, True), (2, False):
+        traced = function.trace(matrix, vectors(tokens, 96, dtype=np.float16))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@mosaic_gpu") == 1 and ("stablehlo.multiply" in text) != alone
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -155,13 +178,14 @@ def test_errors_say_what_is_wrong():
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding,values", STORED)
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 @pytest.mark.parametrize("kind,add,shape", list(itertools.product(
     ["norm", "gated", None], [True], [(5, 1, 0.6), (37, 301, 0.5), (4096, 4096, 0.5)])), ids=str)
-def test_on_gpu(kind, add, shape, dtype, encoding):
+def test_on_gpu(kind, add, shape, dtype, encoding, values):
     dense, x, scale, addend = make(*shape, kind, add, dtype)
-    matrix = macko_jax.compress(dense, encoding=encoding)
+    matrix = macko_jax.compress(dense, encoding=encoding, dtype=values)
+    dense = exact_product(matrix)
     product = jax.jit(lambda m, x: macko_jax.fused_spmv(m, x, **options(kind, scale, addend)))
     y = np.asarray(product(matrix, x))
     assert_exact(y.astype(np.float64), dense, x, scale, np.asarray(addend, np.float64),

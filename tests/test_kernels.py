@@ -17,6 +17,9 @@ from macko_jax.kernels import spmv as kernel
 from tests.cases import BITS, static_of
 
 ENCODINGS = [*BITS, "banked"]
+# Encodings, and the types of their values, if those are not the vector's.
+STORED = [*((encoding, None) for encoding in ENCODINGS), ("choice", "int8"),
+          ("banked", "float8_e4m3fn")]
 HAS_GPU = any(d.platform == "gpu" for d in jax.local_devices())
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="JAX finds no GPU")
 
@@ -72,10 +75,12 @@ def assert_product(y, dense, x):
     assert np.all(np.abs(y - exact) <= bound), np.abs(y - exact).max()
 
 
-@pytest.mark.parametrize("rows,groups_per_lane,ahead", [
-    (100_000, 2, 1), (100_000, 8.2, 3), (100_000, 9.6, 2), (100_000, 16.5, 3), (64, 8.2, 2)])
-def test_three_groups_ahead_where_they_fill_the_steps_of_several_rows(rows, groups_per_lane, ahead):
-    matrix = strips.Matrix((rows, 8), "delta4", 32, int(rows * 32 * 8 * groups_per_lane), "float16")
+@pytest.mark.parametrize("rows,groups_per_lane,dtype,ahead", [
+    (100_000, 2, "float16", 1), (100_000, 8.2, "float16", 3), (100_000, 9.6, "float16", 2),
+    (100_000, 16.5, "float16", 3), (64, 8.2, "float16", 2), (100_000, 9.6, "int8", 3)])
+def test_three_groups_ahead_where_they_fill_the_steps_of_several_rows(
+        rows, groups_per_lane, dtype, ahead):
+    matrix = strips.Matrix((rows, 8), "delta4", 32, int(rows * 32 * 8 * groups_per_lane), dtype)
     blocks = config.row_blocks(rows)
     assert config.groups_ahead(matrix, blocks) == ahead
     assert config.groups_ahead(matrix, blocks, vectors=8) == min(ahead, 2)
@@ -115,6 +120,27 @@ def test_program_on_types_and_batches(
     settings = config.Settings(
         blocks=2, warps=4, unroll=unroll, vectors=per_pass, stage_x=stage_x)
     assert_product(emulate(matrix, x, settings), dense, x)
+
+
+@pytest.mark.parametrize("batch,x_dtype", [(1, "float32"), (1, "float16"), (3, "bfloat16")])
+@pytest.mark.parametrize("lanes", [1, 8, 32])
+@pytest.mark.parametrize("rows,cols,density", SHAPES)
+def test_program_with_two_copies(rows, cols, density, lanes, batch, x_dtype):
+    dense = sparse(rows, cols, density, jnp.float16)
+    matrix = macko_jax.compress(dense, encoding="choice", lanes=lanes)
+    x = vectors(batch, cols, dtype=x_dtype)
+    settings = dataclasses.replace(SETTINGS, vectors=min(2, batch), twice=True)
+    assert_product(emulate(matrix, x, settings), dense, x)
+
+
+@pytest.mark.parametrize("cols,x_dtype,batch,twice", [
+    (11008, "float16", 1, True), (11008, "float16", 2, True), (11008, "float16", 3, False),
+    (11008, "float32", 2, False), (18_000, "float32", 1, True), (28672, "float16", 1, False)])
+def test_x_lies_twice_where_there_is_room_and_a_word_for_each_column(cols, x_dtype, batch, twice):
+    for encoding in ENCODINGS:
+        matrix = strips.Matrix((4096, cols), encoding, 32, 4096 * cols // 2, jnp.dtype("float16"))
+        settings = config.choose(matrix, x_dtype, batch)
+        assert settings.stage_x and settings.twice == (twice and encoding == "choice")
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -77,7 +77,7 @@ def decoded(matrix, vectors, clusters):
     return out[:rows]
 
 
-@pytest.mark.parametrize("encoding", ["delta4", "delta3", "delta5"])
+@pytest.mark.parametrize("encoding", ["delta4", "delta3", "delta5", "choice"])
 @pytest.mark.parametrize("rows,cols,density,lanes,count,clusters", [
     (64, 64, 0.5, None, 512, 1), (192, 320, 0.3, 8, 300, 2), (256, 1088, 0.5, 32, 512, 6),
     (128, 704, 0.02, 1, 512, 3), (64, 192, 0.9, 4, 1000, 1), (128, 2048, 0.1, 16, 600, 11)])
@@ -268,7 +268,7 @@ def test_explains_why_not():
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("encoding", ["delta4", "delta3", "delta5"])
+@pytest.mark.parametrize("encoding", ["delta4", "delta3", "delta5", "choice"])
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("rows,cols,density,count", [
     (64, 64, 0.5, 512), (192, 320, 0.3, 300), (256, 1088, 0.5, 1), (1024, 704, 0.02, 511),

@@ -79,6 +79,8 @@ def test_derivatives(dtype):
     dense = np.asarray(macko_jax.decompress(matrix), np.float64)
     unscaled = dense @ x / np.asarray(matrix.scales, np.float64)
     np.testing.assert_allclose(by_x, y @ dense, rtol=1e-5, atol=1e-5)
+    (by_transpose,) = jax.linear_transpose(lambda x: macko_jax.spmv(matrix, x), x)(y)
+    np.testing.assert_allclose(by_transpose, by_x, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(by_scales, y * unscaled, rtol=1e-4, atol=1e-3)
 
 

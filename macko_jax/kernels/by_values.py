@@ -42,7 +42,7 @@ def program(ops, plan: Plan) -> None:
     end, threads = matrix.shape[1] * x.scale, settings.warps * WARP
     walk = walks.make(
         ops, matrix, block=ops.block(), blocks=settings.blocks, warps=settings.warps,
-        unroll=settings.unroll, scale=x.scale, read_values=plan.masked)
+        unroll=settings.unroll, scale=x.scale, chooses=x.twice, read_values=plan.masked)
 
     def outer(state, groups):
         [group] = groups

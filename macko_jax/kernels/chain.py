@@ -14,6 +14,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from macko_jax import choice
 from macko_jax.kernels import config, lanes, spmv, strips, walks
 from macko_jax.kernels.lanes import WARP
 from macko_jax.kernels.vectors import PIECE, Share, Vectors, gate
@@ -55,7 +56,12 @@ class Plan:
         done = i > 0 and self.gates(i - 1)  # what comes before it, by those who publish it
         return Vectors(
             self.dtype, length=step.matrix.shape[1], slack=step.matrix.slack, count=1, batch=1,
-            staged=True, before=None if done else step.fusion.before, first_slot=self.slot("x", i))
+            staged=True, before=None if done else step.fusion.before, first_slot=self.slot("x", i),
+            twice=self.twice(i))
+
+    def twice(self, i: int) -> bool:
+        """Whether the vector of step i lies in shared memory twice, see `choice.py`."""
+        return self._lies_twice(i, self._longest_twice)
 
     def share(self, i: int) -> Share:
         """The elements of step i's result that belong to a block's rows."""
@@ -95,8 +101,23 @@ class Plan:
     def shared_slots(self) -> int:
         return self._places["end"]
 
+    def _lies_twice(self, i: int, longest: int) -> bool:
+        matrix = self.steps[i].matrix
+        return matrix.encoding == "choice" and matrix.shape[1] <= longest
+
+    @functools.cached_property
+    def _longest_twice(self) -> int:
+        """The length up to which vectors lie twice: as many of them as there is room for."""
+        lengths = sorted({step.matrix.shape[1] for step in self.steps}, reverse=True)
+        fits = lambda longest: 4 * self._place(longest)["end"] <= config.shared_bytes()
+        return next(filter(fits, lengths), 0)
+
     @functools.cached_property
     def _places(self) -> dict:
+        return self._place(self._longest_twice)
+
+    def _place(self, longest: int) -> dict:
+        """The first slot of everything, where vectors up to so long lie twice."""
         sizes = {}
         for i, step in enumerate(self.steps):
             sizes["squares", i] = WARPS
@@ -105,7 +126,9 @@ class Plan:
         # While x of a step is written, only that of the step before may still be read.
         turns = [0, 0]
         for i, step in enumerate(self.steps):
-            turns[i % 2] = max(turns[i % 2], step.matrix.shape[1] + step.matrix.slack)
+            columns = step.matrix.shape[1] + step.matrix.slack
+            words = choice.WORDS if self._lies_twice(i, longest) else 1
+            turns[i % 2] = max(turns[i % 2], columns * words)
         sizes |= {("x", i): size for i, size in enumerate(turns)}
         ends = itertools.accumulate((-(-size // 4) * 4 for size in sizes.values()), initial=0)
         places = dict(zip([*sizes, "end"], ends))
@@ -142,8 +165,8 @@ def program(ops, plan: Plan) -> None:
     ways = [walks.make(
         ops, step.matrix, block=ops.block(), blocks=plan.blocks,
         warps=config.busy_warps(step.matrix, plan.blocks),
-        unroll=config.groups_ahead(step.matrix, plan.blocks), scale=x.scale, paired=plan.gates(i),
-        suffix=str(i))
+        unroll=config.groups_ahead(step.matrix, plan.blocks), scale=x.scale, chooses=x.twice,
+        paired=plan.gates(i), suffix=str(i))
         for i, (step, x) in enumerate(zip(plan.steps, xs))]
     for i, (step, walk, x) in enumerate(zip(plan.steps, ways, xs)):
         matrix, fusion = step.matrix, step.fusion
@@ -194,7 +217,11 @@ def _finish(ops, plan: Plan, i: int, walk, inverse, row, sums: list) -> None:
     """Puts an element of step i's result where it belongs."""
     step, inside = plan.steps[i], row < walk.end_row
     place = ops.select(inside, row - walk.first_row, ops.integer(0))
+    if step.fusion.scaled:
+        row_scale = ops.load_real(f"row_scales{i}", walk.index(row), inside)
     [total] = lanes.sum_over_lanes(ops, sums, step.matrix.lanes)
+    if step.fusion.scaled:
+        total = total * row_scale
     if inverse is not None:
         total = total * inverse
     if step.fusion.add:

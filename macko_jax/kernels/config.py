@@ -43,6 +43,7 @@ class Settings:
       vectors: how many (1, 2, 4, 8 or 16) are multiplied in one pass over the matrix.
       stage_x: whether x is kept in shared memory, or gathered from global memory.
       tensor_cores: whether they multiply, staged vectors of 16 bits; see `tensor_cores.py`.
+      twice: whether x lies in shared memory twice, for an encoding that chooses; see `choice.py`.
     """
     blocks: int
     warps: int
@@ -50,6 +51,7 @@ class Settings:
     vectors: int
     stage_x: bool
     tensor_cores: bool = False
+    twice: bool = False
 
     def __post_init__(self):
         if self.warps % WARPGROUP or not 0 < self.warps <= 32:
@@ -80,7 +82,8 @@ class Plan:
         count = min(tensor_cores.VECTORS, self.settings.vectors)
         make = functools.partial(
             Vectors, self.x_dtype, length=self.matrix.shape[1], slack=self.matrix.slack,
-            count=count, batch=self.batch, staged=self.settings.stage_x, before=self.before)
+            count=count, batch=self.batch, staged=self.settings.stage_x, before=self.before,
+            twice=self.settings.twice)
         return [make(first_slot=i * make().slots) for i in range(self.settings.vectors // count)]
 
     @property
@@ -161,7 +164,8 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
     warps = min(busy_warps(matrix, blocks), WARPS_FOR_MANY if vectors >= 8 else 32)
     return Settings(
         blocks=blocks, warps=warps, unroll=groups_ahead(matrix, blocks, vectors), vectors=vectors,
-        stage_x=_fits(matrix, x_dtype, vectors), tensor_cores=by_tensor_cores and vectors >= 8)
+        stage_x=_fits(matrix, x_dtype, vectors), tensor_cores=by_tensor_cores and vectors >= 8,
+        twice=_chooses(matrix, x_dtype, vectors))
 
 
 def by_passes(product: str, matrix, x_dtype, batch: int) -> bool:
@@ -199,17 +203,26 @@ def groups_ahead(matrix, blocks: int, vectors: int = 1) -> int:
     """Groups that each lane loads ahead where a block, of so many, has all its warps.
 
     Three for one vector, if warps work on several rows one after the other, and steps of three
-    leave no more room at the end of a row than steps of two.
+    leave no more room at the end of a row than steps of two, or a group's values are 8 bytes only.
     """
     groups_per_lane = matrix.stored / GROUP / matrix.shape[0] / matrix.lanes
     if groups_per_lane <= 2.5:
         return 1
     of_two, of_three = (-(-groups_per_lane // n) * n for n in (2, 3))
-    return 3 if vectors == 1 and rounds(matrix, blocks) > 1 and of_three <= of_two else 2
+    small = jnp.dtype(matrix.dtype).itemsize == 1
+    three = vectors == 1 and rounds(matrix, blocks) > 1 and (small or of_three <= of_two)
+    return 3 if three else 2
 
 
-def _fits(matrix, x_dtype, vectors: int) -> bool:
-    settings = Settings(blocks=1, warps=4, unroll=1, vectors=vectors, stage_x=True)
+def _chooses(matrix, x_dtype, vectors: int) -> bool:
+    """Whether x is to lie in shared memory twice: a word for each column, if there is room."""
+    words = vectors * jnp.dtype(x_dtype).itemsize <= 4 or vectors == 1
+    return matrix.encoding == "choice" and words and _fits(matrix, x_dtype, vectors, twice=True)
+
+
+def _fits(matrix, x_dtype, vectors: int, twice: bool = False) -> bool:
+    settings = Settings(
+        blocks=1, warps=4, unroll=1, vectors=vectors, stage_x=True, twice=twice)
     plan = Plan(matrix, x_dtype, vectors, settings)
     weights = tensor_cores.BUFFER * WARPS_FOR_MANY if vectors >= 8 else 0
     return 4 * (plan.x_slots + weights) <= shared_bytes()

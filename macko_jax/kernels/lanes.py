@@ -14,7 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
-WARP = 32
+from macko_jax.layout import WARP
+
 WARPGROUP = 4  # warps; the granularity of Mosaic GPU's blocks
 FULL_WARP = 0xFFFFFFFF
 LINE = 128  # bytes of a line of the L2 cache

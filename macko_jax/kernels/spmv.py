@@ -19,16 +19,18 @@ from macko_jax.kernels.vectors import Share, deal_blocks
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    """What is done before and after a product of one vector: y = add + A f(x).
+    """What is done before and after a product of one vector: y = add + row_scales * (A f(x)).
 
     Attributes:
       eps: f(x) = x / sqrt(mean(x^2) + eps) * scale, or None for no norm.
       gated: f(x) = silu(x[:cols]) * x[cols:].
       add: whether `add` is an operand.
+      scaled: whether `row_scales`, those of 8-bit values, are an operand.
     """
     eps: float | None = None
     gated: bool = False
     add: bool = False
+    scaled: bool = False
 
     @property
     def before(self) -> str | None:
@@ -38,7 +40,8 @@ class Fusion:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the operands that come on top."""
-        return ("scale",) * (self.eps is not None) + ("add",) * self.add
+        named = {"scale": self.eps is not None, "add": self.add, "row_scales": self.scaled}
+        return tuple(name for name, there in named.items() if there)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,8 @@ def program(ops, plan: Plan) -> None:
     block, first_vector = deal_blocks(ops, plan.passes, settings.vectors)
     walk = walks.make(
         ops, matrix, block=block, blocks=settings.blocks, warps=settings.warps,
-        unroll=settings.unroll, scale=planes[0].scale, spread=not fusion.add)
+        unroll=settings.unroll, scale=planes[0].scale, chooses=settings.twice,
+        spread=not fusion.add)
 
     if settings.tensor_cores:
         begin_row = functools.partial(tensor_cores.zeros, ops, planes)
@@ -100,8 +104,13 @@ def program(ops, plan: Plan) -> None:
             for k, total in enumerate(lanes.sum_over_lanes(ops, sums, matrix.lanes))]
 
     def finish(row, sums):
+        inside = row < walk.end_row
+        if fusion.scaled:
+            row_scale = ops.load_real("row_scales", row, inside)
         for number, total, writes in totals(sums):
-            vector, inside = first_vector + number, row < walk.end_row
+            vector = first_vector + number
+            if fusion.scaled:
+                total = total * row_scale
             if fusion.eps is not None:
                 total = total * inverse
             if fusion.add:
@@ -167,8 +176,12 @@ def plan_fused(matrix: strips.Matrix, x_dtype, fusion: Fusion) -> Plan | None:
     plan = choose(matrix, x_dtype, 1)
     if not plan.settings.stage_x:
         return None
-    plan = dataclasses.replace(plan, fusion=fusion)
-    return plan if 4 * plan.shared_slots <= config.shared_bytes() else None
+    for twice in (plan.settings.twice, False):
+        settings = dataclasses.replace(plan.settings, twice=twice)
+        fused = dataclasses.replace(plan, settings=settings, fusion=fusion)
+        if 4 * fused.shared_slots <= config.shared_bytes():
+            return fused
+    return None
 
 
 def run(plan: Plan, out_dtype, *operands):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from macko_jax import choice
 from macko_jax.kernels.lanes import STREAM, WARP, prefetch_range
 from macko_jax.layout import (
     DELTA_BITS, GROUP, PLANES, SPREAD, WORD, join_units, prefix_bytes, start_dtype, words_per_row)
@@ -75,19 +76,28 @@ def read_code(ops, matrix: Matrix, codes: str, group, live) -> list:
     return units
 
 
-def add_up(ops, encoding: str, code: list, base, step: int):
-    """Columns of a group from its code, base + step * (places up to each), and places in all."""
-    even, odd = prefix_bytes(*SPREAD[encoding](*join_units(code, encoding)))
-    columns = [ops.add_byte(prefix, j, step, base) + (2 * j + half) * step
+def add_up(ops, encoding: str, code: list, base, step: int, chooses: bool = False):
+    """Columns of a group from its code, base + step * (places up to each), and places in all.
+
+    Where an element `chooses`, its column leads to the copy of x that its code says.
+    """
+    parts = join_units(code, encoding)
+    even, odd = prefix_bytes(*SPREAD[encoding](*parts))
+    passed, unit = (odd >> 24) + GROUP, step
+    if chooses:
+        even, odd = choice.copies(even, odd, *parts)
+        unit = step // choice.WORDS
+    columns = [ops.add_byte(prefix, j, unit, base) + (2 * j + half) * step
                for j in range(GROUP // 2) for half, prefix in enumerate((even, odd))]
-    return columns, (odd >> 24) + GROUP
+    return columns, passed
 
 
 class Deltas:
     """Positions from eight deltas in a code; the place is the next column."""
 
-    def __init__(self, ops, matrix, codes):
+    def __init__(self, ops, matrix, codes, chooses: bool):
         self.ops, self.matrix, self.codes, self.cols = ops, matrix, codes, matrix.shape[1]
+        self.chooses = chooses
 
     def open(self, row, start):
         del row
@@ -98,7 +108,8 @@ class Deltas:
 
     def columns(self, code, place, scale):
         """The columns of a group's elements times `scale`, and the place after the group."""
-        columns, passed = add_up(self.ops, self.matrix.encoding, code, place * scale, scale)
+        columns, passed = add_up(
+            self.ops, self.matrix.encoding, code, place * scale, scale, self.chooses)
         # A lane whose row is done must not run away while its warp goes on with longer rows.
         after = place + passed
         return columns, self.ops.select(after < self.cols, after, self.ops.integer(self.cols))
@@ -124,7 +135,8 @@ class Bits(NamedTuple):
 class Bitmask:
     """Positions from a bitmask of the row, one bit after the other."""
 
-    def __init__(self, ops, matrix, codes):
+    def __init__(self, ops, matrix, codes, chooses: bool):
+        del chooses
         self.ops, self.words, self.codes = ops, words_per_row(matrix.shape[1]), codes
 
     def read(self, group, live):
@@ -184,7 +196,7 @@ class RowWalk:
     def __init__(self, ops, matrix: Matrix, *, block, blocks: int, warps: int, unroll: int,
                  scale: int = 1, read_values: bool = True, rows_per_warp: int | None = None,
                  together: int = 1, paired: bool = False, spread: bool = False,
-                 suffix: str = ""):
+                 chooses: bool = False, suffix: str = ""):
         """`block` of `blocks` is the lane's share of the rows; columns come multiplied by `scale`.
 
         The first `warps` of the block work. A warp works on `rows_per_warp` rows at a time, by
@@ -192,9 +204,10 @@ class RowWalk:
         few warps fit on a multiprocessor, what they do for one group has to hide the latencies of
         another. For `paired` see above; `suffix` ends the names of the matrix's arrays. Where rows
         are `spread`, shares are not contiguous: all blocks are at work in one region of memory.
+        Where a lane `chooses`, columns lead to one of two copies of x, see `choice.py`.
         """
         self.ops, self.matrix, self.unroll, self.scale = ops, matrix, unroll, scale
-        self.suffix = suffix
+        self.suffix, self.chooses = suffix, chooses
         self.together = together
         words = GROUP * jnp.dtype(matrix.dtype).itemsize // 4 if read_values else 0
         self.loads = [min(words, 4)] * (-(-words // 4))  # words of each load of a group's values
@@ -301,7 +314,7 @@ class Walk(RowWalk):
 
     def __init__(self, ops, matrix: Matrix, **options):
         super().__init__(ops, matrix, **options)
-        self.decoder = DECODERS[matrix.encoding](ops, matrix, "codes" + self.suffix)
+        self.decoder = DECODERS[matrix.encoding](ops, matrix, "codes" + self.suffix, self.chooses)
 
     def _open(self, row) -> Strip:
         ops, lanes = self.ops, self.matrix.lanes

@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 
+from macko_jax import choice
 from macko_jax.kernels.lanes import FRESH
 
 BLANK = 0xFFFF  # 16 bits in the place of an element that no block has published yet
@@ -48,13 +49,17 @@ class Vectors:
     What is staged may be a function of what is read, `before`: "norm", elements times those of the
     array `scale`, while their squares are added up; "gate", silu(a) * b of rows that hold a and b.
 
+    Vectors that lie there `twice`, for elements that choose (see `choice.py`), have a word for each
+    column. All of a column's words hold the same, the third too, which nobody reads: so they are
+    written two or four at a time.
+
     Attributes:
       scale: what columns are multiplied by in `at`: bytes between two of them in shared memory.
       slots: 32-bit words of shared memory that they take.
     """
 
     def __init__(self, dtype, *, length: int, slack: int, count: int, batch: int, staged: bool,
-                 before: str | None = None, first_slot: int = 0):
+                 before: str | None = None, first_slot: int = 0, twice: bool = False):
         if before and not staged:
             raise ValueError(f"{before!r} comes before vectors that are staged, these are not")
         self.dtype, self.length, self.count, self.batch = jnp.dtype(dtype), length, count, batch
@@ -62,8 +67,11 @@ class Vectors:
         self._base = 4 * first_slot
         self.packed = staged and self.dtype.itemsize == 2 and count % 2 == 0
         self._words = count // 2 if self.packed else count
-        self.scale = 4 * self._words if staged else 1
-        self.slots = self._columns * self._words if staged else 1
+        if twice and not (staged and self._words == 1):
+            raise ValueError(f"{count} vectors of {self.dtype} cannot lie twice in shared memory")
+        self.twice, self._times = twice, choice.WORDS if twice else 1
+        self.scale = 4 * self._words * self._times if staged else 1
+        self.slots = self._columns * self._words * self._times if staged else 1
         # Columns of 16 bits are read two at a time, if nothing has to be computed of them.
         pairs = staged and self.dtype.itemsize == 2 and length % 2 == 0 and before is None
         self._together = 2 if pairs else 1
@@ -161,8 +169,16 @@ class Vectors:
             else:
                 words = [ops.as_word(value) for value in values]
             place = column * self.scale + self._base
-            ops.store_shared_words(place, words, column < self._columns)
+            for i in range(self._times):
+                ops.store_shared_words(place + 4 * i, words, column < self._columns)
         return squares
+
+    def _store(self, place, columns: list, where):
+        """Writes the words of neighbouring columns, each as often as it lies there."""
+        words = [word for column in columns for word in column * self._times]
+        each = 4 if len(words) % 4 == 0 else 2
+        for i in range(0, len(words), each):
+            self.ops.store_shared_words(place + 4 * i, words[i:i + each], where)
 
     def _write_pair(self, pair, words):
         """Stages two columns of all vectors, of each of which `words` has both elements."""
@@ -170,13 +186,13 @@ class Vectors:
         inside = pair < self._pieces
         if not self.packed:
             [word] = words
-            staged = [ops.as_word(element) for element in ops.pair(word, self.dtype)]
-            return ops.store_shared_words(place, staged, inside)
+            staged = [[ops.as_word(element)] for element in ops.pair(word, self.dtype)]
+            return self._store(place, staged, inside)
         both = list(zip(words[::2], words[1::2]))
         first = [(a & 0xFFFF) | (b << 16) for a, b in both]
         second = [(a >> 16) | (b & 0xFFFF0000) for a, b in both]
         if len(both) < 4:
-            return ops.store_shared_words(place, first + second, inside)
+            return self._store(place, [first, second], inside)
         # Every other four lanes begin with the second column, so that eight lanes meet all banks.
         other = (ops.thread() & 4) == 4
         shift = ops.select(other, ops.integer(self.scale), ops.integer(0))
@@ -220,10 +236,9 @@ class Vectors:
             rows = [self._numbers(words[i]) for words in (*parts, *([scales] if normed else []))]
             for x in rows[0]:
                 squares = [ops.fma(x, x, total) for total in squares]
-            staged = [ops.as_word(self._element(*loads)) for loads in zip(*rows)]
-            for j in range(0, PIECE, 4):
-                place = piece * (PIECE * self.scale) + (j * self.scale + self._base)
-                ops.store_shared_words(place, staged[j:j + 4], piece < self._columns // PIECE)
+            staged = [[ops.as_word(self._element(*loads))] for loads in zip(*rows)]
+            self._store(piece * (PIECE * self.scale) + self._base, staged,
+                        piece < self._columns // PIECE)
         return squares
 
     @staticmethod
