@@ -2,8 +2,8 @@
 
 The lanes of a warp gather 32 elements of x at a time from the 32 banks of shared memory, where the
 fullest bank holds 3.5 of random columns. If every column lies in two banks, and each element says
-from which one it is read, that can be 2.4: a choice of two. A code is eight nibbles, as in "delta4":
-the lower three bits are a delta, and the highest one is the choice.
+from which one it is read, that can be 2.4: a choice of two. A code is eight nibbles, as in
+"delta4": the lower three bits are a delta, and the highest one is the choice.
 
 A column takes three words of shared memory, an odd number, so that columns are spread over all
 banks; copy 0 is the first of them, and copy 1 the second. The choices are made for the 32 / lanes
@@ -18,7 +18,7 @@ CHOICES = 0x01010101  # of a code shifted right by 3 (7), those of elements 0, 2
 
 
 def copies(even, odd, code):
-    """Words whose bytes are places of elements 0, 2, 4, 6 and 1, 3, 5, 7, in words of shared memory.
+    """Places of elements 0, 2, 4, 6 and 1, 3, 5, 7 in words of shared memory, the bytes of two words.
 
     From such words of columns, at most 56; for registers of a kernel.
     """

@@ -27,11 +27,12 @@ class MackoMatrix:
     every column; "delta4" has four bits for every element, the number of zeros skipped before it,
     and stores an explicit zero for every 16 of a longer gap, as the paper does; "delta3" has three
     bits, and a zero for every 8, which is smaller above density 0.3; "delta5" five bits, and a zero
-    for every 32, which is smaller below 0.17. The row's groups are cut in column order into `lanes`
-    contiguous chunks, the first ones a group longer where they do not divide evenly, and the chunks
-    are interleaved: slot t * lanes + l of the row's groups is the t-th group of lane l. So the
-    lanes of a GPU read neighbouring addresses. "banked" deals columns to 32 lanes by their
-    remainder instead, with 3-bit deltas, see banked.py.
+    for every 32, which is smaller below 0.17; "choice" the deltas of "delta3" and a bit that says
+    from which of two copies of x a GPU reads, see choice.py. The row's groups are cut in column
+    order into `lanes` contiguous chunks, the first ones a group longer where they do not divide
+    evenly, and the chunks are interleaved: slot t * lanes + l of the row's groups is the t-th group
+    of lane l. So the lanes of a GPU read neighbouring addresses. "banked" deals columns to 32 lanes
+    by their remainder instead, with 3-bit deltas, see banked.py.
 
     Invariants (checked by `validate`):
       - elements are in column order within a chunk, and the slots that fill up a row's last group
@@ -47,14 +48,15 @@ class MackoMatrix:
     Attributes:
       values: [8 * groups] float16, bfloat16 or float32; or int8 or float8_e4m3fn, times `scales`.
       codes: uint32; bitmask: [rows * ceil(cols / 32)], bit b of a row's word w is column 32 w + b;
-        delta4: [groups], eight deltas in order from the low bits. delta3 and banked: uint8
+        delta4: [groups], eight deltas in order from the low bits; choice: the same, the highest bit
+        of the four is the choice, which no product depends on. delta3 and banked: uint8
         [3 * groups], the low 16 bits of every group's eight deltas, then the high 8. delta5: uint8
         [5 * groups], the low four bits of every group's deltas as in delta4, then a byte of their
         highest bits for each group, those of elements 0, 2, 4, 6 below those of 1, 3, 5, 7.
       row_offsets: [rows + 1] int32, each row's first group.
       starts: [rows, lanes] uint16, uint32 for more than 65535 columns; banked: uint8 or wider.
       shape: (rows, cols).
-      encoding: "bitmask", "delta4", "delta3", "delta5" or "banked".
+      encoding: "bitmask", "delta4", "delta3", "delta5", "choice" or "banked".
       lanes: 1, 2, 4, 8, 16 or 32.
       scales: [rows] factors of 8-bit values, float16, bfloat16 or float32; None for other values.
 
@@ -123,8 +125,8 @@ def compress(weight, *, dtype=None, encoding: str | None = None, lanes: int | No
       weight: [rows, cols], float16, bfloat16 or float32; anything that `numpy.asarray` takes.
       dtype: in which the values are stored; None keeps the weight's. int8 and float8_e4m3fn are
         scaled row by row, see `quantization.quantize`. What it rounds to zero is dropped.
-      encoding: "bitmask", "delta4", "delta3", "delta5" or "banked"; None chooses by measured rules,
-        see `packing.choose_encoding`.
+      encoding: one of those of `MackoMatrix`; None chooses by measured rules, see
+        `packing.choose_encoding`.
       lanes: how many GPU lanes share a row, 1, 2, 4, 8, 16 or 32; None chooses by the number of
         rows and their length, see `packing.choose_lanes`.
       capacity: room for this many groups of eight, so that matrices with different numbers of

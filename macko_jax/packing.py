@@ -27,9 +27,10 @@ def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
     """The default encoding; `count_groups` tells how many groups of eight one would store.
 
     For 8-bit and 16-bit values "delta4": the GPU kernel decodes it twice as fast as a bitmask,
-    which more than pays for up to a tenth more bytes. Where so many gaps are long that "delta5"
-    saves more time by its bytes than it takes by its instructions, "delta5" (docs/kernel.md). For
-    float32, where indices weigh half as much, "bitmask" or "delta4", whichever has fewer bytes.
+    which more than pays for up to a tenth more bytes. Where few gaps are too long for "choice",
+    that is faster still, if x has room twice. Where so many gaps are long that "delta5" saves more
+    time by its bytes than it takes by its instructions, "delta5" (docs/kernel.md). For float32,
+    where indices weigh half as much, "bitmask" or "delta4", whichever has fewer bytes.
     """
     rows, cols = shape
     value_bytes = layout.GROUP * jnp.dtype(dtype).itemsize

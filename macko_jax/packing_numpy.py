@@ -9,7 +9,7 @@ from macko_jax.layout import (
     BANKS, DELTA_BITS, GROUP, code_parts, join_parts, lane_chunks, logical_group, start_dtype,
     words_per_row)
 
-TURNS = 1 << 11  # for which copies are chosen together, so that what is known of them stays in a cache
+TURNS = 1 << 11  # for which copies are chosen together; what is known of them stays in a cache
 
 
 class Padding(NamedTuple):

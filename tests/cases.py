@@ -217,7 +217,7 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
 
 
 def choose_slowly(turns) -> None:
-    """Adds choices to deltas, as choice.py says; a turn has (deltas, columns) of the lanes' groups."""
+    """Adds choices to deltas, as choice.py says; a turn has (deltas, columns) of lanes' groups."""
     for turn in turns:
         for j in range(8):
             read = [0] * 32  # from each bank

@@ -134,8 +134,8 @@ def cases():
     for encoding, shape in itertools.product(ENCODINGS, [(136, 272, 144), (1000, 2744, 2008)]):
         yield f"chain {encoding} {shape}", functools.partial(chained, encoding, shape)
     for encoding, shape, count in itertools.product(
-            ("delta4", "delta3", "delta5", "choice"), [(64, 64, 0.5), (192, 320, 0.3), (448, 1088, 0.1)],
-            (3, 600)):
+            ("delta4", "delta3", "delta5", "choice"),
+            [(64, 64, 0.5), (192, 320, 0.3), (448, 1088, 0.1)], (3, 600)):
         yield f"matmul {encoding} {shape} {count}", functools.partial(
             multiplied, encoding, shape, count)
     for name, case in attention.CASES.items():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 import macko_jax
-from macko_jax import layout, packing, packing_banked, packing_jax
+from macko_jax import layout, packing, packing_banked, packing_jax, positions
 from tests.cases import BITS, CASES, LAYOUTS, pack_as_paper, pack_slowly
 
 FIELDS = ("values", "codes", "row_offsets", "starts")
@@ -132,12 +132,13 @@ def test_smaller_encoding_is_chosen_for_float32(width, expected):
     assert matrix.encoding == expected and matrix.nbytes == min(sizes)
 
 
-@pytest.mark.parametrize("density, expected", [
-    (0.02, "delta5"), (0.1, "delta5"), (0.14, "delta4"), (0.5, "delta4")])
+@pytest.mark.parametrize("density, cols, expected", [
+    (0.02, 4096, "delta5"), (0.1, 4096, "delta5"), (0.14, 4096, "delta4"), (0.2, 4096, "delta4"),
+    (0.4, 4096, "choice"), (0.5, 4096, "choice"), (0.5, 18_001, "delta4")])
 @pytest.mark.parametrize("dtype", [None, "int8"])
 @pytest.mark.parametrize("on_device", [False, True])
-def test_five_bits_are_chosen_where_they_are_faster(density, expected, dtype, on_device):
-    weight = (np.random.default_rng(0).random((96, 4096)) < density).astype(np.float16)
+def test_the_fastest_deltas_are_chosen(density, cols, expected, dtype, on_device):
+    weight = (np.random.default_rng(0).random((96, cols)) < density).astype(np.float16)
     weight = weight.astype(dtype or weight.dtype)
     _, encoding, _ = packing.pack(weight, None, None, None, on_device)
     assert encoding == expected
@@ -168,6 +169,25 @@ def test_other_deltas_are_smaller_at_other_densities(encoding, density, ratio):
     weight = (np.random.default_rng(0).random((64, 4096)) < density).astype(np.float16)
     found, usual = (macko_jax.compress(weight, encoding=e).nbytes for e in (encoding, "delta4"))
     assert found <= ratio * usual
+
+
+def test_choices_spread_reads_over_banks():
+    """A choice of two takes 2.4 turns a gather; random columns take 3.5."""
+    weight = (np.random.default_rng(0).random((20, 4096)) < 0.5).astype(np.float16)
+    matrix = macko_jax.compress(weight, encoding="choice", lanes=32)
+    _, column, _ = positions.slot_positions(
+        matrix.codes, matrix.row_offsets, matrix.starts, stored=matrix.stored, shape=matrix.shape,
+        encoding="choice", lanes=32)
+    codes = np.asarray(matrix.codes)
+    chosen = codes[:, None] >> np.arange(3, 32, 4, dtype=np.uint32) & 1
+    columns = np.asarray(column).reshape(-1, 8)
+    turns, plain = [], []
+    for begin, end in itertools.pairwise(np.asarray(matrix.row_offsets)):
+        for first in range(begin, end - 31, 32):  # full turns
+            words = 3 * columns[first:first + 32] + chosen[first:first + 32]
+            turns += [np.bincount(bank % 32).max() for bank in words.T]
+            plain += [np.bincount(bank % 32).max() for bank in columns[first:first + 32].T]
+    assert np.mean(turns) < 2.5 and np.mean(plain) > 3.4
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])

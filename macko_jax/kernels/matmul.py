@@ -35,7 +35,7 @@ SUMS = plgpu.Layout.WGMMA  # of the sums [64 rows, 256 vectors] of a warpgroup
 # Where this is faster than a decode and a dense product (docs/kernel.md, "Many vectors"): a cluster
 # is full or nearly so; there is little to decode, the less the fewer tiles a cluster has; and the
 # lines of memory of all rows at work stay in the L2 cache until every strip has had its part.
-FASTER_VECTORS = range(449, PEERS * VECTORS + 1)
+FASTER_VECTORS = range(433, PEERS * VECTORS + 1)
 FASTER_DENSITY = 0, 0.35, 0.55  # of what is stored, by tiles of a cluster: none, one, more
 FASTER_BYTES = 24 << 20  # of those lines
 
