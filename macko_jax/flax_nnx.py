@@ -171,12 +171,13 @@ def chain(
 def _product(step: Step, dtype) -> Step | None:
     """The step with its layer's matrix, for inputs of a dtype; None if the layer is more."""
     layer = step.linear
-    alike = jnp.dtype(dtype) == layer.values.dtype == jnp.dtype(layer.dtype or dtype)
+    kind = (layer.values if layer.scales is None else layer.scales).dtype
+    alike = jnp.dtype(dtype) == kind == jnp.dtype(layer.dtype or dtype)
     simple = isinstance(layer.in_features, int) and isinstance(layer.out_features, int)
     if not (alike and simple and layer.axis in (-1, (-1,))):
         return None
     if layer.bias is not None:
-        if step.add is not None or layer.bias.dtype != layer.values.dtype:
+        if step.add is not None or layer.bias.dtype != kind:
             return None
         step = step._replace(add=layer.bias[...])
     return step._replace(linear=layer.matrix)

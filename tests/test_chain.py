@@ -1,6 +1,7 @@
 """Chains of products: the kernel, and the products one after the other."""
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +133,26 @@ def test_one_kernel_on_cuda_where_it_serves():
     wide = np.concatenate([served[1]] * 2)  # two vectors
     text = lowered("cuda", (served[0], wide, np.concatenate([served[2]] * 2), served[3]))
     assert "stablehlo.rsqrt" in text
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_layers_are_one_kernel_too(dtype):
+    layers = []
+    for i, shape in enumerate([(256, 512), (512, 256)]):
+        layer = nnx.Linear(*shape, use_bias=False, dtype=np.float16, param_dtype=np.float16,
+                           rngs=nnx.Rngs(i))
+        layer.kernel[...] = sparse(*shape, 0.5, np.float16, seed=i) / 16
+        layers.append(macko_jax.flax_nnx.substitute(layer, macko_jax.Rule(dtype=dtype))[0])
+    graph, state = nnx.split(layers)
+
+    @jax.jit
+    def function(state, x):
+        return macko_jax.flax_nnx.chain(x, [macko_jax.Step(a) for a in nnx.merge(graph, state)])
+
+    x = vectors(1, 256, dtype=np.float16)
+    text = function.trace(state, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 1
+    np.testing.assert_allclose(function(state, x)[0], layers[1](layers[0](x)), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("tokens", [(1,), (2, 3)], ids=str)

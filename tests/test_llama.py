@@ -278,8 +278,10 @@ def test_packed_model_computes_what_the_pruned_model_does(tmp_path):
     np.testing.assert_array_equal(forward(loaded, tokens), forward(packed, tokens))
 
 
-def test_norms_gates_and_sums_of_a_decode_step_are_in_the_products_kernels():
-    packed, report = macko_jax.flax_nnx.substitute(make_model(), Rule(".*", max_density=1.0))
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_norms_gates_and_sums_of_a_decode_step_are_in_the_products_kernels(dtype):
+    rule = Rule(".*", max_density=1.0, dtype=dtype)
+    packed, report = macko_jax.flax_nnx.substitute(make_model(), rule)
     model = llama.Piece.of(packed)
 
     def step(model, tokens, cache):

@@ -1,5 +1,6 @@
 """Matrices with 8-bit values: rounding, products, layers, files."""
 import dataclasses
+import functools
 
 from flax import linen as nn
 from flax import nnx
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import macko_jax
 from macko_jax import quantization
@@ -82,6 +84,35 @@ def test_derivatives(dtype):
     (by_transpose,) = jax.linear_transpose(lambda x: macko_jax.spmv(matrix, x), x)(y)
     np.testing.assert_allclose(by_transpose, by_x, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(by_scales, y * unscaled, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_transformations_of_one_vector(dtype):
+    """Which has a primitive of its own, with the scales."""
+    weights = [sparse(40, 64, "float32", seed=i) for i in range(3)]
+    matrices = [macko_jax.compress(w, dtype=dtype, capacity=320) for w in weights]
+    matrix, dense = matrices[0], np.asarray(macko_jax.decompress(matrices[0]), np.float64)
+    x = sparse(4, 64, "float32", seed=9)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+
+    stack = jax.tree.map(lambda *a: jnp.stack(a), *matrices)
+    for m, y, row in zip(matrices, jax.vmap(macko_jax.spmv)(stack, x[:3]), x):
+        close(y, np.asarray(macko_jax.decompress(m), np.float64) @ row)
+    hessian = jax.hessian(lambda x: (macko_jax.spmv(matrix, x)**2).sum())(x[0])
+    close(hessian, 2 * dense.T @ dense)
+
+    mesh = jax.make_mesh((4,), ("d",), devices=jax.devices()[:4],
+                         axis_types=(jax.sharding.AxisType.Auto,))
+    product = jax.shard_map(
+        macko_jax.spmv, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
+
+    def loss(scales, x):
+        return (product(dataclasses.replace(matrix, scales=scales), x)**2).sum()
+
+    by_scales, by_x = jax.jit(jax.grad(loss, (0, 1)))(matrix.scales, x)
+    y = x @ dense.T
+    close(by_x, 2 * y @ dense, rtol=1e-3, atol=1e-3)
+    close(by_scales, (2 * y * y / np.asarray(matrix.scales)).sum(0), rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
