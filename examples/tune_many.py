@@ -32,14 +32,6 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "Passes over all matrices.", lower_
 OUT = flags.DEFINE_string("out", "runs/tune_many.json", "Where the record goes.")
 
 
-def problem_of(matrix, x) -> dispatch.Problem:
-    """The product of a packed matrix with vectors x, on a GPU."""
-    return dispatch.Problem(
-        product=PRODUCT.value, platform="cuda", shape=matrix.shape, encoding=matrix.encoding,
-        lanes=matrix.lanes, stored=matrix.stored, batch=x.shape[0],
-        dtypes=(matrix.values.dtype, x.dtype), out_dtype=x.dtype)
-
-
 def multiply(way: str, matrix, x) -> jax.Array:
     """The product by one of the ways, without scales of 8-bit values."""
     return products.WAYS[PRODUCT.value][way](
@@ -51,7 +43,7 @@ def tune(matrices: list, batch: int) -> dict:
     """Microseconds by way, and the way that is chosen."""
     length = matrices[0].shape[PRODUCT.value == "spmv"]
     x = jax.random.normal(jax.random.key(1), (batch, length), DTYPE.value)
-    problem = problem_of(matrices[0], x)
+    problem = dispatch.problem_of(PRODUCT.value, "cuda", matrices[0], x, x.dtype)
     microseconds = {}
     for way in products.WAYS[PRODUCT.value]:
         if way == "passes" and batch > MOST_PASSES.value:

@@ -28,6 +28,14 @@ class Problem:
     out_dtype: object
 
 
+def problem_of(product: str, platform: str, matrix, vectors, out_dtype) -> Problem:
+    """What the product of a MackoMatrix, without its scales, and vectors [batch, ...] asks for."""
+    return Problem(
+        product=product, platform=platform, shape=matrix.shape, encoding=matrix.encoding,
+        lanes=matrix.lanes, stored=matrix.stored, batch=vectors.shape[0],
+        dtypes=(matrix.values.dtype, vectors.dtype), out_dtype=out_dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """A family of functions.

@@ -258,12 +258,7 @@ def _kernel(static, x, parts, blank):
     """The same in one kernel, or None where it does not serve."""
     from macko_jax.kernels import chain, products, spmv as kernel, vectors  # only GPUs need them
     out_dtype = _out_dtype(x, parts)
-    problems = [
-        dispatch.Problem(
-            product="spmv", platform="cuda", shape=matrix.shape, encoding=matrix.encoding,
-            lanes=matrix.lanes, stored=matrix.stored, batch=1,
-            dtypes=(matrix.values.dtype, x.dtype), out_dtype=out_dtype)
-        for matrix, _ in parts]
+    problems = [dispatch.problem_of("spmv", "cuda", matrix, x, out_dtype) for matrix, _ in parts]
     around = [
         (kernel.Fusion(known.eps, known.gated, known.added is not None or "add" in extras,
                        matrix.scales is not None), known.added, known.kept)
