@@ -77,9 +77,7 @@ CASES = (
     Case(1, 5, 0.0, "float32", "delta5"),
     Case(40, 256, 0.3, "float32", "delta5", 8, "empty_rows"),
     Case(33, 301, 0.5, "float16", "choice", 4),
-    Case(9, 517, 1.0, "bfloat16", "choice", 2, "gaps"),
     Case(12, 700, 0.5, "float16", "choice", 32, "skewed"),
-    Case(1, 5, 0.0, "float32", "choice"),
     Case(40, 256, 0.3, "float32", "choice", 8, "empty_rows"),
 )
 BITS = {"bitmask": None, "delta4": 4, "delta3": 3, "delta5": 5, "choice": 3}  # of a delta

@@ -86,11 +86,10 @@ def test_derivatives(dtype):
     np.testing.assert_allclose(by_scales, y * unscaled, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_transformations_of_one_vector(dtype):
+def test_transformations_of_one_vector():
     """Which has a primitive of its own, with the scales."""
     weights = [sparse(40, 64, "float32", seed=i) for i in range(3)]
-    matrices = [macko_jax.compress(w, dtype=dtype, capacity=320) for w in weights]
+    matrices = [macko_jax.compress(w, dtype="int8", capacity=320) for w in weights]
     matrix, dense = matrices[0], np.asarray(macko_jax.decompress(matrices[0]), np.float64)
     x = sparse(4, 64, "float32", seed=9)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
