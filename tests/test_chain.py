@@ -72,8 +72,8 @@ def emulate(plan, matrices, **others):
     return ops.arrays
 
 
-@pytest.mark.parametrize("blocks,ahead", [(1, 3), (5, 2)])
-@pytest.mark.parametrize("encoding,values", STORED)
+@pytest.mark.parametrize("encoding,values,blocks,ahead", [
+    *((*stored, 5, 2) for stored in STORED), ("delta4", None, 1, 3), ("choice", "int8", 1, 3)])
 def test_program(encoding, values, blocks, ahead, monkeypatch):
     monkeypatch.setattr(config, "groups_ahead", lambda matrix, blocks: ahead)
     matrices, x, residual, scale = make(encoding=encoding, values=values)
