@@ -11,7 +11,7 @@ consecutive rows that a warp works on together. They only affect speed.
 """
 import numpy as np
 
-from macko_jax.layout import BANKS, GROUP, WARP
+from macko_jax.layout import BANKS, WARP, join_deltas
 
 WORDS = 3  # of shared memory for a column
 CHOICES = 0x01010101  # of a code shifted right by 3 (7), those of elements 0, 2, 4, 6 (1, 3, 5, 7)
@@ -84,8 +84,7 @@ def choose(bank, taken):
     second = fuller & first != 0
     chosen = xp.where(second, first << 1 | first >> (BANKS - 1), first)
     taken = one | chosen, two | one & chosen, three | two & chosen
-    places = xp.arange(3, 4 * GROUP, 4, dtype=np.uint32)
-    return (second.astype(np.uint32) << places).sum(axis=1, dtype=np.uint32), taken
+    return join_deltas(second, 4) << 3, taken
 
 
 def _next(bits):

@@ -171,7 +171,7 @@ def chain(
 def _product(step: Step, dtype) -> Step | None:
     """The step with its layer's matrix, for inputs of a dtype; None if the layer is more."""
     layer = step.linear
-    kind = (layer.values if layer.scales is None else layer.scales).dtype
+    kind = layer.matrix.dtype
     alike = jnp.dtype(dtype) == kind == jnp.dtype(layer.dtype or dtype)
     simple = isinstance(layer.in_features, int) and isinstance(layer.out_features, int)
     if not (alike and simple and layer.axis in (-1, (-1,))):

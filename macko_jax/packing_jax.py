@@ -89,7 +89,6 @@ def _fill(weight, elements: jax.Array, *, encoding: str, lanes: int, groups: int
         delta = scatter(jnp.zeros(GROUP * groups, jnp.uint8), slot, gap).reshape(groups, GROUP)
         parts = layout.code_parts(delta, encoding)
         base = layout.delta_bases(parts, encoding, offsets, row)
-        bank = choice.banks(base, delta)
         start = base.at[offsets[:-1, None] + chunk].get(mode="clip")
 
     order = layout.column_order(offsets, row, lanes)
@@ -97,7 +96,7 @@ def _fill(weight, elements: jax.Array, *, encoding: str, lanes: int, groups: int
     if encoding != "bitmask":
         parts = tuple(layout.reorder(part, order, lanes) for part in parts)
         if encoding == "choice":
-            bank = layout.reorder(bank, order, lanes)
+            bank = layout.reorder(choice.banks(base, delta), order, lanes)
             parts = (parts[0] | _choices(bank, offsets[:-1], count, lanes),)
         codes = layout.code_planes(parts, encoding)
     starts = jnp.where(chunk < count[:, None], start, cols).astype(layout.start_dtype(cols))

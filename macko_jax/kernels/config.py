@@ -216,8 +216,8 @@ def groups_ahead(matrix, blocks: int, vectors: int = 1) -> int:
 
 def _chooses(matrix, x_dtype, vectors: int) -> bool:
     """Whether x is to lie in shared memory twice: a word for each column, if there is room."""
-    words = vectors * jnp.dtype(x_dtype).itemsize <= 4 or vectors == 1
-    return matrix.encoding == "choice" and words and _fits(matrix, x_dtype, vectors, twice=True)
+    one_word = vectors * jnp.dtype(x_dtype).itemsize <= 4
+    return matrix.encoding == "choice" and one_word and _fits(matrix, x_dtype, vectors, twice=True)
 
 
 def _fits(matrix, x_dtype, vectors: int, twice: bool = False) -> bool:
