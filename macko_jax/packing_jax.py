@@ -109,14 +109,18 @@ def _choices(bank: jax.Array, begin: jax.Array, count: jax.Array, lanes: int) ->
     visits = choice.turns(begin, count, lanes, groups,
                           total_repeat_length=choice.most_turns(rows, groups, lanes))
 
-    def visit(taken, group):
+    def visit(taken, turn):
+        lane, group, before = turn
         banks = bank.at[group].get(mode="fill", fill_value=layout.BANKS).astype(jnp.uint32)
-        chosen, taken = choice.choose(banks, taken)
+        chosen, taken = choice.choose(banks, lane, taken, before)
         return taken, chosen
 
-    nothing = jnp.zeros((visits.shape[1], GROUP), jnp.uint32)
-    _, chosen = lax.scan(visit, (nothing,) * 3, visits)
-    return jnp.zeros(groups, jnp.uint32).at[visits].set(chosen, mode="drop", unique_indices=True)
+    lane = jnp.arange(layout.WARP, dtype=jnp.uint32)
+    nothing = (jnp.zeros((visits.shape[1], GROUP), jnp.uint32),) * 3
+    taken, chosen = lax.scan(visit, nothing, (lane, visits, None))
+    _, chosen = lax.scan(visit, taken, (lane, visits, chosen))
+    choices = layout.join_deltas(chosen, 4) << 3
+    return jnp.zeros(groups, jnp.uint32).at[visits].set(choices, mode="drop", unique_indices=True)
 
 
 def _stored(elements: jax.Array, encoding: str) -> jax.Array:

@@ -1,5 +1,6 @@
 """Packing on the host with NumPy, without a Python loop over rows or elements."""
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -169,14 +170,16 @@ def choices(bank: np.ndarray, begin: np.ndarray, count: np.ndarray, lanes: int) 
     """
     groups = bank.shape[0]
     bank = np.concatenate([bank, np.full((1, GROUP), BANKS, np.uint8)])
-    out = np.zeros(groups + 1, np.uint32)
+    chosen = np.zeros(bank.shape, bool)
     visits = choice.turns(begin, count, lanes, groups)
     for first in range(0, visits.shape[1], TURNS):
         visited = visits[:, first:first + TURNS]
         taken = (np.zeros((visited.shape[1], GROUP), np.uint32),) * 3
-        for group in visited:
-            out[group], taken = choice.choose(bank[group].astype(np.uint32), taken)
-    return out[:groups]
+        for anew, (lane, group) in itertools.product((False, True), enumerate(visited)):
+            chosen[group], taken = choice.choose(
+                bank[group].astype(np.uint32), np.uint32(lane), taken,
+                chosen[group] if anew else None)
+    return join_deltas(chosen[:groups].view(np.uint8), 4) << 3
 
 
 def pack_nibbles(delta: np.ndarray) -> np.ndarray:

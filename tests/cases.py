@@ -194,7 +194,7 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
                 words[column // 32] |= np.uint32(1 << (column % 32))
             codes.extend(words)
         for step in range(max(map(len, chunks))):
-            for chunk in chunks:
+            for lane, chunk in enumerate(chunks, start=number * lanes):
                 if step < len(chunk):
                     group = groups[chunk[step]]
                     values.append([row[c] for c in group] + [0] * (8 - len(group)))
@@ -206,7 +206,8 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
                             previous = column
                         codes.append(delta)
                         slots = group + [previous + 1 + i for i in range(8 - len(group))]
-                        turns.setdefault((number * lanes // 32, step), []).append((delta, slots))
+                        turn = turns.setdefault((lane // 32, step), [])
+                        turn.append((lane % 32, delta, slots))
     if encoding == "choice":
         choose_slowly(turns.values())
     start_dtype = np.uint16 if cols < 65536 else np.uint32
@@ -215,17 +216,19 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
 
 
 def choose_slowly(turns) -> None:
-    """Adds choices to deltas, as choice.py says; a turn has (deltas, columns) of lanes' groups."""
+    """Adds choices to deltas, as choice.py says; a turn has (lane, deltas, columns) of groups."""
     for turn in turns:
         for j in range(8):
-            read = [0] * 32  # from each bank
-            for delta, columns in turn:
-                bank = 3 * columns[j] % 32
-                other = (bank + 1) % 32
-                if min(read[other], 3) < min(read[bank], 3):
-                    delta[j] |= 8
-                    bank = other
-                read[bank] += 1
+            read, mine = [0] * 32, {}  # from each bank, not counted beyond 3; and the lanes' banks
+            for lane, delta, columns in turn * 2:
+                if anew := lane in mine:
+                    read[mine[lane]] -= 1
+                copies = 3 * columns[j] % 32, (3 * columns[j] + 1 + lane % 2) % 32
+                a, b = (read[bank] for bank in copies)
+                chosen = b < a or (anew and b == a)
+                delta[j] = delta[j] & 7 | chosen << 3
+                mine[lane] = copies[chosen]
+                read[mine[lane]] = min(read[mine[lane]] + 1, 3)
 
 
 def pack_as_paper(weight: np.ndarray):

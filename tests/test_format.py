@@ -171,7 +171,7 @@ def test_other_deltas_are_smaller_at_other_densities(encoding, density, ratio):
 
 
 def test_choices_spread_reads_over_banks():
-    """A choice of two takes 2.4 turns a gather; random columns take 3.5."""
+    """A choice of two takes 2.1 turns a gather; random columns take 3.5."""
     weight = (np.random.default_rng(0).random((20, 4096)) < 0.5).astype(np.float16)
     matrix = macko_jax.compress(weight, encoding="choice", lanes=32)
     _, column, _ = positions.slot_positions(
@@ -180,13 +180,13 @@ def test_choices_spread_reads_over_banks():
     codes = np.asarray(matrix.codes)
     chosen = codes[:, None] >> np.arange(3, 32, 4, dtype=np.uint32) & 1
     columns = np.asarray(column).reshape(-1, 8)
-    turns, plain = [], []
+    turns, plain, distance = [], [], np.array([[1], [2]] * 16)
     for begin, end in itertools.pairwise(np.asarray(matrix.row_offsets)):
         for first in range(begin, end - 31, 32):  # full turns
-            words = 3 * columns[first:first + 32] + chosen[first:first + 32]
+            words = 3 * columns[first:first + 32] + chosen[first:first + 32] * distance
             turns += [np.bincount(bank % 32).max() for bank in words.T]
             plain += [np.bincount(bank % 32).max() for bank in columns[first:first + 32].T]
-    assert np.mean(turns) < 2.5 and np.mean(plain) > 3.4
+    assert np.mean(turns) < 2.1 and np.mean(plain) > 3.4
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])

@@ -76,16 +76,16 @@ def read_code(ops, matrix: Matrix, codes: str, group, live) -> list:
     return units
 
 
-def add_up(ops, encoding: str, code: list, base, step: int, chooses: bool = False):
+def add_up(ops, encoding: str, code: list, base, step: int, read_copies=None):
     """Columns of a group from its code, base + step * (places up to each), and places in all.
 
-    Where an element `chooses`, its column leads to the copy of x that its code says.
+    With `read_copies`, a `choice.reader`, a column leads to the copy of x that the code says.
     """
     parts = join_units(code, encoding)
     even, odd = prefix_bytes(*SPREAD[encoding](*parts))
     passed, unit = (odd >> 24) + GROUP, step
-    if chooses:
-        even, odd = choice.copies(even, odd, *parts)
+    if read_copies:
+        even, odd = read_copies(even, odd, *parts)
         unit = step // choice.WORDS
     columns = [ops.add_byte(prefix, j, unit, base) + (2 * j + half) * step
                for j in range(GROUP // 2) for half, prefix in enumerate((even, odd))]
@@ -97,7 +97,7 @@ class Deltas:
 
     def __init__(self, ops, matrix, codes, chooses: bool):
         self.ops, self.matrix, self.codes, self.cols = ops, matrix, codes, matrix.shape[1]
-        self.chooses = chooses
+        self.read_copies = choice.reader(ops) if chooses else None
 
     def open(self, row, start):
         del row
@@ -109,7 +109,7 @@ class Deltas:
     def columns(self, code, place, scale):
         """The columns of a group's elements times `scale`, and the place after the group."""
         columns, passed = add_up(
-            self.ops, self.matrix.encoding, code, place * scale, scale, self.chooses)
+            self.ops, self.matrix.encoding, code, place * scale, scale, self.read_copies)
         # A lane whose row is done must not run away while its warp goes on with longer rows.
         after = place + passed
         return columns, self.ops.select(after < self.cols, after, self.ops.integer(self.cols))

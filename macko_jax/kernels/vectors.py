@@ -49,9 +49,8 @@ class Vectors:
     What is staged may be a function of what is read, `before`: "norm", elements times those of the
     array `scale`, while their squares are added up; "gate", silu(a) * b of rows that hold a and b.
 
-    Vectors that lie there `twice`, for elements that choose (see `choice.py`), have a word for each
-    column. All of a column's words hold the same, the third too, which nobody reads: so they are
-    written two or four at a time.
+    Vectors that lie there `twice`, for elements that choose (see `choice.py`), have three
+    words for each column. They hold the same, so they are written two or four at a time.
 
     Attributes:
       scale: what columns are multiplied by in `at`: bytes between two of them in shared memory.
