@@ -77,8 +77,9 @@ def assert_product(y, dense, x):
 
 @pytest.mark.parametrize("rows,groups_per_lane,dtype,ahead", [
     (100_000, 2, "float16", 1), (100_000, 8.2, "float16", 3), (100_000, 9.6, "float16", 2),
-    (100_000, 16.5, "float16", 3), (64, 8.2, "float16", 2), (100_000, 9.6, "int8", 3)])
-def test_three_groups_ahead_where_they_fill_the_steps_of_several_rows(
+    (100_000, 16.5, "float16", 3), (64, 8.2, "float16", 2), (100_000, 8.2, "int8", 3),
+    (100_000, 9.6, "int8", 4), (64, 20, "int8", 3), (64, 8.2, "int8", 2)])
+def test_more_groups_ahead_where_they_fill_the_steps_of_several_rows(
         rows, groups_per_lane, dtype, ahead):
     matrix = strips.Matrix((rows, 8), "delta4", 32, int(rows * 32 * 8 * groups_per_lane), dtype)
     blocks = config.row_blocks(rows)

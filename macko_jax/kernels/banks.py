@@ -18,7 +18,7 @@ class Strip(NamedTuple):
       step: index of the lane's next group.
       count: number of the lane's groups.
       cursor: memory index of the first group, of any lane, that is not read yet.
-      place: the next column that an element may have.
+      place: the next column that an element may have, times the walk's scale.
     """
     row: Any
     step: Any
@@ -36,7 +36,8 @@ class Walk(strips.RowWalk):
         safe = ops.select(live, self.index(row), ops.integer(0))
         begin = ops.load_integer("row_offsets" + self.suffix, safe)
         count = ops.load_integer("starts" + self.suffix, safe * LANES + self.part)
-        return Strip(row, ops.integer(0), ops.select(live, count, ops.integer(0)), begin, self.part)
+        count = ops.select(live, count, ops.integer(0))
+        return Strip(row, ops.integer(0), count, begin, self.part * self.scale)
 
     def _advance(self, strip: Strip):
         after = strip._replace(step=strip.step + self.unroll)
@@ -63,6 +64,7 @@ class Walk(strips.RowWalk):
 
         The sums of deltas are at most 56.
         """
-        ops, scale = self.ops, self.scale
-        columns, passed = strips.add_up(ops, "banked", code, place * scale, LANES * scale)
-        return columns, ops.select(live, place + passed * LANES, place)
+        ops, step = self.ops, LANES * self.scale
+        prefixes = strips.read_prefixes(code, "banked")
+        after = strips.pass_group(ops, prefixes, place, step)
+        return strips.add_up(ops, prefixes, place, step), ops.select(live, after, place)

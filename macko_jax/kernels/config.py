@@ -202,16 +202,21 @@ def _suit_tensor_cores(matrix, x_dtype, batch: int) -> bool:
 def groups_ahead(matrix, blocks: int, vectors: int = 1) -> int:
     """Groups that each lane loads ahead where a block, of so many, has all its warps.
 
-    Three for one vector, if warps work on several rows one after the other, and steps of three
-    leave no more room at the end of a row than steps of two, or a group's values are 8 bytes only.
+    Two, or more for one vector. 16-bit values: three, if warps work on several rows one after the
+    other, and steps of three leave no more room at the end of a row than steps of two. 8-bit
+    values, of which a group has half the bytes: three or, if rows take more than two steps of four,
+    four on the same terms; but two where a warp has one short row.
     """
     groups_per_lane = matrix.stored / GROUP / matrix.shape[0] / matrix.lanes
     if groups_per_lane <= 2.5:
         return 1
-    of_two, of_three = (-(-groups_per_lane // n) * n for n in (2, 3))
-    small = jnp.dtype(matrix.dtype).itemsize == 1
-    three = vectors == 1 and rounds(matrix, blocks) > 1 and (small or of_three <= of_two)
-    return 3 if three else 2
+    of_two, of_three, of_four = (-(-groups_per_lane // n) * n for n in (2, 3, 4))
+    several, long = rounds(matrix, blocks) > 1, groups_per_lane > 8.5
+    if vectors > 1 or not (several or long):
+        return 2
+    if jnp.dtype(matrix.dtype).itemsize == 1:
+        return 4 if several and long and of_four <= of_three else 3
+    return 3 if several and of_three <= of_two else 2
 
 
 def _chooses(matrix, x_dtype, vectors: int) -> bool:

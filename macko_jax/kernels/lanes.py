@@ -5,6 +5,8 @@ one shared array of float32, warp votes and shuffles, and structured control flo
 unsigned. Control flow may differ between warps, and where no vote, shuffle or barrier is inside,
 between lanes. Carried state is any pytree of registers.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -26,8 +28,8 @@ CACHED, STREAM, FRESH = ".global", ".global.cs", ".relaxed.gpu.global"
 class Register:
     """One lane's SSA value with Python's operators; Python numbers become constants.
 
-    Integers that are added are kept apart until the sum is needed, since loads and stores of shared
-    memory take a constant offset for free.
+    Integers that are added are kept apart until the sum is needed, since loads and stores take a
+    constant offset for free.
     """
 
     def __init__(self, value: ir.Value, offset: int = 0):
@@ -58,7 +60,11 @@ class Register:
         return self._apply(other, arith.addi, arith.addf)
 
     def __sub__(self, other): return self._apply(other, arith.subi, arith.subf)
-    def __mul__(self, other): return self._apply(other, arith.muli, arith.mulf)
+    def __mul__(self, other):
+        if isinstance(other, int) and self.offset:
+            return Register(self.base) * other + self.offset * other
+        return self._apply(other, arith.muli, arith.mulf)
+
     def __floordiv__(self, other): return self._apply(other, arith.divui)
     def __and__(self, other): return self._apply(other, arith.andi)
     def __or__(self, other): return self._apply(other, arith.ori)
@@ -460,11 +466,7 @@ class MosaicLanes:
 
     def _shared_at(self, offset):
         byte = ir.IntegerType.get_signless(8)
-        address = self._address(self._shared, Register(offset.base), byte)
-        if not offset.offset:
-            return address
-        return llvm.getelementptr(
-            address.type, address, [], [offset.offset], byte, llvm.GEPNoWrapFlags.none)
+        return self._address(self._shared, offset, byte)
 
     @staticmethod
     def _vector(words):
@@ -522,8 +524,10 @@ def act(asm: str, *operands: ir.Value) -> None:
 
 def address(pointer: ir.Value, index: Register, kind: ir.Type) -> ir.Value:
     """Of element `index` of an array of the given kind."""
-    return llvm.getelementptr(
-        pointer.type, pointer, [index.value], [mosaic.DYNAMIC32], kind, llvm.GEPNoWrapFlags.none)
+    at = functools.partial(llvm.getelementptr, pointer.type, elem_type=kind,
+                           no_wrap_flags=llvm.GEPNoWrapFlags.none)
+    first = at(pointer, [index.base], [mosaic.DYNAMIC32])
+    return at(first, [], [index.offset]) if index.offset else first
 
 
 def _load(address, kind: ir.Type, count: int) -> list:

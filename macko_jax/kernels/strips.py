@@ -76,43 +76,53 @@ def read_code(ops, matrix: Matrix, codes: str, group, live) -> list:
     return units
 
 
-def add_up(ops, encoding: str, code: list, base, step: int, read_copies=None):
-    """Columns of a group from its code, base + step * (places up to each), and places in all.
+def read_prefixes(code: list, encoding: str):
+    """See `layout.prefix_bytes`; of a group's code as `read_code` gives it."""
+    return prefix_bytes(*SPREAD[encoding](*join_units(code, encoding)))
 
-    With `read_copies`, a `choice.reader`, a column leads to the copy of x that the code says.
+
+def add_up(ops, prefixes, base, step: int, unit: int | None = None) -> list:
+    """Places of a group's elements, base + step * (their number) + unit * (their bytes).
+
+    Args:
+      prefixes: bytes of elements 0, 2, 4, 6 and of 1, 3, 5, 7, as from `layout.prefix_bytes`.
+      unit: `step` by default, so that bytes and places both count columns.
     """
-    parts = join_units(code, encoding)
-    even, odd = prefix_bytes(*SPREAD[encoding](*parts))
-    passed, unit = (odd >> 24) + GROUP, step
-    if read_copies:
-        even, odd = read_copies(even, odd, *parts)
-        unit = step // choice.WORDS
-    columns = [ops.add_byte(prefix, j, unit, base) + (2 * j + half) * step
-               for j in range(GROUP // 2) for half, prefix in enumerate((even, odd))]
-    return columns, passed
+    return [ops.add_byte(prefix, j, unit or step, base) + (2 * j + half) * step
+            for j in range(GROUP // 2) for half, prefix in enumerate(prefixes)]
+
+
+def pass_group(ops, prefixes, base, step: int):
+    """The place after a group."""
+    return ops.add_byte(prefixes[1], GROUP // 2 - 1, step, base) + GROUP * step
 
 
 class Deltas:
-    """Positions from eight deltas in a code; the place is the next column."""
+    """Positions from eight deltas in a code; the place is the next column times `scale`."""
 
-    def __init__(self, ops, matrix, codes, chooses: bool):
-        self.ops, self.matrix, self.codes, self.cols = ops, matrix, codes, matrix.shape[1]
+    def __init__(self, ops, matrix, codes, scale: int, chooses: bool):
+        self.ops, self.matrix, self.codes, self.scale = ops, matrix, codes, scale
+        self.end = matrix.shape[1] * scale
         self.read_copies = choice.reader(ops) if chooses else None
 
     def open(self, row, start):
         del row
-        return start
+        return start * self.scale
 
     def read(self, group, live):
         return read_code(self.ops, self.matrix, self.codes, group, live)
 
-    def columns(self, code, place, scale):
+    def columns(self, code, place):
         """The columns of a group's elements times `scale`, and the place after the group."""
-        columns, passed = add_up(
-            self.ops, self.matrix.encoding, code, place * scale, scale, self.read_copies)
+        ops, scale = self.ops, self.scale
+        prefixes = read_prefixes(code, self.matrix.encoding)
         # A lane whose row is done must not run away while its warp goes on with longer rows.
-        after = place + passed
-        return columns, self.ops.select(after < self.cols, after, self.ops.integer(self.cols))
+        after = pass_group(ops, prefixes, place, scale)
+        after = ops.select(after < self.end, after, ops.integer(self.end))
+        if self.read_copies:
+            copies = self.read_copies(*prefixes, *code)
+            return add_up(ops, copies, place, scale, unit=scale // choice.WORDS), after
+        return add_up(ops, prefixes, place, scale), after
 
 
 class Bits(NamedTuple):
@@ -135,9 +145,10 @@ class Bits(NamedTuple):
 class Bitmask:
     """Positions from a bitmask of the row, one bit after the other."""
 
-    def __init__(self, ops, matrix, codes, chooses: bool):
+    def __init__(self, ops, matrix, codes, scale: int, chooses: bool):
         del chooses
         self.ops, self.words, self.codes = ops, words_per_row(matrix.shape[1]), codes
+        self.scale = scale
 
     def read(self, group, live):
         """Nothing: bits are read as they are needed."""
@@ -160,12 +171,12 @@ class Bitmask:
         return Bits(place.word + step, place.column + step * WORD, place.ahead,
                     self._load(place.word + 2, place.end), place.end)
 
-    def columns(self, code, place, scale):
+    def columns(self, code, place):
         del code
         ops, columns = self.ops, []
         for _ in range(GROUP):
             place = ops.loop(lambda p: p.current == 0, self._advance, place)
-            columns.append((place.column + ops.trailing_zeros(place.current)) * scale)
+            columns.append((place.column + ops.trailing_zeros(place.current)) * self.scale)
             place = place._replace(current=place.current & (place.current - 1))
         return columns, place
 
@@ -314,7 +325,8 @@ class Walk(RowWalk):
 
     def __init__(self, ops, matrix: Matrix, **options):
         super().__init__(ops, matrix, **options)
-        self.decoder = DECODERS[matrix.encoding](ops, matrix, "codes" + self.suffix, self.chooses)
+        self.decoder = DECODERS[matrix.encoding](
+            ops, matrix, "codes" + self.suffix, self.scale, self.chooses)
 
     def _open(self, row) -> Strip:
         ops, lanes = self.ops, self.matrix.lanes
@@ -340,7 +352,7 @@ class Walk(RowWalk):
 
     def _columns(self, code, place, live):
         del live
-        return self.decoder.columns(code, place, self.scale)
+        return self.decoder.columns(code, place)
 
 
 def open_row(ops, row, live, suffix: str = ""):

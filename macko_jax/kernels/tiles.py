@@ -195,10 +195,11 @@ class Reader:
         def visit(carried):
             _, (place, current, ahead, number) = carried
             code, values = self.ring.take(ops, number, current[1])
-            offsets, passed = strips.add_up(ops, encoding, code, (place - column) * 2, 2)
+            prefixes = strips.read_prefixes(code, encoding)
+            offsets = strips.add_up(ops, prefixes, (place - column) * 2, 2)
             for offset, half in zip(offsets, strips.halves(values)):
                 ops.store_shared_half((offset ^ swizzle) | row, half, offset < ROW_BYTES)
-            after = place + passed
+            after = strips.pass_group(ops, prefixes, place, 1)
             done = after < end + 1
 
             def go_on():
