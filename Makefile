@@ -7,14 +7,23 @@ VENV ?= .venv
 # With an NVIDIA driver present the CUDA build of JAX is installed, else the CPU build.
 EXTRAS ?= test,plots,hf$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda)
 RUN = $(VENV)/bin/python
+PYTEST = $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
+# pytest fails where it finds no test at all, which ARGS may ask of one of the two.
+OR_NONE = $(if $(ARGS),|| test $$? -eq 5)
 
-.PHONY: demo test clean
+.PHONY: demo test test-fast test-slow clean
 
 demo: $(VENV)/installed
 	$(RUN) -m examples.demo $(ARGS)
 
-test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
+test: test-fast test-slow
+
+# These compile for most of their time, which is a fifth faster without optimization.
+test-fast: $(VENV)/installed
+	XLA_FLAGS="--xla_backend_optimization_level=0 $(XLA_FLAGS)" $(PYTEST) -m "not slow" $(OR_NONE)
+
+test-slow: $(VENV)/installed
+	$(PYTEST) -m slow $(OR_NONE)
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) $(NEW_ENOUGH) || { echo "Python 3.11 or newer is needed:" \

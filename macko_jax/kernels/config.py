@@ -210,12 +210,12 @@ def groups_ahead(matrix, blocks: int, vectors: int = 1) -> int:
     groups_per_lane = matrix.stored / GROUP / matrix.shape[0] / matrix.lanes
     if groups_per_lane <= 2.5:
         return 1
+    if vectors > 1:
+        return 2
     of_two, of_three, of_four = (-(-groups_per_lane // n) * n for n in (2, 3, 4))
     several, long = rounds(matrix, blocks) > 1, groups_per_lane > 8.5
-    if vectors > 1 or not (several or long):
-        return 2
     if jnp.dtype(matrix.dtype).itemsize == 1:
-        return 4 if several and long and of_four <= of_three else 3
+        return 4 if several and long and of_four <= of_three else 3 if several or long else 2
     return 3 if several and of_three <= of_two else 2
 
 
