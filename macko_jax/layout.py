@@ -265,27 +265,28 @@ SPREAD = {"delta4": spread_4_bits, "delta3": spread_3_bits, "delta5": spread_5_b
           "banked": spread_3_bits, "choice": spread_3_of_4_bits}
 
 
-def prefix_bytes(low, high):
+def prefix_bytes(parts: tuple, encoding: str):
     """Words whose bytes are the sums of deltas up to elements 0, 2, 4, 6 and 1, 3, 5, 7.
 
-    From words whose bytes hold the deltas. Adjacent deltas are added up in bytes, and one
-    multiplication by 0x01010101 sums the bytes below each byte; eight deltas of up to 31 add up to
-    248, so no byte overflows.
+    From the parts of codes; arrays, or registers of a kernel. Adjacent deltas are added up in
+    bytes, and one multiplication by 0x01010101 sums the bytes below each byte; eight deltas of up
+    to 31 add up to 248, so no byte overflows.
     """
+    low, high = SPREAD[encoding](*parts)
     odd = (low + high) * np.uint32(0x01010101)
     return odd - high, odd
 
 
 def delta_prefixes(parts: tuple, encoding: str) -> list[jax.Array]:
     """Columns from a group's start to each of its eight slots: eight int32 arrays."""
-    even, odd = prefix_bytes(*SPREAD[encoding](*parts))
+    even, odd = prefix_bytes(parts, encoding)
     sums = [((odd if j % 2 else even) >> (8 * (j // 2))) & 0xFF for j in range(GROUP)]
     return [s.astype(np.int32) + j for j, s in enumerate(sums)]
 
 
 def delta_totals(parts: tuple, encoding: str):
     """Columns that each group passes, [groups] int32, for NumPy and JAX arrays."""
-    return (prefix_bytes(*SPREAD[encoding](*parts))[1] >> 24).astype(np.int32) + GROUP
+    return (prefix_bytes(parts, encoding)[1] >> 24).astype(np.int32) + GROUP
 
 
 def delta_bases(parts: tuple, encoding: str, row_offsets: jax.Array, row: jax.Array) -> jax.Array:

@@ -110,15 +110,15 @@ def _choices(bank: jax.Array, begin: jax.Array, count: jax.Array, lanes: int) ->
                           total_repeat_length=choice.most_turns(rows, groups, lanes))
 
     def visit(taken, turn):
-        lane, group, before = turn
-        banks = bank.at[group].get(mode="fill", fill_value=layout.BANKS).astype(jnp.uint32)
-        chosen, taken = choice.choose(banks, lane, taken, before)
+        lane, banks, before = turn
+        chosen, taken = choice.choose(banks.astype(jnp.uint32), lane, taken, before)
         return taken, chosen
 
     lane = jnp.arange(layout.WARP, dtype=jnp.uint32)
+    banks = bank.at[visits].get(mode="fill", fill_value=layout.BANKS)
     nothing = (jnp.zeros((visits.shape[1], GROUP), jnp.uint32),) * 3
-    taken, chosen = lax.scan(visit, nothing, (lane, visits, None))
-    _, chosen = lax.scan(visit, taken, (lane, visits, chosen))
+    taken, chosen = lax.scan(visit, nothing, (lane, banks, None))
+    _, chosen = lax.scan(visit, taken, (lane, banks, chosen))
     choices = layout.join_deltas(chosen, 4) << 3
     return jnp.zeros(groups, jnp.uint32).at[visits].set(choices, mode="drop", unique_indices=True)
 

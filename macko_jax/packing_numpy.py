@@ -1,13 +1,12 @@
 """Packing on the host with NumPy, without a Python loop over rows or elements."""
 import functools
-import itertools
 from typing import NamedTuple
 
 import numpy as np
 
 from macko_jax import choice
 from macko_jax.layout import (
-    BANKS, DELTA_BITS, GROUP, code_parts, join_parts, lane_chunks, logical_group, start_dtype,
+    BANKS, DELTA_BITS, GROUP, WARP, code_parts, join_parts, lane_chunks, logical_group, start_dtype,
     words_per_row)
 
 TURNS = 1 << 11  # for which copies are chosen together; what is known of them stays in a cache
@@ -174,11 +173,11 @@ def choices(bank: np.ndarray, begin: np.ndarray, count: np.ndarray, lanes: int) 
     visits = choice.turns(begin, count, lanes, groups)
     for first in range(0, visits.shape[1], TURNS):
         visited = visits[:, first:first + TURNS]
+        banks, made = bank[visited].astype(np.uint32), [None] * WARP
         taken = (np.zeros((visited.shape[1], GROUP), np.uint32),) * 3
-        for anew, (lane, group) in itertools.product((False, True), enumerate(visited)):
-            chosen[group], taken = choice.choose(
-                bank[group].astype(np.uint32), np.uint32(lane), taken,
-                chosen[group] if anew else None)
+        for lane in list(range(WARP)) * 2:
+            made[lane], taken = choice.choose(banks[lane], np.uint32(lane), taken, made[lane])
+        chosen[visited] = made
     return join_deltas(chosen[:groups].view(np.uint8), 4) << 3
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from macko_jax import choice
 from macko_jax.kernels.lanes import STREAM, WARP, prefetch_range
 from macko_jax.layout import (
-    DELTA_BITS, GROUP, PLANES, SPREAD, WORD, join_units, prefix_bytes, start_dtype, words_per_row)
+    DELTA_BITS, GROUP, PLANES, WORD, join_units, prefix_bytes, start_dtype, words_per_row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def read_code(ops, matrix: Matrix, codes: str, group, live) -> list:
 
 def read_prefixes(code: list, encoding: str):
     """See `layout.prefix_bytes`; of a group's code as `read_code` gives it."""
-    return prefix_bytes(*SPREAD[encoding](*join_units(code, encoding)))
+    return prefix_bytes(join_units(code, encoding), encoding)
 
 
 def add_up(ops, prefixes, base, step: int, unit: int | None = None) -> list:
