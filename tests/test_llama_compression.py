@@ -157,6 +157,20 @@ def test_killed_run_goes_on(dense, packed, windows, tmp_path, killed_at):
     assert names(tmp_path) == names(packed[0])
 
 
+def test_second_run_in_a_directory_is_refused_and_harms_nothing(dense, packed, windows, tmp_path):
+    def start_another(progress):
+        half_written = tmp_path / ".packed-00001.safetensors.7.tmp"
+        half_written.write_bytes(b"half")
+        with pytest.raises(ValueError, match="another run is at work"):
+            compression.compress_checkpoint(dense[0], tmp_path, windows, batch=2, **SETTINGS)
+        half_written.unlink()
+
+    compression.compress_checkpoint(
+        dense[0], tmp_path, windows, batch=2, callback=start_another, **SETTINGS
+    )
+    assert contents(tmp_path) == contents(packed[0])
+
+
 def test_time_left_is_by_the_pace_of_what_was_solved():
     seen = []
     progress = compression._Progress(CONFIG, seen.append)

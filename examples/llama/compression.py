@@ -6,10 +6,13 @@ activations; or, before the first block and after the last, the embedding or the
 finished block is a file of the packed model, so that a run that was killed goes on where it was.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -80,8 +83,8 @@ def compress_checkpoint(
 
     Raises:
       FileNotFoundError, ValueError: a checkpoint that cannot be read or is packed already, an
-        unknown method or density, or a directory that is the checkpoint's own or holds something
-        other than a run of these settings.
+        unknown method or density, or a directory that is the checkpoint's own, holds something
+        other than a run of these settings, or has another run at work in it.
     """
     began = time.perf_counter()
     check_method(method)
@@ -89,42 +92,43 @@ def compress_checkpoint(
     out = pathlib.Path(out)
     stored = _open_source(source, out)
     out.mkdir(parents=True, exist_ok=True)
-    record = _Record(out / "report.json", {
-        "checkpoint": str(stored.directory),
-        "files": {path.name: path.stat().st_size for path in sorted(stored.directory.iterdir())
-                  if path.suffix in (".safetensors", ".json")},
-        "method": method, "density": density, "dtype": jnp.dtype(dtype).name,
-        "encoding": encoding, "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
-        "windows": list(windows.shape),
-    })  # fmt: skip
-    _remove_unfinished(out)
-    record.begin()
-    progress = _Progress(stored.config, callback)
-    model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
-    save = functools.partial(_save_part, out, stored, model)
-    embed = save("embed")
-    hidden = [np.asarray(embed(part)) for part in np.split(windows, _batches(windows, batch))]
-    del embed
-    for i, abstract in enumerate(model.layers):
-        if checkpoint.part_file(out, i).is_file():
-            for layer in record.block(i):
-                progress.add(layer)
-        else:
-            _compress_block(out, stored, abstract, i, hidden, record, progress,
-                            method=method, density=density, encoding=encoding)  # fmt: skip
-        if i + 1 < len(model.layers):
-            block = checkpoint.load_block(out, i, abstract, unpack=True)
-            hidden = [_advance(block, stored.config, part) for part in hidden]
-    for name in ("norm",) if model.head is None else ("norm", "head"):
-        save(name)
-    for name in COPIED:
-        if (stored.directory / name).is_file():
-            shutil.copy(stored.directory / name, out)
-    shutil.rmtree(out / "work", ignore_errors=True)
-    write_json(
-        out / "config.json", json.loads((stored.directory / "config.json").read_text())
-    )
-    return record.report(time.perf_counter() - began)
+    with _alone_in(out):
+        record = _Record(out / "report.json", {
+            "checkpoint": str(stored.directory),
+            "files": {path.name: path.stat().st_size for path in sorted(stored.directory.iterdir())
+                      if path.suffix in (".safetensors", ".json")},
+            "method": method, "density": density, "dtype": jnp.dtype(dtype).name,
+            "encoding": encoding, "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
+            "windows": list(windows.shape),
+        })  # fmt: skip
+        _remove_unfinished(out)
+        record.begin()
+        progress = _Progress(stored.config, callback)
+        model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
+        save = functools.partial(_save_part, out, stored, model)
+        embed = save("embed")
+        hidden = [np.asarray(embed(part)) for part in np.split(windows, _batches(windows, batch))]
+        del embed
+        for i, abstract in enumerate(model.layers):
+            if checkpoint.part_file(out, i).is_file():
+                for layer in record.block(i):
+                    progress.add(layer)
+            else:
+                _compress_block(out, stored, abstract, i, hidden, record, progress,
+                                method=method, density=density, encoding=encoding)  # fmt: skip
+            if i + 1 < len(model.layers):
+                block = checkpoint.load_block(out, i, abstract, unpack=True)
+                hidden = [_advance(block, stored.config, part) for part in hidden]
+        for name in ("norm",) if model.head is None else ("norm", "head"):
+            save(name)
+        for name in COPIED:
+            if (stored.directory / name).is_file():
+                shutil.copy(stored.directory / name, out)
+        shutil.rmtree(out / "work", ignore_errors=True)
+        write_json(
+            out / "config.json", json.loads((stored.directory / "config.json").read_text())
+        )
+        return record.report(time.perf_counter() - began)
 
 
 def _open_source(source, out):
@@ -139,6 +143,24 @@ def _open_source(source, out):
             f"{out} is the directory of the checkpoint; give another one for the packed model"
         )
     return checkpoint.Checkpoint(source)
+
+
+@contextlib.contextmanager
+def _alone_in(directory):
+    """Refuses a second run in the directory, which would remove what the first is writing."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process at the latest
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is at work in {directory}; wait for it, or give another directory"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def _remove_unfinished(out):
