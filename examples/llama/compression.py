@@ -151,7 +151,7 @@ def _alone_in(directory):
     handle = os.open(directory, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process at the latest
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # at most until the process ends
         except BlockingIOError:
             raise ValueError(
                 f"another run is at work in {directory}; wait for it, or give another directory"
