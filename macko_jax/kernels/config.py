@@ -202,21 +202,22 @@ def _suit_tensor_cores(matrix, x_dtype, batch: int) -> bool:
 def groups_ahead(matrix, blocks: int, vectors: int = 1) -> int:
     """Groups that each lane loads ahead where a block, of so many, has all its warps.
 
-    Two, or more for one vector. 16-bit values: three, if warps work on several rows one after the
-    other, and steps of three leave no more room at the end of a row than steps of two. 8-bit
-    values, of which a group has half the bytes: three or, if rows take more than two steps of four,
-    four on the same terms; but two where a warp has one short row.
+    Two; for one vector of 8-bit values, of which a group has half the bytes, three, unless a warp
+    has one row only, and a short one. For one vector it is one more, if warps work on several rows
+    one after the other, and larger steps leave no more room at the end of a row; with 8-bit values
+    if rows are long as well, more than two steps of four.
     """
     groups_per_lane = matrix.stored / GROUP / matrix.shape[0] / matrix.lanes
     if groups_per_lane <= 2.5:
         return 1
     if vectors > 1:
         return 2
-    of_two, of_three, of_four = (-(-groups_per_lane // n) * n for n in (2, 3, 4))
     several, long = rounds(matrix, blocks) > 1, groups_per_lane > 8.5
-    if jnp.dtype(matrix.dtype).itemsize == 1:
-        return 4 if several and long and of_four <= of_three else 3 if several or long else 2
-    return 3 if several and of_three <= of_two else 2
+    small = jnp.dtype(matrix.dtype).itemsize == 1
+    usual = 3 if small and (several or long) else 2
+    room, room_of_more = (-(-groups_per_lane // n) * n for n in (usual, usual + 1))
+    more = several and (long or not small) and room_of_more <= room
+    return usual + 1 if more else usual
 
 
 def _chooses(matrix, x_dtype, vectors: int) -> bool:
