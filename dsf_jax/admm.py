@@ -89,11 +89,18 @@ def improve_factor(sparse, dual, residual, gram, nonzeros, schedule, curvature=N
 
         def solve(i, pull, start):
             del i
-            return solve_rows(gram, curvature, schedule.rho + schedule.ridge,
-                              residual + schedule.rho * pull, start, schedule.cg_steps)
+            return solve_rows(
+                gram,
+                curvature,
+                schedule.rho + schedule.ridge,
+                residual + schedule.rho * pull,
+                start,
+                schedule.cg_steps,
+            )
     else:
-        penalties = [schedule.rho] if schedule.rho_first is None else [
-            schedule.rho_first, schedule.rho]
+        penalties = (
+            [schedule.rho] if schedule.rho_first is None else [schedule.rho_first, schedule.rho]
+        )
         penalties = jnp.asarray(penalties, jnp.float32)
         # A loop over the shifts, so that the inverse is compiled once.
         inverses = lax.map(lambda p: _shifted_inverse(gram, p + schedule.ridge), penalties)
@@ -108,8 +115,9 @@ def improve_factor(sparse, dual, residual, gram, nonzeros, schedule, curvature=N
         change = solve(i, into_basis(sparse - dual - origin), change)
         moved = origin + out_of_basis(change) + dual
         if schedule.mask_steps:
-            mask = lax.cond(i < schedule.mask_steps,
-                            lambda: top_k_mask(jnp.abs(moved), nonzeros), lambda: mask)
+            mask = lax.cond(
+                i < schedule.mask_steps, lambda: top_k_mask(jnp.abs(moved), nonzeros), lambda: mask
+            )
         sparse = jnp.where(mask, moved, 0)
         return change, sparse, moved - sparse, mask
 

@@ -25,10 +25,14 @@ def probe_errors(weights, gram, density: float, name: str) -> tuple[np.ndarray, 
     grams = [None] * len(weights) if gram is None else gram
     densities = np.unique(np.minimum(PROBES * density, 1.0))
     errors = [
-        np.mean([
-            float(relative_output_error(w, prune(w, g, density=d, method="wanda", name=name), g))
-            for w, g in zip(weights, grams)
-        ])
+        np.mean(
+            [
+                float(
+                    relative_output_error(w, prune(w, g, density=d, method="wanda", name=name), g)
+                )
+                for w, g in zip(weights, grams)
+            ]
+        )
         for d in densities
     ]
     return densities, np.asarray(errors)

@@ -18,8 +18,7 @@ from dsf_jax.stages import Segment, Stages
 
 
 def gram_matrices(
-    model, batches: Iterable, *, variables=None, forward: Callable | None = None,
-    layers: str = ".*",
+    model, batches: Iterable, *, variables=None, forward: Callable | None = None, layers: str = ".*"
 ) -> dict[str, jax.Array]:
     """Gram matrices of the inputs of a model's layers.
 
@@ -74,7 +73,10 @@ class Calibration:
     """
 
     def __init__(
-        self, network: Network, batches: list, keep: str = "device",
+        self,
+        network: Network,
+        batches: list,
+        keep: str = "device",
         devices: Sequence[jax.Device] | None = None,
     ):
         self.network, self.keep = network, keep
@@ -137,7 +139,7 @@ class Calibration:
         return {path: total[position[path]] for path in paths}
 
     def cross_grams(
-        self, paths: Sequence[str], leaves: list[jax.Array], dense: "Calibration",
+        self, paths: Sequence[str], leaves: list[jax.Array], dense: "Calibration"
     ) -> dict[str, jax.Array]:
         """Products sum x y^T of layers' inputs x in the dense model with their present ones y.
 
@@ -178,7 +180,9 @@ class Calibration:
                 carried = wanted & self.values[i].keys()
                 computed = sorted(wanted - carried)
                 segments[shape] = (
-                    carried, computed, Segment(self.flows[shape], self.values[i], computed)
+                    carried,
+                    computed,
+                    Segment(self.flows[shape], self.values[i], computed),
                 )
             carried, computed, segment = segments[shape]
             new = segment(self.values[i], leaves, self.devices[i % len(self.devices)])
@@ -236,9 +240,7 @@ def _gram(rows):
 
 @jax.jit
 def _cross(dense, present):
-    return [
-        sum(_product(x, y) for x, y in zip(*pair)) for pair in zip(dense, present)
-    ]
+    return [sum(_product(x, y) for x, y in zip(*pair)) for pair in zip(dense, present)]
 
 
 @jax.jit

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jax.extend.core import Literal
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 
 from dsf_jax.products import Convolution, matmul_matrix
 
@@ -36,9 +36,7 @@ _CALLS = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 # Primitives that rearrange or select entries; a cast counts, since it changes no position.
-_VIEWS = frozenset(
-    ["reshape", "transpose", "squeeze", "rev", "slice", "split", "broadcast_in_dim"]
-)
+_VIEWS = frozenset(["reshape", "transpose", "squeeze", "rev", "slice", "split", "broadcast_in_dim"])
 _CASTS = frozenset(["convert_element_type", "copy", "copy_p", "sharding_constraint"])
 _PRODUCTS = frozenset(["dot_general", "conv_general_dilated"])
 
@@ -261,11 +259,13 @@ class _Tracer:
 
     def is_layer_stack(self, eqn, inputs):
         matrices = [
-            name for name in inputs
+            name
+            for name in inputs
             if name in self.flow.views and len(self.flow.shapes[name].shape) > 1
         ]
         return (
-            bool(matrices) and eqn.params["length"] <= MAX_UNROLL
+            bool(matrices)
+            and eqn.params["length"] <= MAX_UNROLL
             and _holds_product(eqn.params["jaxpr"])
         )
 

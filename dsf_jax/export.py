@@ -12,16 +12,16 @@ import dataclasses
 import functools
 import re
 
+import jax
 from flax import linen as nn
 from flax import nnx
-import jax
+
 import macko_jax
+from dsf_jax.layers import FactorizedKernel, as_tuple
 from macko_jax import flax_linen, flax_nnx
 from macko_jax.packing import shared_capacity
 from macko_jax.projection import pack_kernel, project
 from macko_jax.rules import Report, Rules, assign_rules
-
-from dsf_jax.layers import FactorizedKernel, as_tuple
 
 
 class MackoConv(nnx.Module):
@@ -76,7 +76,8 @@ def pack(model: nnx.Module, rules: Rules = None) -> tuple[nnx.Module, Report]:
     assigned = assign_rules(rules, [*linears, *convs])
     exact = [
         dataclasses.replace(assigned[path], path=re.escape(path))
-        for path in linears if assigned[path] is not None
+        for path in linears
+        if assigned[path] is not None
     ]
     model, report = flax_nnx.substitute(model, exact)
     layers, other_bytes = list(report.layers), report.other_bytes
@@ -103,7 +104,8 @@ def pack(model: nnx.Module, rules: Rules = None) -> tuple[nnx.Module, Report]:
 def _modules(model, kinds):
     return {
         "/".join(map(str, path)): module
-        for path, module in nnx.iter_modules(model) if isinstance(module, kinds)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, kinds)
     }
 
 
@@ -121,6 +123,7 @@ def pack_linen(variables: dict) -> dict:
     Raises:
       ValueError: A pair that is stacked or grouped.
     """
+
     def convert(path, leaf):
         if not isinstance(leaf, FactorizedKernel):
             return leaf
@@ -168,9 +171,7 @@ def _run_packed_pair(next_function, args, kwargs, context):
         axis = getattr(layer, "axis", -1)
         hidden = project(kernel.right, inputs, None, axis=axis, out_features=inner, promote=promote)
     bias = layer.get_variable("params", "bias") if layer.use_bias else None
-    return project(
-        kernel.left, hidden, bias, axis=-1, out_features=layer.features, promote=promote
-    )
+    return project(kernel.left, hidden, bias, axis=-1, out_features=layer.features, promote=promote)
 
 
 def _promote(layer, arrays):

@@ -210,18 +210,23 @@ def factorize_stack(
     options = choose_options(preset, overrides)
     grams = [None] * len(weights) if grams is None else grams
     if len(weights) == 0 or len(grams) != len(weights):
-        raise ValueError(f"a stack needs one gram a layer, got {len(weights)} weights and "
-                         f"{len(grams)} grams")
+        raise ValueError(
+            f"a stack needs one gram a layer, got {len(weights)} weights and {len(grams)} grams"
+        )
     names = [f"[{i}]" for i in range(len(weights))] if names is None else names
     layers = [check_layer(*layer) for layer in zip(weights, grams, names)]
     if len({weight.shape for weight, _ in layers}) > 1:
-        raise ValueError("a stack is of one shape, got weights of shapes "
-                         f"{', '.join(str(weight.shape) for weight, _ in layers)}")
+        raise ValueError(
+            "a stack is of one shape, got weights of shapes "
+            f"{', '.join(str(weight.shape) for weight, _ in layers)}"
+        )
     plan = _plan(layers[0][0].shape, check_density(density), options)
     stacked = (jnp.stack(arrays) for arrays in zip(*layers))
     lefts, rights = _factorize_stack(*stacked, plan.numbers, plan.inner, _static(options))
-    return [_keep_better(*layer, left, right, plan.nonzeros, options)
-            for layer, left, right in zip(layers, lefts, rights)]
+    return [
+        _keep_better(*layer, left, right, plan.nonzeros, options)
+        for layer, left, right in zip(layers, lefts, rights)
+    ]
 
 
 def choose_options(preset: str, overrides: dict) -> Options:
@@ -233,8 +238,9 @@ def choose_options(preset: str, overrides: dict) -> Options:
         raise ValueError(f"unknown options {unknown}; there are {', '.join(sorted(known))}")
     options = replace(PRESETS[preset], **overrides)
     if options.width is not None and options.width < 1:
-        raise ValueError(f"width is inner dimension over min(out, in), at least 1, got "
-                         f"{options.width}")
+        raise ValueError(
+            f"width is inner dimension over min(out, in), at least 1, got {options.width}"
+        )
     split = options.split
     if split != "published" and (isinstance(split, str) or not 0 < split < 2):
         raise ValueError(f"split must be 'published' or a number in (0, 2), got {split!r}")
@@ -315,9 +321,7 @@ def _solve(weight, gram, numbers, inner, options):
         return _restore(problem, pair)
 
 
-_compile = partial(
-    jax.jit, static_argnames=("inner", "options"), compiler_options=COMPILER_OPTIONS
-)
+_compile = partial(jax.jit, static_argnames=("inner", "options"), compiler_options=COMPILER_OPTIONS)
 _factorize = _compile(_solve)
 
 
@@ -366,19 +370,36 @@ def _search(problem, pair, left_nonzeros, right_nonzeros, options):
 
     def schedule(t):
         rho_first = jnp.minimum(t / options.search_ramp, 1.0) ** 3
-        return Schedule(1.0, options.search_ridge, options.search_steps,
-                        options.search_mask_steps, rho_first=rho_first)
+        return Schedule(
+            1.0,
+            options.search_ridge,
+            options.search_steps,
+            options.search_mask_steps,
+            rho_first=rho_first,
+        )
 
     def improve_left(t, pair):
         residual = (weight - pair.product()) @ pair.right
-        left, dual = improve_factor(pair.left, pair.left_dual, residual,
-                                    pair.right.T @ pair.right, left_nonzeros, schedule(t))
+        left, dual = improve_factor(
+            pair.left,
+            pair.left_dual,
+            residual,
+            pair.right.T @ pair.right,
+            left_nonzeros,
+            schedule(t),
+        )
         return pair._replace(left=left, left_dual=dual)
 
     def improve_right(t, pair):
         residual = (weight - pair.product()).T @ pair.left
-        right, dual = improve_factor(pair.right, pair.right_dual, residual,
-                                     pair.left.T @ pair.left, right_nonzeros, schedule(t))
+        right, dual = improve_factor(
+            pair.right,
+            pair.right_dual,
+            residual,
+            pair.left.T @ pair.left,
+            right_nonzeros,
+            schedule(t),
+        )
         return pair._replace(right=right, right_dual=dual)
 
     tall = weight.shape[0] >= weight.shape[1]
@@ -395,21 +416,30 @@ def _refine(problem, pair, left_nonzeros, right_nonzeros, rho, options):
 
     def schedule(t, cg_steps=0):
         rho = first * (last / first) ** (t / max(options.refine_rounds - 1, 1))
-        return Schedule(rho, options.refine_ridge, options.refine_steps,
-                        options.refine_mask_steps, cg_steps)
+        return Schedule(
+            rho, options.refine_ridge, options.refine_steps, options.refine_mask_steps, cg_steps
+        )
 
     def improve_left(t, pair):
         seen = gram @ pair.right
         residual = (weight - pair.product()) @ seen
-        left, dual = improve_factor(pair.left, pair.left_dual, residual, pair.right.T @ seen,
-                                    left_nonzeros, schedule(t))
+        left, dual = improve_factor(
+            pair.left, pair.left_dual, residual, pair.right.T @ seen, left_nonzeros, schedule(t)
+        )
         return pair._replace(left=left, left_dual=dual)
 
     def improve_right(t, pair):
         residual = (weight - pair.product()).T @ pair.left
-        right, dual = improve_factor(pair.right, pair.right_dual, residual,
-                                     pair.left.T @ pair.left, right_nonzeros,
-                                     schedule(t, options.refine_cg_steps), values, vectors)
+        right, dual = improve_factor(
+            pair.right,
+            pair.right_dual,
+            residual,
+            pair.left.T @ pair.left,
+            right_nonzeros,
+            schedule(t, options.refine_cg_steps),
+            values,
+            vectors,
+        )
         return pair._replace(right=right, right_dual=dual)
 
     tall = weight.shape[0] >= weight.shape[1]
@@ -423,15 +453,25 @@ def _finalize(problem, pair, left_nonzeros, options):
     seen = problem.gram @ right
     if options.finalize_steps:
         schedule = Schedule(1.0, 0.0, options.finalize_steps, mask_steps=0)
-        left, _ = improve_factor(left, jnp.zeros_like(left),
-                                 (problem.weight - pair.product()) @ seen, right.T @ seen,
-                                 left_nonzeros, schedule)
+        left, _ = improve_factor(
+            left,
+            jnp.zeros_like(left),
+            (problem.weight - pair.product()) @ seen,
+            right.T @ seen,
+            left_nonzeros,
+            schedule,
+        )
     if options.refit_steps:
         correlation = problem.weight @ problem.gram
-        left = refit_rows(correlation @ right, right.T @ seen, left != 0, left,
-                          options.refit_steps)
-        right = refit_coupled(correlation.T @ left, problem.gram, left.T @ left, right != 0, right,
-                              options.refit_steps)
+        left = refit_rows(correlation @ right, right.T @ seen, left != 0, left, options.refit_steps)
+        right = refit_coupled(
+            correlation.T @ left,
+            problem.gram,
+            left.T @ left,
+            right != 0,
+            right,
+            options.refit_steps,
+        )
     return pair._replace(left=left, right=right)
 
 
@@ -455,8 +495,11 @@ def _restore(problem: LayerProblem, pair: _Pair):
 
 def _keep_better(weight, gram, left, right, nonzeros, options):
     """The pair, or the best single pruned matrix where that is better."""
-    errors = {"dsf": float(relative_output_error(weight, jnp.matmul(
-        left, right, precision="highest"), gram))}
+    errors = {
+        "dsf": float(
+            relative_output_error(weight, jnp.matmul(left, right, precision="highest"), gram)
+        )
+    }
     singles = {}
     if options.compare_single:
         for method, prune in pruners.METHODS.items():

@@ -9,10 +9,10 @@ factors of either into MACKO matrices.
 import dataclasses
 import functools
 
-from flax import linen as nn
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
 
 
 class FactorPair(nnx.Module):
@@ -95,25 +95,32 @@ def _new_pair(layer, groups, inner):
     # To k channels with the layer's own geometry, then a convolution of window 1, which is a
     # Linear unless it has groups.
     right = nnx.Conv(
-        layer.in_features, groups * inner, layer.kernel_size, layer.strides,
-        padding=layer.padding, input_dilation=layer.input_dilation,
-        kernel_dilation=layer.kernel_dilation, feature_group_count=groups, **right_options,
+        layer.in_features,
+        groups * inner,
+        layer.kernel_size,
+        layer.strides,
+        padding=layer.padding,
+        input_dilation=layer.input_dilation,
+        kernel_dilation=layer.kernel_dilation,
+        feature_group_count=groups,
+        **right_options,
     )
     if groups == 1:
         return FactorPair(right, nnx.Linear(inner, layer.out_features, **left_options))
     window = (1,) * len(layer.kernel_size)
-    return FactorPair(right, nnx.Conv(
-        groups * inner, layer.out_features, window, feature_group_count=groups, **left_options
-    ))
+    return FactorPair(
+        right,
+        nnx.Conv(
+            groups * inner, layer.out_features, window, feature_group_count=groups, **left_options
+        ),
+    )
 
 
 def as_tuple(features):
     return (features,) if isinstance(features, int) else tuple(features)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["left", "right"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["left", "right"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class FactorizedKernel:
     """Two factors in the place of a linen layer's `kernel`.
@@ -130,8 +137,8 @@ class FactorizedKernel:
 def factorized_kernels():
     """Context in which linen layers run on factorized kernels; the module is not changed.
 
-        with dsf_jax.factorized_kernels():
-            y = module.apply(variables, x)
+    with dsf_jax.factorized_kernels():
+        y = module.apply(variables, x)
     """
     return nn.intercept_methods(_run_factorized)
 

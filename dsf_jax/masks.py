@@ -46,8 +46,10 @@ def top_k_mask(scores: jax.Array, k) -> jax.Array:
 
     def keep_earliest():
         position = lax.iota(jnp.uint32, scores.size).reshape(scores.shape)
-        end = _largest(lambda p: jnp.sum(tied & (position < p), dtype=jnp.int32) <= wanted,
-                       bits=scores.size.bit_length())
+        end = _largest(
+            lambda p: jnp.sum(tied & (position < p), dtype=jnp.int32) <= wanted,
+            bits=scores.size.bit_length(),
+        )
         return above | (tied & (position < end))
 
     # Mostly the k-th score is the only one of its value, and nothing is left to decide.

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from flax import linen as nn
-from flax import nnx
 import jax
 import numpy as np
+from flax import linen as nn
+from flax import nnx
 
 from dsf_jax.layers import FactorizedKernel, become_pair
 
@@ -98,8 +98,12 @@ def _read_nnx(model, forward):
         return new
 
     return Network(
-        paths, [leaf for _, leaf in with_paths], [i < first for i in range(len(paths))],
-        apply, substitute, _modules(model),
+        paths,
+        [leaf for _, leaf in with_paths],
+        [i < first for i in range(len(paths))],
+        apply,
+        substitute,
+        _modules(model),
     )
 
 
@@ -132,8 +136,12 @@ def _read_linen(module, variables, forward):
         return jax.tree.unflatten(tree, leaves)
 
     return Network(
-        [path[1:] for path in paths], [leaf for _, leaf in with_paths],
-        [path[0] == "params" for path in paths], apply, substitute, modules,
+        [path[1:] for path in paths],
+        [leaf for _, leaf in with_paths],
+        [path[0] == "params" for path in paths],
+        apply,
+        substitute,
+        modules,
     )
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dsf_jax import layers as flax_layers
 from dsf_jax import stages
@@ -24,7 +24,6 @@ from dsf_jax.report import LayerReport, Progress, Report
 from dsf_jax.resume import WorkDirectory, fingerprint
 from dsf_jax.rules import Rule, default_skip, match_rules
 from dsf_jax.solve import PAIRS, Assignment, Solution, check_method, solve, stack_limit
-
 
 # Of the mean diagonal of G: keeps a short calibration from being fitted too closely.
 CORRECTION_DAMPING = 0.1
@@ -141,7 +140,10 @@ def compress_model(
     if work_dir is not None:
         settings = {
             "assignments": {path: dataclasses.asdict(a) for path, a in chosen.items()},
-            "calibration": calibration, "target": target, "blocks": blocks, "paths": network.paths,
+            "calibration": calibration,
+            "target": target,
+            "blocks": blocks,
+            "paths": network.paths,
         }
         directory = WorkDirectory(work_dir, fingerprint(settings, network.leaves, batches, grams))
 
@@ -260,12 +262,20 @@ class _Run:
         if solution.left is not None:
             self.pairs[path] = solution
         shape = (layer.rows, layer.cols)
-        self.reports.append(LayerReport(
-            path, layer.kind, shape if layer.groups == 1 else (layer.groups, *shape),
-            solution.method, assignment.density,
-            None if solution.left is None else solution.left.shape[-1],
-            solution.nonzeros, solution.error, solution.seconds, resumed,
-        ))
+        self.reports.append(
+            LayerReport(
+                path,
+                layer.kind,
+                shape if layer.groups == 1 else (layer.groups, *shape),
+                solution.method,
+                assignment.density,
+                None if solution.left is None else solution.left.shape[-1],
+                solution.nonzeros,
+                solution.error,
+                solution.seconds,
+                resumed,
+            )
+        )
         self.work_left -= _work(layer)
         self.solved_work += 0 if resumed else _work(layer)
         if self.callback is not None:
@@ -313,7 +323,8 @@ def _assign(flow: Calibration, rules, default: Assignment):
             continue
         rule = rule or Rule(".*")
         assignment = Assignment(
-            rule.method or default.method, rule.density or default.density,
+            rule.method or default.method,
+            rule.density or default.density,
             dict(default.options if rule.options is None else rule.options),
         )
         check_method(assignment.method, layer.path)
@@ -411,10 +422,12 @@ def _order(flow: Calibration, chosen, blocks, calibration) -> list[list[str]]:
     if blocks is not None and not units:
         raise ValueError(f"blocks={blocks!r} matches the beginning of no path among {paths}")
     indices = [flow.index[path] for path in paths]
-    flow.start({
-        shape: stages.order_layers(traced, indices, list(units.values()))
-        for shape, traced in flow.flows.items()
-    })
+    flow.start(
+        {
+            shape: stages.order_layers(traced, indices, list(units.values()))
+            for shape, traced in flow.flows.items()
+        }
+    )
     first = next(iter(flow.stages.values()))
     return [[flow.layers[i].path for i in group] for group in first.groups]
 

@@ -133,8 +133,11 @@ def check_layer(weight, gram, name: str | None = None) -> tuple[jax.Array, jax.A
     if weight.ndim != 2 or weight.size == 0:
         raise ValueError(
             f"{layer}weight must be a non-empty matrix [out, in], got shape {weight.shape}"
-            + ("; a Flax conv kernel is reshaped to [out, h * w * in] first"
-               if weight.ndim == 4 else "")
+            + (
+                "; a Flax conv kernel is reshaped to [out, h * w * in] first"
+                if weight.ndim == 4
+                else ""
+            )
         )
     inputs = weight.shape[1]
     weight = weight.astype(jnp.float32)

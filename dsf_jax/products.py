@@ -40,10 +40,13 @@ class Convolution(NamedTuple):
         params = eqn.params
         spec = params["dimension_numbers"]
         return Convolution(
-            tuple(spec.lhs_spec), tuple(spec.rhs_spec),
+            tuple(spec.lhs_spec),
+            tuple(spec.rhs_spec),
             tuple(kernel_shape[d] for d in spec.rhs_spec[2:]),
-            tuple(params["window_strides"]), tuple(map(tuple, params["padding"])),
-            tuple(params["lhs_dilation"]), tuple(params["rhs_dilation"]),
+            tuple(params["window_strides"]),
+            tuple(map(tuple, params["padding"])),
+            tuple(params["lhs_dilation"]),
+            tuple(params["rhs_dilation"]),
             params["feature_group_count"],
         )
 

@@ -53,7 +53,8 @@ class Progress:
         return (
             f"[{self.index}/{self.total}] {layer.path} {format_shape(layer.shape)}{pair}: "
             f"{layer.nonzeros} non-zeros, relative error {layer.error:.2e}, "
-            + ("resumed" if layer.resumed else format_seconds(layer.seconds)) + left
+            + ("resumed" if layer.resumed else format_seconds(layer.seconds))
+            + left
         )
 
 
@@ -98,16 +99,29 @@ class Report:
         header = ("layer", "matrix", "method", "density", "inner", "non-zeros", "error", "time")
         rows = [
             (
-                layer.path, format_shape(layer.shape), layer.method,
-                f"{layer.nonzeros / math.prod(layer.shape):.4f}", str(layer.inner or "-"),
-                str(layer.nonzeros), f"{layer.error:.2e}", format_seconds(layer.seconds),
+                layer.path,
+                format_shape(layer.shape),
+                layer.method,
+                f"{layer.nonzeros / math.prod(layer.shape):.4f}",
+                str(layer.inner or "-"),
+                str(layer.nonzeros),
+                f"{layer.error:.2e}",
+                format_seconds(layer.seconds),
             )
             for layer in self.layers
         ]
-        rows.append((
-            f"{len(self.layers)} layers", "", "", f"{self.density:.4f}", "", str(self.nonzeros),
-            "", format_seconds(self.seconds),
-        ))
+        rows.append(
+            (
+                f"{len(self.layers)} layers",
+                "",
+                "",
+                f"{self.density:.4f}",
+                "",
+                str(self.nonzeros),
+                "",
+                format_seconds(self.seconds),
+            )
+        )
         widths = [max(map(len, column)) for column in zip(header, *rows)]
         lines = [
             "  ".join(

@@ -69,9 +69,13 @@ class WorkDirectory:
         with safe_open(file, framework="numpy") as arrays:
             values = {name: arrays.get_tensor(name) for name in arrays.keys()}
         return Solution(
-            product=values["product"], left=values.get("left"), right=values.get("right"),
-            method=metadata["method"], nonzeros=int(metadata["nonzeros"]),
-            error=float(metadata["error"]), seconds=float(metadata["seconds"]),
+            product=values["product"],
+            left=values.get("left"),
+            right=values.get("right"),
+            method=metadata["method"],
+            nonzeros=int(metadata["nonzeros"]),
+            error=float(metadata["error"]),
+            seconds=float(metadata["seconds"]),
         )
 
     def save(self, layer: str, solution: Solution):
@@ -79,8 +83,11 @@ class WorkDirectory:
         names = ("product", "left", "right")
         arrays = {n: getattr(solution, n) for n in names if getattr(solution, n) is not None}
         metadata = {
-            "fingerprint": self.mark, "layer": layer, "method": solution.method,
-            "nonzeros": str(solution.nonzeros), "error": repr(solution.error),
+            "fingerprint": self.mark,
+            "layer": layer,
+            "method": solution.method,
+            "nonzeros": str(solution.nonzeros),
+            "error": repr(solution.error),
             "seconds": repr(solution.seconds),
         }
         handle, temporary = tempfile.mkstemp(dir=self.path, suffix=".unfinished")

@@ -49,8 +49,10 @@ class Solution:
 
 
 def _prune(method, weights, grams, names, **options):
-    return [(pruners.prune(weight, gram, method=method, name=name, **options), None, None, method)
-            for weight, gram, name in zip(weights, grams, names)]
+    return [
+        (pruners.prune(weight, gram, method=method, name=name, **options), None, None, method)
+        for weight, gram, name in zip(weights, grams, names)
+    ]
 
 
 def _factorize(method, preset, weights, grams, names, **options):
@@ -59,7 +61,8 @@ def _factorize(method, preset, weights, grams, names, **options):
     else:
         found = [factorize(weights[0], grams[0], preset=preset, name=names[0], **options)]
     return [
-        (result.left, None, None, f"{method} ({result.method})") if result.kind == "single"
+        (result.left, None, None, f"{method} ({result.method})")
+        if result.kind == "single"
         else (result.product(), result.left, result.right, method)
         for result in found
     ]
@@ -105,20 +108,26 @@ def solve(weights, grams, assignment: Assignment, device: jax.Device) -> dict[st
         inputs[path] = [None] * len(groups) if known is None else jax.device_put(known, device)
 
     def run(matrices, inputs, names):
-        return METHODS[assignment.method](matrices, inputs, names, density=assignment.density,
-                                          **assignment.options)
+        return METHODS[assignment.method](
+            matrices, inputs, names, density=assignment.density, **assignment.options
+        )
 
     if len(weights) == 1:
         (path,) = weights
-        found = {path: [run([matrix], [gram], [path])[0]
-                        for matrix, gram in zip(matrices[path], inputs[path])]}
+        found = {
+            path: [
+                run([matrix], [gram], [path])[0]
+                for matrix, gram in zip(matrices[path], inputs[path])
+            ]
+        }
     else:
         first = [[each[path][0] for path in weights] for each in (matrices, inputs)]
         found = {path: [result] for path, result in zip(weights, run(*first, list(weights)))}
     solutions = {path: _assess(found[path], matrices[path], inputs[path]) for path in weights}
     seconds = (time.perf_counter() - start) / len(weights)
-    return {path: dataclasses.replace(solution, seconds=seconds)
-            for path, solution in solutions.items()}
+    return {
+        path: dataclasses.replace(solution, seconds=seconds) for path, solution in solutions.items()
+    }
 
 
 def _assess(found, weights, grams) -> Solution:

@@ -46,7 +46,8 @@ def order_layers(flow: Dataflow, layers: list[int], blocks: list[list[int]] = ()
         for output in (*(use.output for use in record.uses), *record.lookups):
             source[output] = source.get(output, 0) | bit[layer]
     accounted = flow.views.keys() | {
-        output for layer in flow.layers
+        output
+        for layer in flow.layers
         for output in (*(use.output for use in layer.uses), *layer.lookups)
     }
     reach = [0] * len(flow.shapes)

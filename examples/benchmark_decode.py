@@ -24,37 +24,41 @@ import sys
 import tempfile
 import time
 
-from absl import app
-from absl import flags
-from flax import nnx
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx, traverse_util
+
 import macko_jax
 import macko_jax.flax_nnx
-from macko_jax.format import ENCODINGS
-import numpy as np
-
 from examples.llama import checkpoint
 from examples.llama import model as llama
 from examples.llama.configs import CONFIGS
 from examples.records import write_json
+from macko_jax.format import ENCODINGS
 
 CONFIG = flags.DEFINE_enum("config", "tiny", list(CONFIGS), "Shape of the model.")
 LAYERS = flags.DEFINE_integer("layers", None, "Decoder layers; by default the model's.", 1)
 CHECKPOINT = flags.DEFINE_multi_string(
-    "checkpoint", [],
+    "checkpoint",
+    [],
     "Directory of a dense or packed model, in the place of random ones; repeatable.",
-)  # fmt: skip
+)
 DENSITY = flags.DEFINE_multi_float(
-    "density", [1.0, 0.5, 0.3, 0.1], "Share of weights kept, 1 for the dense model; repeatable.",
-    lower_bound=0.0, upper_bound=1.0,
-)  # fmt: skip
+    "density",
+    [1.0, 0.5, 0.3, 0.1],
+    "Share of weights kept, 1 for the dense model; repeatable.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"],
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
     "Of weights and computation; by default float16, or as a checkpoint is stored; on a CPU "
     "float32.",
-)  # fmt: skip
+)
 ENCODING = flags.DEFINE_enum(
     "encoding", None, list(ENCODINGS), "Of random packed matrices; by default the library's choice."
 )
@@ -93,9 +97,10 @@ def pack(weight, layouts):
         packed = macko_jax.compress(weight, encoding=ENCODING.value)
         groups = packed.stored // 8
         layouts[weight.shape] = {
-            "encoding": packed.encoding, "lanes": packed.lanes,
+            "encoding": packed.encoding,
+            "lanes": packed.lanes,
             "capacity": groups + groups // 512 + 64,  # of random masks, five deviations and more
-        }  # fmt: skip
+        }
     return macko_jax.compress(weight, **layouts[weight.shape])
 
 
@@ -178,9 +183,14 @@ class Decoder:
 
     def draw(self):
         return llama.draw(
-            self.parts, self.prompt, self.lengths, NEW_TOKENS.value + 1, self.key, self.sampling,
+            self.parts,
+            self.prompt,
+            self.lengths,
+            NEW_TOKENS.value + 1,
+            self.key,
+            self.sampling,
             CHUNK.value,
-        )  # fmt: skip
+        )
 
     def prefill_arguments(self):
         return self.parts, self.prompt, self.lengths, self.key, self.sampling
@@ -331,10 +341,12 @@ def print_record(record):
     gigabytes = [
         f"{what} {record[field] / 1e9:.2f} GB"
         for what, field in (
-            ("weights", "weight_bytes"), ("prefill", "prefill_bytes"), ("decode", "decode_bytes"),
+            ("weights", "weight_bytes"),
+            ("prefill", "prefill_bytes"),
+            ("decode", "decode_bytes"),
         )
         if record[field] is not None
-    ]  # fmt: skip
+    ]
     share = record.get("share_of_bandwidth")
     print(
         f"  {record['tokens_per_second']:.1f} tokens/s; ms per token "
@@ -372,7 +384,8 @@ def print_table(records):
 def describe(device, records):
     return {
         "config": {"name": CONFIG.value} | dataclasses.asdict(chosen_config())
-        if not CHECKPOINT.value else None,
+        if not CHECKPOINT.value
+        else None,
         "dtype": chosen_dtype().name,
         "batch": BATCH.value,
         "prompt": PROMPT.value,
@@ -390,7 +403,7 @@ def describe(device, records):
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "results": records,
-    }  # fmt: skip
+    }
 
 
 def main(_):

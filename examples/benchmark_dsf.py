@@ -14,13 +14,12 @@ import platform
 import sys
 import time
 
-from absl import app, flags
 import jax
 import jax.monitoring
 import jax.numpy as jnp
+from absl import app, flags
 
 import dsf_jax
-
 from examples.records import write_json
 
 _SIZES = flags.DEFINE_list("sizes", ["4096x4096", "11008x4096"], "Layers, out x in.")
@@ -106,9 +105,8 @@ def main(_):
     print(f"{device.device_kind}, jax {jax.__version__}, density {_DENSITY.value}", flush=True)
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": "python -m examples.benchmark_dsf " + " ".join(
-            argument for argument in sys.argv[1:] if not argument.startswith("--output")
-        ),
+        "command": "python -m examples.benchmark_dsf "
+        + " ".join(argument for argument in sys.argv[1:] if not argument.startswith("--output")),
         "device": device.device_kind,
         "jax": jax.__version__,
         "python": platform.python_version(),

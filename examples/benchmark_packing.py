@@ -4,6 +4,7 @@
 
 Where other programs share the processor, the processor time says more than the clock.
 """
+
 import pathlib
 import sys
 import time
@@ -13,9 +14,8 @@ import numpy as np
 from absl import app, flags
 
 import macko_jax
-from macko_jax import benchmark, packing
-
 from examples.records import write_json
+from macko_jax import benchmark, packing
 
 SHAPE = flags.DEFINE_string("shape", "4096x11008", "Rows x cols.")
 DENSITY = flags.DEFINE_float("density", 0.5, "Share of non-zeros.", 0, 1)
@@ -32,8 +32,11 @@ def seconds(run) -> dict:
         jax.block_until_ready(run())
         wall.append(time.perf_counter() - start[0])
         processor.append(time.process_time() - start[1])
-    return {"first": wall[0], "median": float(np.median(wall[1:])),
-            "processor": float(np.median(processor[1:]))}
+    return {
+        "first": wall[0],
+        "median": float(np.median(wall[1:])),
+        "processor": float(np.median(processor[1:])),
+    }
 
 
 def main(_):
@@ -53,15 +56,31 @@ def main(_):
             }
             for where, run in runs.items():
                 took = seconds(run)
-                records.append({"shape": [rows, cols], "density": DENSITY.value, "dtype": dtype,
-                                "encoding": encoding, "run": where, **took,
-                                "gb_per_s": on_host.nbytes / took["median"] / 1e9})
-                print(f"{dtype:9} {encoding:8} {where:10} {took['median'] * 1e3:9.1f} ms "
-                      f"(first {took['first'] * 1e3:.0f}, processor {took['processor'] * 1e3:.0f}) "
-                      f"{records[-1]['gb_per_s']:7.2f} GB/s of dense input", flush=True)
-    write_json(pathlib.Path(OUT.value).with_suffix(".json"), {
-        "command": " ".join(["examples/benchmark_packing.py", *sys.argv[1:]]),
-        **benchmark.environment(), "records": records})
+                records.append(
+                    {
+                        "shape": [rows, cols],
+                        "density": DENSITY.value,
+                        "dtype": dtype,
+                        "encoding": encoding,
+                        "run": where,
+                        **took,
+                        "gb_per_s": on_host.nbytes / took["median"] / 1e9,
+                    }
+                )
+                print(
+                    f"{dtype:9} {encoding:8} {where:10} {took['median'] * 1e3:9.1f} ms "
+                    f"(first {took['first'] * 1e3:.0f}, processor {took['processor'] * 1e3:.0f}) "
+                    f"{records[-1]['gb_per_s']:7.2f} GB/s of dense input",
+                    flush=True,
+                )
+    write_json(
+        pathlib.Path(OUT.value).with_suffix(".json"),
+        {
+            "command": " ".join(["examples/benchmark_packing.py", *sys.argv[1:]]),
+            **benchmark.environment(),
+            "records": records,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Every implementation is checked against float64 first. Matrices are rotated so t
 a cache; printed and saved are medians and percentiles. With --read_floor, on a GPU, a kernel that
 only reads as many bytes shows what memory allows.
 """
+
 import csv
 import dataclasses
 import importlib.metadata
@@ -13,27 +14,31 @@ import importlib.util
 import itertools
 import sys
 
-from absl import app, flags
 import jax
-from jax.experimental import sparse
 import numpy as np
+from absl import app, flags
+from jax.experimental import sparse
 
 import macko_jax
-from macko_jax import benchmark
-
 from examples.records import replacing, write_json
+from macko_jax import benchmark
 
 SHAPES = flags.DEFINE_list("shapes", ["4096x4096"], "Matrices, rows x cols.")
 DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.3", "0.1"], "Shares of non-zeros.")
 DTYPES = flags.DEFINE_list("dtypes", ["float16"], "Of matrix and vector.")
 PRODUCT = flags.DEFINE_enum(
-    "product", "forward", ["forward", "transposed", "by_values"],
-    "y = A x, or one of its derivatives: x = A^T y, and y x^T where A has values.")
+    "product",
+    "forward",
+    ["forward", "transposed", "by_values"],
+    "y = A x, or one of its derivatives: x = A^T y, and y x^T where A has values.",
+)
 BATCHES = flags.DEFINE_list("batches", ["1"], "Numbers of vectors.")
 IMPLEMENTATIONS = flags.DEFINE_list(
-    "implementations", ["macko", "dense"],
+    "implementations",
+    ["macko", "dense"],
     "Of macko, which may end in an encoding and a type (macko_delta3, macko_int8, "
-    "macko_banked_fp8), macko_xla, dense, bcsr, bcoo, torch (cuBLAS, where torch is).")
+    "macko_banked_fp8), macko_xla, dense, bcsr, bcoo, torch (cuBLAS, where torch is).",
+)
 REPEATS = flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)
 READ_FLOOR = flags.DEFINE_bool("read_floor", True, "Time a plain read of the same bytes (GPU).")
 OUT = flags.DEFINE_string("out", "runs/spmv", "Records go to <out>.json and <out>.csv.")
@@ -46,6 +51,7 @@ def macko(implementation=None, **options):
     def make(dense):
         product = lambda m, x: macko_jax.spmv(m, x, implementation=implementation)
         return macko_jax.compress(dense, **options), product
+
     return make
 
 
@@ -55,9 +61,11 @@ def jax_sparse(kind):
 
 # name -> function of the dense matrix that gives (matrix, product of matrix and vectors)
 MAKERS = {
-    **{"_".join(filter(None, ("macko", encoding, short))): macko(encoding=encoding, dtype=dtype)
-       for encoding in (None, *macko_jax.format.ENCODINGS)
-       for short, dtype in ((None, None), ("int8", "int8"), ("fp8", "float8_e4m3fn"))},
+    **{
+        "_".join(filter(None, ("macko", encoding, short))): macko(encoding=encoding, dtype=dtype)
+        for encoding in (None, *macko_jax.format.ENCODINGS)
+        for short, dtype in ((None, None), ("int8", "int8"), ("fp8", "float8_e4m3fn"))
+    },
     "macko_xla": macko(implementation="xla"),
     "dense": lambda dense: (dense, lambda m, x: x @ m.T if x.ndim > 1 else m @ x),
     "bcsr": jax_sparse(sparse.BCSR),
@@ -69,8 +77,9 @@ MAKERS = {
 PRODUCTS = {
     "forward": lambda product: lambda m, x, y: product(m, x),
     "transposed": lambda product: lambda m, x, y: jax.vjp(lambda x: product(m, x), x)[1](y)[0],
-    "by_values": lambda product: lambda m, x, y: values_of(
-        jax.vjp(lambda m: product(m, x), m)[1](y)[0]),
+    "by_values": lambda product: (
+        lambda m, x, y: values_of(jax.vjp(lambda m: product(m, x), m)[1](y)[0])
+    ),
 }
 
 
@@ -148,9 +157,13 @@ def measure(name, dense, x, y) -> dict:
     if not error < TOLERANCE[x.dtype.name]:
         raise AssertionError(f"{name} is wrong: relative error {error:.1e}")
     record = {
-        "implementation": name, "bytes": size, "relative_error": error,
-        "microseconds": 1e6 * timing.median, "microseconds_p10": 1e6 * timing.p10,
-        "microseconds_p90": 1e6 * timing.p90, "gigabytes_per_second": size / timing.median / 1e9,
+        "implementation": name,
+        "bytes": size,
+        "relative_error": error,
+        "microseconds": 1e6 * timing.median,
+        "microseconds_p10": 1e6 * timing.p10,
+        "microseconds_p90": 1e6 * timing.p90,
+        "gigabytes_per_second": size / timing.median / 1e9,
     }
     if READ_FLOOR.value and jax.default_backend() == "gpu":
         floor = time_read(size)
@@ -176,13 +189,16 @@ def save(out: str, records: list) -> None:
 def main(_):
     unknown = set(IMPLEMENTATIONS.value) - set(MAKERS) - {"torch"}
     if unknown:
-        raise app.UsageError(f"unknown --implementations {sorted(unknown)}; "
-                             f"choose of {[*MAKERS, 'torch']}")
+        raise app.UsageError(
+            f"unknown --implementations {sorted(unknown)}; choose of {[*MAKERS, 'torch']}"
+        )
     if "torch" in IMPLEMENTATIONS.value and importlib.util.find_spec("torch") is None:
         raise app.UsageError("torch is not installed; leave it out of --implementations")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
-    header = f"{'rows x cols':>15} {'density':>7} {'dtype':>9} {'batch':>5} {'':14} " \
-             f"{'us':>9} {'GB/s':>6} {'speed-up':>8} {'of floor':>8}"
+    header = (
+        f"{'rows x cols':>15} {'density':>7} {'dtype':>9} {'batch':>5} {'':14} "
+        f"{'us':>9} {'GB/s':>6} {'speed-up':>8} {'of floor':>8}"
+    )
     print(header, flush=True)
     records = []
     cases = itertools.product(SHAPES.value, DENSITIES.value, DTYPES.value, BATCHES.value)
@@ -192,17 +208,26 @@ def main(_):
         x = jax.random.normal(jax.random.key(1), (int(batch), cols), dtype)
         y = jax.random.normal(jax.random.key(2), (int(batch), rows), dtype)
         x, y = (x[0], y[0]) if batch == "1" else (x, y)
-        case = {"rows": rows, "cols": cols, "density": float(density), "dtype": dtype,
-                "batch": int(batch), "product": PRODUCT.value}
+        case = {
+            "rows": rows,
+            "cols": cols,
+            "density": float(density),
+            "dtype": dtype,
+            "batch": int(batch),
+            "product": PRODUCT.value,
+        }
         group = [case | measure(name, dense, x, y) for name in IMPLEMENTATIONS.value]
         rivals = [r["microseconds"] for r in group if r["implementation"] in ("dense", "torch")]
         for record in group:
             if rivals:
                 record["speedup"] = min(rivals) / record["microseconds"]
-            print(f"{rows:>7} x {cols:<5} {density:>7} {dtype:>9} {batch:>5} "
-                  f"{record['implementation']:14} {record['microseconds']:>9.2f} "
-                  f"{record['gigabytes_per_second']:>6.0f} {record.get('speedup', 0):>8.2f} "
-                  f"{record.get('of_read_floor', 0):>8.2f}", flush=True)
+            print(
+                f"{rows:>7} x {cols:<5} {density:>7} {dtype:>9} {batch:>5} "
+                f"{record['implementation']:14} {record['microseconds']:>9.2f} "
+                f"{record['gigabytes_per_second']:>6.0f} {record.get('speedup', 0):>8.2f} "
+                f"{record.get('of_read_floor', 0):>8.2f}",
+                flush=True,
+            )
         records += group
         save(OUT.value, records)
     print(f"written: {OUT.value}.json, {OUT.value}.csv")

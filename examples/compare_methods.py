@@ -19,20 +19,17 @@ import pathlib
 import platform
 import time
 
-from absl import app
-from absl import flags
-import dsf_jax
-from dsf_jax import export
-from dsf_jax.solve import METHODS
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
+from flax import nnx
 
+import dsf_jax
+from dsf_jax import export
+from dsf_jax.solve import METHODS
 from examples import stdlib_text
-from examples.llama import checkpoint
-from examples.llama import compression
-from examples.llama import evaluation
+from examples.llama import checkpoint, compression, evaluation
 from examples.records import replacing, write_json, write_text
 
 REFERENCE = "dsf"  # whose loss at equal bytes stands beside every row
@@ -44,13 +41,14 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _TEXT = flags.DEFINE_string("text", None, "File to evaluate on; default: held-out modules.")
 _CALIBRATION = flags.DEFINE_string("calibration", None, "File to calibrate on; default: modules.")
-_METHODS = flags.DEFINE_multi_enum(
-    "method", [*METHODS], [*METHODS], "Method; repeat for several."
-)
+_METHODS = flags.DEFINE_multi_enum("method", [*METHODS], [*METHODS], "Method; repeat for several.")
 _DENSITIES = flags.DEFINE_multi_float(
-    "density", [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], "Density; repeat for several.",
-    lower_bound=0.0, upper_bound=1.0,
-)  # fmt: skip
+    "density",
+    [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1],
+    "Density; repeat for several.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
 _WINDOWS = flags.DEFINE_integer(
     "windows", 64, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
 )
@@ -58,7 +56,9 @@ _CALIBRATION_WINDOWS = flags.DEFINE_integer(
     "calibration_windows", 32, "Windows to calibrate on.", lower_bound=1
 )
 _RECORD = flags.DEFINE_multi_string("record", [], "Records to draw; nothing is run.")
-_OUT = flags.DEFINE_string("out", "runs/compare_methods.json", "The record; a table lies beside it.")
+_OUT = flags.DEFINE_string(
+    "out", "runs/compare_methods.json", "The record; a table lies beside it."
+)
 _FIGURE = flags.DEFINE_string("figure", None, "Where to draw the record, if anywhere.")
 
 BATCH = 8
@@ -97,7 +97,11 @@ def run_all():
 
     def bits_per_byte(model):
         return evaluation.bits_per_token(
-            model, tokens, length=length, stride=length // 2, batch=BATCH,
+            model,
+            tokens,
+            length=length,
+            stride=length // 2,
+            batch=BATCH,
             limit=_WINDOWS.value or None,
         )
 
@@ -122,7 +126,11 @@ def run_all():
                 continue
             began = time.perf_counter()
             new, report = dsf_jax.compress_model(
-                model, batches[:1], method=method, density=density, calibration="one-pass",
+                model,
+                batches[:1],
+                method=method,
+                density=density,
+                calibration="one-pass",
                 grams=grams,
             )
             row = {
@@ -138,8 +146,11 @@ def run_all():
             }
             record["rows"].append(row)
             write_json(_OUT.value, record)
-            print(f"{method:14} {density:4g}  {row['bits_per_byte']:.4f} bits per byte  "
-                  f"{row['bytes'] / 1e6:.2f} MB  {row['seconds']:.0f} s", flush=True)
+            print(
+                f"{method:14} {density:4g}  {row['bits_per_byte']:.4f} bits per byte  "
+                f"{row['bytes'] / 1e6:.2f} MB  {row['seconds']:.0f} s",
+                flush=True,
+            )
     return record
 
 
@@ -179,14 +190,24 @@ def add_equal_bytes(record):
 
 def table(record):
     """The record's rows as CSV."""
-    columns = ["method", "asked_density", "nonzeros", "bytes", "bits_per_byte", "lost",
-               f"{REFERENCE}_loses_at_equal_bytes", "mean_relative_error"]  # fmt: skip
+    columns = [
+        "method",
+        "asked_density",
+        "nonzeros",
+        "bytes",
+        "bits_per_byte",
+        "lost",
+        f"{REFERENCE}_loses_at_equal_bytes",
+        "mean_relative_error",
+    ]
     lines = []
     writer = csv.DictWriter(_Lines(lines), columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in record["rows"]:
-        short = {key: round(value, 6) if isinstance(value, float) else value
-                 for key, value in row.items()}
+        short = {
+            key: round(value, 6) if isinstance(value, float) else value
+            for key, value in row.items()
+        }
         writer.writerow(short)
     return "".join(lines)
 
@@ -208,13 +229,21 @@ def draw(record, path):
     dense = record["dense"]
     for method in dict.fromkeys(row["method"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["method"] == method and row["lost"] > 0]
-        axes.plot([row["bytes"] / 1e6 for row in rows], [row["lost"] for row in rows],
-                  marker="o", markersize=4, label=method,
-                  linewidth=2.2 if method == REFERENCE else 1.2)
+        axes.plot(
+            [row["bytes"] / 1e6 for row in rows],
+            [row["lost"] for row in rows],
+            marker="o",
+            markersize=4,
+            label=method,
+            linewidth=2.2 if method == REFERENCE else 1.2,
+        )
     axes.axvline(dense["bytes"] / 1e6, color="grey", linewidth=1)
-    axes.set(xlabel="stored megabytes of the whole model (dense: the grey line)", yscale="log",
-             ylabel=f"bits per byte lost (dense: {dense['bits_per_byte']:.3f})",
-             title="Byte-level language model, 8 million parameters, packed")
+    axes.set(
+        xlabel="stored megabytes of the whole model (dense: the grey line)",
+        yscale="log",
+        ylabel=f"bits per byte lost (dense: {dense['bits_per_byte']:.3f})",
+        title="Byte-level language model, 8 million parameters, packed",
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     with replacing(path) as temporary:

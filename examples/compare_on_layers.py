@@ -10,20 +10,19 @@ every case, so that a long run can be watched.
 
 import datetime
 import json
-from pathlib import Path
 import platform
 import sys
 import time
+from pathlib import Path
 
-from absl import app, flags
 import jax
 import numpy as np
+from absl import app, flags
 
 import dsf_jax
 from dsf_jax.budget import packed_nbytes
 from dsf_jax.factorize import PRESETS
 from dsf_jax.pruners import METHODS
-
 from examples.records import write_json
 
 _DATA = flags.DEFINE_string("data", "tests/data/dsf_layers", "Folder of .npz layers.")
@@ -90,7 +89,9 @@ def main(_):
         "device": jax.devices()[0].device_kind,
         "results": [],
     }
-    print("layer         density method      error    other    | to published, other | nnz, bytes, s")
+    print(
+        "layer         density method      error    other    | to published, other | nnz, bytes, s"
+    )
     for layer in layers:
         arrays = load_layer(Path(_DATA.value) / f"{layer}.npz")
         for density in map(float, _DENSITIES.value):
@@ -101,10 +102,13 @@ def main(_):
                     case["ratio_to_published"] = case["relative_output_error"] / published[0]
                     case["ratio_to_published_on_other_text"] = case["on_other_text"] / published[1]
                 record["results"].append(case)
-                print(f"{layer:13} {density:<7} {method:10} {case['relative_output_error']:.6f} "
-                      f"{case['on_other_text']:.6f} | {case.get('ratio_to_published', 0):.3f} "
-                      f"{case.get('ratio_to_published_on_other_text', 0):.3f} | "
-                      f"{case['nonzeros']} {case['packed_bytes']} {case['seconds']}", flush=True)
+                print(
+                    f"{layer:13} {density:<7} {method:10} {case['relative_output_error']:.6f} "
+                    f"{case['on_other_text']:.6f} | {case.get('ratio_to_published', 0):.3f} "
+                    f"{case.get('ratio_to_published_on_other_text', 0):.3f} | "
+                    f"{case['nonzeros']} {case['packed_bytes']} {case['seconds']}",
+                    flush=True,
+                )
                 write_json(_OUTPUT.value, record)
     _print_means(record["results"])
 
@@ -112,13 +116,18 @@ def main(_):
 def _print_means(results):
     for method in dict.fromkeys(case["method"] for case in results):
         for density in dict.fromkeys(case["density"] for case in results):
-            ratios = [(case["ratio_to_published"], case["ratio_to_published_on_other_text"])
-                      for case in results if "ratio_to_published" in case
-                      and (case["method"], case["density"]) == (method, density)]
+            ratios = [
+                (case["ratio_to_published"], case["ratio_to_published_on_other_text"])
+                for case in results
+                if "ratio_to_published" in case
+                and (case["method"], case["density"]) == (method, density)
+            ]
             if ratios:
                 mean = np.mean(ratios, axis=0)
-                print(f"{method:10} density {density}: mean ratio to published {mean[0]:.3f}, "
-                      f"on other text {mean[1]:.3f}")
+                print(
+                    f"{method:10} density {density}: mean ratio to published {mean[0]:.3f}, "
+                    f"on other text {mean[1]:.3f}"
+                )
 
 
 if __name__ == "__main__":

@@ -11,25 +11,22 @@ each layer.
 import pathlib
 import resource
 
-from absl import app
-from absl import flags
-import dsf_jax
-from dsf_jax.solve import METHODS
 import jax
 import jax.numpy as jnp
+from absl import app, flags
+
+import dsf_jax
+from dsf_jax.solve import METHODS
+from examples import stdlib_text
+from examples.llama import checkpoint, compression, evaluation
+from examples.llama import tokenizer as tokenizers
 from macko_jax.format import ENCODINGS
 
-from examples import stdlib_text
-from examples.llama import checkpoint
-from examples.llama import compression
-from examples.llama import evaluation
-from examples.llama import tokenizer as tokenizers
-
-
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", str(pathlib.Path(__file__).parent / "llama" / "checkpoint"),
+    "checkpoint",
+    str(pathlib.Path(__file__).parent / "llama" / "checkpoint"),
     "Hugging Face directory.",
-)  # fmt: skip
+)
 OUT = flags.DEFINE_string("out", None, "Directory of the packed model.", required=True)
 METHOD = flags.DEFINE_enum("method", "wanda", [*METHODS], "How to compress.")
 DENSITY = flags.DEFINE_float("density", 0.5, "Share of weights that stay, in (0, 1].")
@@ -37,18 +34,21 @@ flags.register_validator(
     "density", lambda share: 0 < share <= 1, message="the share of weights that stay is in (0, 1]"
 )
 CALIBRATION = flags.DEFINE_string(
-    "calibration", None,
+    "calibration",
+    None,
     "Text file to calibrate on; by default, for a byte-level model, modules of the library.",
-)  # fmt: skip
+)
 WINDOWS = flags.DEFINE_integer("windows", 128, "Windows of the text.", lower_bound=1)
 LENGTH = flags.DEFINE_integer(
     "length", None, "Window; by default the model's, at most 2048.", lower_bound=1
 )
 BATCH = flags.DEFINE_integer("batch", 4, "Windows at a time.", lower_bound=1)
 ENCODING = flags.DEFINE_enum(
-    "encoding", None, list(ENCODINGS),
+    "encoding",
+    None,
+    list(ENCODINGS),
     "Of the packed matrices; by default the fastest for GPUs, or bitmask where this runs on a CPU.",
-)  # fmt: skip
+)
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "What activations are computed in."
 )
@@ -87,10 +87,16 @@ def main(_):
     # Programs with bitmasks compile several times faster for CPUs; both encodings run everywhere.
     on_cpu = "bitmask" if jax.default_backend() == "cpu" else None
     report = compression.compress_checkpoint(
-        CHECKPOINT.value, OUT.value, windows, method=METHOD.value, density=DENSITY.value,
-        dtype=jnp.dtype(DTYPE.value), batch=BATCH.value, encoding=ENCODING.value or on_cpu,
+        CHECKPOINT.value,
+        OUT.value,
+        windows,
+        method=METHOD.value,
+        density=DENSITY.value,
+        dtype=jnp.dtype(DTYPE.value),
+        batch=BATCH.value,
+        encoding=ENCODING.value or on_cpu,
         callback=dsf_jax.print_progress,
-    )  # fmt: skip
+    )
     print(report)
     size = sum(path.stat().st_size for path in pathlib.Path(OUT.value).glob("packed-*"))
     print(f"packed model: {OUT.value}, {size / 1e6:.1f} MB; {peak_memory()}")

@@ -17,24 +17,20 @@ import platform
 import sys
 import time
 
-from absl import app
-from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
 import dsf_jax
 from dsf_jax import export
 from dsf_jax.solve import METHODS
-from flax import nnx
-import jax
-import jax.numpy as jnp
-from macko_jax.rules import Rule
-import numpy as np
-
 from examples import stdlib_text
-from examples.llama import checkpoint
-from examples.llama import compression
-from examples.llama import evaluation
+from examples.llama import checkpoint, compression, evaluation
 from examples.llama import model as llama
 from examples.records import write_json
-
+from macko_jax.rules import Rule
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -51,9 +47,12 @@ METHOD = flags.DEFINE_multi_enum(
     "method", ["magnitude", "wanda"], [*METHODS, "all"], "How to prune; repeat for several."
 )
 DENSITY = flags.DEFINE_multi_float(
-    "density", [0.5, 0.3], "Share of weights that stay; repeat for several.", lower_bound=0.0,
+    "density",
+    [0.5, 0.3],
+    "Share of weights that stay; repeat for several.",
+    lower_bound=0.0,
     upper_bound=1.0,
-)  # fmt: skip
+)
 PROMPT = flags.DEFINE_string(
     "prompt", "def read_lines(path, encoding='utf-8'):\n    ", "Text to continue."
 )
@@ -157,9 +156,15 @@ def run_method(model, method, density, batches, grams, bench, out):
     encoding = "bitmask" if jax.default_backend() == "cpu" else None
     began = time.perf_counter()
     pruned = dsf_jax.compress_model(
-        model, batches[:1], method=method, density=density, calibration="one-pass", grams=grams,
-        options=json.loads(DSF_OPTIONS.value) if method == "dsf" else None, callback=report,
-    )  # fmt: skip
+        model,
+        batches[:1],
+        method=method,
+        density=density,
+        calibration="one-pass",
+        grams=grams,
+        options=json.loads(DSF_OPTIONS.value) if method == "dsf" else None,
+        callback=report,
+    )
     pruned_at = time.perf_counter()
     packed, packing = export.pack(pruned.model, Rule(".*", encoding=encoding))
     packed_at = time.perf_counter()

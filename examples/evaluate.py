@@ -10,15 +10,13 @@ that each token is predicted once and, past the first window, from at least leng
 import math
 import pathlib
 
-from absl import app
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
 
 from examples import stdlib_text
-from examples.llama import checkpoint
-from examples.llama import evaluation
+from examples.llama import checkpoint, evaluation
 from examples.llama import tokenizer as tokenizers
 from examples.records import write_json
 
@@ -85,10 +83,14 @@ def evaluate(directory, kind, model, text):
     # Bytes per token of the whole text, should only some of its windows have been read.
     size = len(text.encode()) / (len(tokens) - 1)
     result = {
-        "checkpoint": directory, "kind": kind, "perplexity": math.exp(nats / count),
-        "bits_per_byte": nats / count / math.log(2) / size, "tokens": count,
-        "length": length, "stride": stride,
-    }  # fmt: skip
+        "checkpoint": directory,
+        "kind": kind,
+        "perplexity": math.exp(nats / count),
+        "bits_per_byte": nats / count / math.log(2) / size,
+        "tokens": count,
+        "length": length,
+        "stride": stride,
+    }
     print(
         f"{directory}, {kind}: perplexity {result['perplexity']:.4f} per token, "
         f"{result['bits_per_byte']:.4f} bits per byte, {count} tokens, windows of {length} with "

@@ -9,13 +9,12 @@ mask is applied anywhere: a weight that was pruned away has no entry and cannot 
 
 import time
 
-from absl import app
-from absl import flags
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import app, flags
+from flax import nnx
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -39,10 +38,9 @@ class Classifier(nnx.Module):
     """A perceptron with two hidden layers."""
 
     def __init__(self, inputs: int, hidden: int, classes: int, rngs: nnx.Rngs):
-        self.hidden = nnx.List([
-            nnx.Linear(inputs, hidden, rngs=rngs),
-            nnx.Linear(hidden, hidden, rngs=rngs),
-        ])
+        self.hidden = nnx.List(
+            [nnx.Linear(inputs, hidden, rngs=rngs), nnx.Linear(hidden, hidden, rngs=rngs)]
+        )
         self.head = nnx.Linear(hidden, classes, rngs=rngs)
 
     def __call__(self, x):
@@ -71,20 +69,27 @@ def evaluate(model, images, labels):
 
 def train(model, images, labels, name):
     optimizer = nnx.Optimizer(
-        model, optax.adamw(RATE.value, weight_decay=DECAY.value), wrt=nnx.Param)
+        model, optax.adamw(RATE.value, weight_decay=DECAY.value), wrt=nnx.Param
+    )
     rng = np.random.default_rng(SEED.value)
     begin = time.perf_counter()
     for epoch in range(1, EPOCHS.value + 1):
         order = rng.permutation(len(images))
         losses = [
-            train_step(model, optimizer, images[order[i : i + BATCH.value]],
-                       labels[order[i : i + BATCH.value]])
+            train_step(
+                model,
+                optimizer,
+                images[order[i : i + BATCH.value]],
+                labels[order[i : i + BATCH.value]],
+            )
             for i in range(0, len(order) - BATCH.value + 1, BATCH.value)
-        ]  # fmt: skip
+        ]
         if epoch % 10 == 0 or epoch == EPOCHS.value:
             seconds = time.perf_counter() - begin
-            print(f"{name}: epoch {epoch} of {EPOCHS.value}, "
-                  f"training loss {np.mean(jax.device_get(losses)):.4f}, {seconds:.1f} s")
+            print(
+                f"{name}: epoch {epoch} of {EPOCHS.value}, "
+                f"training loss {np.mean(jax.device_get(losses)):.4f}, {seconds:.1f} s"
+            )
 
 
 def prune(model):
@@ -103,7 +108,8 @@ def main(argv):
     digits = load_digits()
     images = (digits.data / 16).astype(np.float32)
     train_images, test_images, train_labels, test_labels = train_test_split(
-        images, digits.target, test_size=0.25, random_state=SEED.value, stratify=digits.target)
+        images, digits.target, test_size=0.25, random_state=SEED.value, stratify=digits.target
+    )
 
     def report(name, model):
         loss, accuracy = evaluate(model, test_images, test_labels)

@@ -11,11 +11,10 @@ printed when all are done.
 import pathlib
 import time
 
-from absl import app
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
 
 from examples.llama import checkpoint
 from examples.llama import model as llama
@@ -36,9 +35,11 @@ TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens of this p
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 CHUNK = flags.DEFINE_integer("chunk", 32, "Tokens between two visits to the host.", lower_bound=1)
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"],
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
     "What to compute in; by default what the weights are stored in, on a CPU float32.",
-)  # fmt: skip
+)
 
 
 def until_stop(tokens, stop_tokens):

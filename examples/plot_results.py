@@ -4,6 +4,7 @@
 
 Several records, of one device, are given one after the other, between commas.
 """
+
 import collections
 import json
 import pathlib
@@ -31,14 +32,20 @@ def main(_):
         if r["implementation"] == IMPLEMENTATION.value and r["batch"] == 1 and "speedup" in r:
             lines[r["rows"], r["cols"], r["dtype"]].append((r["density"], r["speedup"]))
     if not lines:
-        raise SystemExit(f"{', '.join(RECORDS.value)}: no speed-up of {IMPLEMENTATION.value!r} "
-                         "at batch 1; run benchmark_spmv with --implementations=macko,dense")
+        raise SystemExit(
+            f"{', '.join(RECORDS.value)}: no speed-up of {IMPLEMENTATION.value!r} "
+            "at batch 1; run benchmark_spmv with --implementations=macko,dense"
+        )
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for (rows, cols, dtype), points in sorted(lines.items()):
         axes.plot(*zip(*sorted(points)), marker="o", label=f"{rows} x {cols}, {dtype}")
     axes.axhline(1, color="grey", linewidth=1)
-    axes.set(xlabel="density", ylabel="speed-up over the faster dense product", ylim=(0, None),
-             title=f"MACKO SpMV, {records[0]['device']}, jax {records[0]['versions']['jax']}")
+    axes.set(
+        xlabel="density",
+        ylabel="speed-up over the faster dense product",
+        ylim=(0, None),
+        title=f"MACKO SpMV, {records[0]['device']}, jax {records[0]['versions']['jax']}",
+    )
     axes.legend(fontsize="small")
     with replacing(OUT.value) as temporary:
         figure.savefig(temporary, dpi=150, format=pathlib.Path(OUT.value).suffix[1:])

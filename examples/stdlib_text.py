@@ -12,9 +12,8 @@ document for the model.
 import pathlib
 import sysconfig
 
-from absl import app
-from absl import flags
 import numpy as np
+from absl import app, flags
 
 from examples.records import replacing
 

@@ -10,18 +10,16 @@ fine-tuning, and the bytes of the packed convolutions. Takes some minutes on two
 
 import time
 
-from absl import app
-from absl import flags
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import app, flags
+from flax import nnx
 from sklearn.datasets import load_digits
 
 import dsf_jax
 from dsf_jax import export
-
 from examples.records import write_json
 
 flags.DEFINE_list("densities", ["0.2", "0.1"], "kept non-zeros over size, per layer")
@@ -63,11 +61,13 @@ class ResNet(nnx.Module):
     def __init__(self, width, rngs):
         self.stem = nnx.Conv(1, width, (3, 3), use_bias=False, rngs=rngs)
         self.norm = batch_norm(width, rngs)
-        self.blocks = nnx.List([
-            ResidualBlock(width, width, 1, rngs),
-            ResidualBlock(width, 2 * width, 2, rngs),
-            ResidualBlock(2 * width, 4 * width, 2, rngs),
-        ])
+        self.blocks = nnx.List(
+            [
+                ResidualBlock(width, width, 1, rngs),
+                ResidualBlock(width, 2 * width, 2, rngs),
+                ResidualBlock(2 * width, 4 * width, 2, rngs),
+            ]
+        )
         self.head = nnx.Linear(4 * width, 10, rngs=rngs)
 
     def __call__(self, x):
@@ -161,23 +161,33 @@ def main(_):
             before = evaluate(new, held_out)
             rate = schedule(1e-3, FLAGS.finetune_epochs, count, FLAGS.batch)
             train(
-                new, training, dsf_jax.keep_sparsity(optax.adam(rate)), FLAGS.finetune_epochs,
-                FLAGS.batch, FLAGS.seed + 1,
+                new,
+                training,
+                dsf_jax.keep_sparsity(optax.adam(rate)),
+                FLAGS.finetune_epochs,
+                FLAGS.batch,
+                FLAGS.seed + 1,
             )
             after = evaluate(new, held_out)
             packed, packing = export.pack(new)
             packed.eval()
-            agreement = float(jnp.abs(
-                logits_of(packed, held_out[0]) - logits_of(new, held_out[0])
-            ).max())
-            rows.append({
-                "density": density, "method": method, "nonzeros": report.nonzeros,
-                "mean_relative_error": float(np.mean([layer.error for layer in report.layers])),
-                "before": before, "after": after,
-                "dense_bytes": sum(p.bytes_before for p in packing.packed),
-                "packed_bytes": sum(p.bytes_after for p in packing.packed),
-                "packed_logits_differ_by": agreement, "compression_seconds": round(seconds, 1),
-            })
+            agreement = float(
+                jnp.abs(logits_of(packed, held_out[0]) - logits_of(new, held_out[0])).max()
+            )
+            rows.append(
+                {
+                    "density": density,
+                    "method": method,
+                    "nonzeros": report.nonzeros,
+                    "mean_relative_error": float(np.mean([layer.error for layer in report.layers])),
+                    "before": before,
+                    "after": after,
+                    "dense_bytes": sum(p.bytes_before for p in packing.packed),
+                    "packed_bytes": sum(p.bytes_after for p in packing.packed),
+                    "packed_logits_differ_by": agreement,
+                    "compression_seconds": round(seconds, 1),
+                }
+            )
             print(format_row(rows[-1]), flush=True)
 
             write_record(dense, size, rows)  # after each row: a run that is cut short leaves some
@@ -189,7 +199,8 @@ def main(_):
 def write_record(dense, size, rows):
     settings = ("densities", "methods", "epochs", "finetune_epochs", "width", "batch", "seed")
     record = {
-        "dense": dense, "parameters": size,
+        "dense": dense,
+        "parameters": size,
         "settings": {name: FLAGS[name].value for name in settings},
         "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
         "rows": rows,

@@ -14,19 +14,17 @@ import pathlib
 import platform
 import time
 
-from absl import app
-from absl import flags
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import app, flags
+from flax import nnx
 
-from examples.llama import checkpoint
-from examples.llama import evaluation
+from examples.llama import checkpoint, evaluation
 from examples.llama import model as llama
-from examples.stdlib_text import HELD_OUT
 from examples.records import write_json
+from examples.stdlib_text import HELD_OUT
 
 CORPUS = flags.DEFINE_string("corpus", ".corpus/stdlib.npz", "Written by examples.stdlib_text.")
 OUT = flags.DEFINE_string("out", "runs/lm", "Directory for the checkpoint and the record.")
@@ -86,9 +84,12 @@ def initial_model(config, seed):
     rngs = nnx.Rngs(seed)
     model = llama.Llama(config, dtype=jnp.bfloat16, rngs=rngs)
     model.embed = ProductEmbed(
-        config.vocab_size, config.hidden_size, dtype=jnp.bfloat16,
-        embedding_init=nnx.initializers.normal(0.02), rngs=rngs,
-    )  # fmt: skip
+        config.vocab_size,
+        config.hidden_size,
+        dtype=jnp.bfloat16,
+        embedding_init=nnx.initializers.normal(0.02),
+        rngs=rngs,
+    )
     for block in model.layers:
         for linear in (block.attention.out, block.mlp.down):
             linear.kernel.set_value(linear.kernel[...] / (2 * config.num_hidden_layers) ** 0.5)
@@ -196,7 +197,9 @@ def train(graph, params, corpus, held_out):
         per_step = (stamps[-1] - stamps[1]) / max(done - CHUNK.value, 1)
         left = "" if total == 2**30 else f", {(total - done) * per_step:.0f} s left"
         of = "" if total == 2**30 else f" of {total}"
-        print(f"step {done}{of}: {curve[-1][1]:.4f} bits per byte, {elapsed:.0f} s{left}", flush=True)
+        print(
+            f"step {done}{of}: {curve[-1][1]:.4f} bits per byte, {elapsed:.0f} s{left}", flush=True
+        )
         if done % (10 * CHUNK.value) == 0:
             bits = evaluation.bits_per_token(
                 nnx.merge(graph, params), held_out, batch=32, limit=64, **windowing()

@@ -1,4 +1,5 @@
 """MACKO: a sparse matrix format and its matrix-vector product, for JAX (arXiv 2511.13061)."""
+
 import importlib
 
 import jax
@@ -15,8 +16,21 @@ from macko_jax.interop import from_macko_spmv, to_macko_spmv  # noqa: E402
 from macko_jax.rules import Rule  # noqa: E402
 
 __all__ = [
-    "MackoMatrix", "Rule", "Step", "compress", "decompress", "flax_linen", "flax_nnx",
-    "from_macko_spmv", "fused_chain", "fused_spmv", "load", "save", "spmv", "to_macko_spmv", "validate",
+    "MackoMatrix",
+    "Rule",
+    "Step",
+    "compress",
+    "decompress",
+    "flax_linen",
+    "flax_nnx",
+    "from_macko_spmv",
+    "fused_chain",
+    "fused_spmv",
+    "load",
+    "save",
+    "spmv",
+    "to_macko_spmv",
+    "validate",
 ]
 
 

@@ -1,4 +1,5 @@
 """`spmv`, the matrix-vector product: validation, dtype promotion, leading axes."""
+
 import jax
 import jax.numpy as jnp
 
@@ -35,21 +36,25 @@ def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Ar
     if not isinstance(matrix, MackoMatrix):
         raise TypeError(
             f"spmv takes a MackoMatrix, got {type(matrix).__name__}; pack with "
-            "macko_jax.compress(weight)")
+            "macko_jax.compress(weight)"
+        )
     dispatch.check_name(implementation)
     x = jnp.asarray(x)
     rows, cols = matrix.shape
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(
-            f"spmv takes a real x, got {x.dtype}; multiply x.real and x.imag one by one")
+            f"spmv takes a real x, got {x.dtype}; multiply x.real and x.imag one by one"
+        )
     if x.ndim == 0 or x.shape[-1] != cols:
         raise ValueError(
             f"spmv of a [{rows}, {cols}] matrix takes x of shape [..., {cols}], got "
-            f"{list(x.shape)}; for x [..., {cols}, n] use matrix @ x")
+            f"{list(x.shape)}; for x [..., {cols}, n] use matrix @ x"
+        )
     if matrix.values.ndim != 1:
         raise ValueError(
             f"this MackoMatrix is a stack, its values have shape {list(matrix.values.shape)}; use "
-            "jax.vmap(macko_jax.spmv) or jax.lax.scan over it")
+            "jax.vmap(macko_jax.spmv) or jax.lax.scan over it"
+        )
     if matrix.scales is not None and implementation is None:
         return fused_spmv(matrix, x)  # for one vector, its kernel multiplies by the scales
     return primitive.multiply(matrix, x, implementation)
@@ -64,7 +69,8 @@ def _matmul(matrix: MackoMatrix, x) -> jax.Array:
         raise ValueError(
             f"a [{matrix.shape[0]}, {matrix.shape[1]}] matrix @ x takes x of shape "
             f"[{matrix.shape[1]}] or [..., {matrix.shape[1]}, n], got {list(x.shape)}; for vectors "
-            "along the last axis use macko_jax.spmv(matrix, x)")
+            "along the last axis use macko_jax.spmv(matrix, x)"
+        )
     return jnp.swapaxes(spmv(matrix, jnp.swapaxes(x, -1, -2)), -1, -2)
 
 

@@ -9,6 +9,7 @@ order of lanes.
 A word of x for every column of 32 lanes then lies in 32 banks of shared memory: a gather takes one
 turn, where lanes of contiguous columns ("delta4") take 3.6.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,5 @@
 """Timing of products: distinct matrices from memory, not from a cache, and results checked first."""
+
 import dataclasses
 import datetime
 import functools
@@ -20,6 +21,7 @@ ROTATION = {"gpu": (600e6, 128), "cpu": (150e6, 24)}
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Seconds of one product: percentiles over repeats of a pass over all matrices."""
+
     p10: float
     median: float
     p90: float
@@ -55,6 +57,7 @@ def time_products(product, matrices: list, *operands, repeats: int = 10) -> Timi
 
 def _on_gpu(function, operands, repeats) -> list[float]:
     from jax.experimental.mosaic.gpu import profiler
+
     milliseconds = profiler.measure(function, iterations=max(repeats, 2))(*operands)[1]
     return [1e-3 * t for t in milliseconds]
 
@@ -79,8 +82,10 @@ def random_sparse(rows: int, cols: int, density: float, dtype, seed: int = 0) ->
 def relative_error(y, dense, x) -> float:
     """||y - x A^T|| / ||x A^T||, the exact product in float64 on the host."""
     exact = np.asarray(x, np.float64) @ np.asarray(dense, np.float64).T
-    return float(np.linalg.norm(np.asarray(y, np.float64) - exact)
-                 / max(np.linalg.norm(exact), np.finfo(np.float64).tiny))
+    return float(
+        np.linalg.norm(np.asarray(y, np.float64) - exact)
+        / max(np.linalg.norm(exact), np.finfo(np.float64).tiny)
+    )
 
 
 def environment() -> dict:
@@ -100,8 +105,11 @@ def environment() -> dict:
 
 
 def _clocks() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,driver_version",
-             "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,driver_version",
+        "--format=csv,noheader",
+    ]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -37,11 +37,28 @@ VERSION = "1"
 MATRIX_ARRAYS = ("values", "codes", "row_offsets", "starts", "scales")
 
 NATIVE_DTYPES = (
-    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
-    "float16", "bfloat16", "float32", "float64", "complex64",
-)  # fmt: skip
-BYTE_DTYPES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e4m3fnuz",
-               "float8_e5m2fnuz")  # fmt: skip
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "complex64",
+)
+BYTE_DTYPES = (
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3b11fnuz",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+)
 
 
 def save(path: str | os.PathLike, tree: Any) -> None:
@@ -185,7 +202,8 @@ def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
         return {
             "matrix": {
                 name: _encode_array(np.asarray(getattr(node, name)), f"{place}.{name}", tensors)
-                for name in MATRIX_ARRAYS if getattr(node, name) is not None
+                for name in MATRIX_ARRAYS
+                if getattr(node, name) is not None
             },
             "shape": list(node.shape),
             "encoding": node.encoding,
@@ -199,15 +217,21 @@ def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
                 raise TypeError(
                     f"The dict at {place!r} has the key {key!r}; keys are strings or integers"
                 )
-        return {"dict": [[key, _encode(child, (*path, key), tensors)]
-                         for key, child in node.items()]}
+        return {
+            "dict": [[key, _encode(child, (*path, key), tensors)] for key, child in node.items()]
+        }
     if type(node) in (list, tuple):
-        return {type(node).__name__: [_encode(child, (*path, index), tensors)
-                                      for index, child in enumerate(node)]}
+        return {
+            type(node).__name__: [
+                _encode(child, (*path, index), tensors) for index, child in enumerate(node)
+            ]
+        }
     if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
         data = np.asarray(jax.random.key_data(node))
-        return {"key": _encode_array(data, place, tensors),
-                "implementation": str(jax.random.key_impl(node))}
+        return {
+            "key": _encode_array(data, place, tensors),
+            "implementation": str(jax.random.key_impl(node)),
+        }
     if isinstance(node, jax.Array | np.ndarray | np.generic):
         return _encode_array(np.asarray(node), place, tensors)
     raise TypeError(
@@ -238,8 +262,10 @@ def _decode(node: dict, read) -> Any:
     if "matrix" in node:
         host = MackoMatrix(
             **{name: read(array) for name, array in node["matrix"].items()},
-            shape=tuple(node["shape"]), encoding=node["encoding"], lanes=node["lanes"],
-        )  # fmt: skip
+            shape=tuple(node["shape"]),
+            encoding=node["encoding"],
+            lanes=node["lanes"],
+        )
         _validate_stack(host)
         return jax.tree.map(jnp.asarray, host)
     if "scalar" in node:

@@ -10,6 +10,7 @@ banks. Copy 0 is the first of them; copy 1 is the second for even lanes of a war
 odd ones: of pairs of neighbours alone, many would lie side by side. The choices are made for the
 32 / lanes consecutive rows that a warp works on together. They only affect speed.
 """
+
 import numpy as np
 
 from macko_jax.layout import BANKS, WARP
@@ -34,8 +35,10 @@ def reader(ops):
     shifts = [ops.integer(highest) - left for highest in (3, 7)]
 
     def places(even, odd, code):
-        return [columns * WORDS + ((code >> shift) & choices)
-                for columns, shift in zip((even, odd), shifts)]
+        return [
+            columns * WORDS + ((code >> shift) & choices)
+            for columns, shift in zip((even, odd), shifts)
+        ]
 
     return places
 

@@ -1,4 +1,5 @@
 """Which versions of JAX the package is tested with."""
+
 import re
 import warnings
 
@@ -13,4 +14,5 @@ def check_jax(version: str) -> None:
             f"macko_jax is tested with jax {'.'.join(map(str, OLDEST))} to "
             f"{'.'.join(map(str, NEWEST))}.x, found {version}. If something breaks, install "
             f"'jax>={'.'.join(map(str, OLDEST))},<{NEWEST[0]}.{NEWEST[1] + 1}'.",
-            stacklevel=3)
+            stacklevel=3,
+        )

@@ -5,6 +5,7 @@ each element is simple arithmetic, and every fresh large buffer costs page fault
 decoded in blocks of rows that stay in the cache, with the 32 bits of a word on a slow axis, and
 deltas are read as eight arrays, one for each slot of a group.
 """
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -35,21 +36,47 @@ def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, store
         return y.reshape(-1, batch)[:rows].T.astype(out_dtype)
     if encoding in layout.DELTA_BITS and batch <= FEW:
         return _gather_slots(
-            values, x.astype(acc), layout.split_parts(codes, encoding), encoding, row_offsets, rows,
-            lanes).astype(out_dtype)
-    return reference.spmv(values, x, codes, row_offsets, starts, shape=shape, encoding=encoding,
-                          lanes=lanes, stored=stored, out_dtype=out_dtype)
+            values,
+            x.astype(acc),
+            layout.split_parts(codes, encoding),
+            encoding,
+            row_offsets,
+            rows,
+            lanes,
+        ).astype(out_dtype)
+    return reference.spmv(
+        values,
+        x,
+        codes,
+        row_offsets,
+        starts,
+        shape=shape,
+        encoding=encoding,
+        lanes=lanes,
+        stored=stored,
+        out_dtype=out_dtype,
+    )
 
 
 def spmv_transposed(
-        values, y, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype):
+    values, y, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype
+):
     """x = y A, [batch, rows] -> [batch, cols]. Peak temporary memory as `spmv` of a large batch."""
     acc = reference.accumulator(out_dtype)
     batch, (rows, cols) = y.shape[0], shape
     if encoding != "bitmask" or stored == 0 or batch == 0 or 0 in shape:
         return reference.spmv_transposed(
-            values, y, codes, row_offsets, starts, shape=shape, encoding=encoding, lanes=lanes,
-            stored=stored, out_dtype=out_dtype)
+            values,
+            y,
+            codes,
+            row_offsets,
+            starts,
+            shape=shape,
+            encoding=encoding,
+            lanes=lanes,
+            stored=stored,
+            out_dtype=out_dtype,
+        )
     matrix = _blocks(codes, row_offsets, shape)
     blocks, height, width = matrix[0].shape
     vectors = jnp.pad(y.astype(acc), ((0, 0), (0, blocks * height - rows)))
@@ -114,7 +141,8 @@ def _decode(values, words, ranks, begin, count, lanes: int) -> jax.Array:
 
 
 def _gather_slots(
-        values, x, parts: tuple, encoding: str, row_offsets, rows: int, lanes: int) -> jax.Array:
+    values, x, parts: tuple, encoding: str, row_offsets, rows: int, lanes: int
+) -> jax.Array:
     """The product of slots with deltas and few vectors [batch, cols] -> [batch, rows]."""
     groups = parts[0].shape[0]
     row = layout.group_rows(row_offsets, groups)

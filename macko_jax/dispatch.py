@@ -1,4 +1,5 @@
 """Which implementation computes which product, and why another one does not."""
+
 import dataclasses
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ class Problem:
       dtypes: of the two operands, in the product's order.
       out_dtype: of the result.
     """
+
     product: str
     platform: str
     shape: tuple[int, int]
@@ -31,9 +33,16 @@ class Problem:
 def problem_of(product: str, platform: str, matrix, vectors, out_dtype) -> Problem:
     """What the product of a MackoMatrix, without its scales, and vectors [batch, ...] asks for."""
     return Problem(
-        product=product, platform=platform, shape=matrix.shape, encoding=matrix.encoding,
-        lanes=matrix.lanes, stored=matrix.stored, batch=vectors.shape[0],
-        dtypes=(matrix.values.dtype, vectors.dtype), out_dtype=out_dtype)
+        product=product,
+        platform=platform,
+        shape=matrix.shape,
+        encoding=matrix.encoding,
+        lanes=matrix.lanes,
+        stored=matrix.stored,
+        batch=vectors.shape[0],
+        dtypes=(matrix.values.dtype, vectors.dtype),
+        out_dtype=out_dtype,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Implementation:
       why_not: None, or the reason why it cannot serve a problem.
       function: what computes the problem's product; see reference.py for the signatures.
     """
+
     why_not: Callable[[Problem], str | None]
     function: Callable[[Problem], Callable]
 
@@ -57,6 +67,7 @@ def _xla(problem: Problem) -> Callable:
 
 def _kernels():
     from macko_jax.kernels import products  # half a second of imports that only GPUs need
+
     return products
 
 
@@ -69,7 +80,8 @@ def _no_kernel(problem: Problem) -> str | None:
 # In order of preference.
 IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(
-        why_not=_no_kernel, function=lambda problem: _kernels().choose(problem)),
+        why_not=_no_kernel, function=lambda problem: _kernels().choose(problem)
+    ),
     "xla": Implementation(why_not=lambda problem: None, function=_xla),
 }
 
@@ -91,7 +103,8 @@ def choose(problem: Problem, implementation: str | None) -> Callable:
         able = [name for name, i in IMPLEMENTATIONS.items() if i.why_not(problem) is None]
         raise NotImplementedError(
             f"implementation {implementation!r} cannot compute {problem.product} here: {reason}. "
-            f"Use implementation=None or one of {able}.")
+            f"Use implementation=None or one of {able}."
+        )
     return IMPLEMENTATIONS[implementation].function(problem)
 
 
@@ -100,4 +113,5 @@ def check_name(implementation: str | None) -> None:
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {implementation!r}; choose None or one of "
-            f"{sorted(IMPLEMENTATIONS)}")
+            f"{sorted(IMPLEMENTATIONS)}"
+        )

@@ -48,8 +48,11 @@ def substitute(
         ValueError: if a rule matches no layer.
     """
     flat = traverse_util.flatten_dict(nn.meta.unbox(variables))
-    kernels = {path[1:-1]: kernel for path, kernel in flat.items()
-               if path[0] == "params" and path[-1] == "kernel"}
+    kernels = {
+        path[1:-1]: kernel
+        for path, kernel in flat.items()
+        if path[0] == "params" and path[-1] == "kernel"
+    }
     calls = _trace_calls(module, nn.meta.unbox(variables), args, kwargs)
     layers = {
         "/".join(path): (path, calls.get(path, _UNREACHED))
@@ -63,8 +66,10 @@ def substitute(
         stacked = kernel.ndim - len(call.kernel_shape)
         unsupported = call.unsupported
         if not unsupported and kernel.shape[stacked:] != call.kernel_shape:
-            unsupported = (f"its kernel {kernel.shape} does not end in {call.kernel_shape}; only "
-                           "leading axes can be stacked")
+            unsupported = (
+                f"its kernel {kernel.shape} does not end in {call.kernel_shape}; only "
+                "leading axes can be stacked"
+            )
         matrix, report = pack_kernel(
             kernel, call.contracted, stacked, assigned[name], name, call.layer, unsupported
         )
@@ -73,8 +78,9 @@ def substitute(
             packed["params", *path, "kernel"] = matrix
 
     listed = {("params", *path, "kernel") for path, _ in layers.values()}
-    other_bytes = sum(getattr(leaf, "nbytes", 0) for path, leaf in flat.items()
-                      if path not in listed)
+    other_bytes = sum(
+        getattr(leaf, "nbytes", 0) for path, leaf in flat.items() if path not in listed
+    )
     new = {path: packed[path] if path in packed else _copy(leaf) for path, leaf in flat.items()}
     return traverse_util.unflatten_dict(new), Report(tuple(reports), other_bytes)
 
@@ -118,12 +124,15 @@ def partition(tree: Any) -> tuple[Any, Any]:
         which of a packed kernel are its values, or the scales of 8-bit values, and one with the
         other leaves; None stands for the rest.
     """
+
     def is_trained(leaf) -> bool:
         dtype = jnp.result_type(leaf)
         return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
 
-    return (jax.tree.map(lambda leaf: leaf if is_trained(leaf) else None, tree),
-            jax.tree.map(lambda leaf: None if is_trained(leaf) else leaf, tree))
+    return (
+        jax.tree.map(lambda leaf: leaf if is_trained(leaf) else None, tree),
+        jax.tree.map(lambda leaf: None if is_trained(leaf) else leaf, tree),
+    )
 
 
 def combine(trainable: Any, fixed: Any) -> Any:
@@ -136,8 +145,9 @@ def combine(trainable: Any, fixed: Any) -> Any:
     Returns:
         The whole tree.
     """
-    return jax.tree.map(lambda a, b: b if a is None else a, trainable, fixed,
-                        is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, trainable, fixed, is_leaf=lambda leaf: leaf is None
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +176,11 @@ def _trace_calls(module: nn.Module, variables: dict, args: tuple, kwargs: dict) 
 
     # Arrays are traced; flags such as train=False have to stay Python values.
     leaves, structure = jax.tree.flatten((args, kwargs))
-    traced = {index: leaf for index, leaf in enumerate(leaves)
-              if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)}
+    traced = {
+        index: leaf
+        for index, leaf in enumerate(leaves)
+        if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    }
 
     def call(variables, traced):
         merged = [traced.get(index, leaf) for index, leaf in enumerate(leaves)]

@@ -164,8 +164,11 @@ def chain(
     products = [_product(step, x.dtype) for step in steps]
     if None not in products:
         return fused_chain(x, products, blank=blank)
-    return in_turn(x, steps, lambda x, step: step.linear.fused(
-        x, norm=step.norm, gated=step.gated, add=step.add))
+    return in_turn(
+        x,
+        steps,
+        lambda x, step: step.linear.fused(x, norm=step.norm, gated=step.gated, add=step.add),
+    )
 
 
 def _product(step: Step, dtype) -> Step | None:
@@ -218,9 +221,13 @@ def substitute(model: Model, rules: Rules = None) -> tuple[Model, Report]:
                 "packed checkpoint into an abstract model use from_pure_dict"
             )
         matrix, report = pack_kernel(
-            kernel, *_kernel_axes(layer), assigned[path], path, type(layer).__name__,
+            kernel,
+            *_kernel_axes(layer),
+            assigned[path],
+            path,
+            type(layer).__name__,
             unsupported=_why_unsupported(layer),
-        )  # fmt: skip
+        )
         reports.append(report)
         if matrix is None:
             accounted.add(id(kernel))
@@ -286,8 +293,10 @@ def from_pure_dict(abstract_model: Model, tree: dict) -> Model:
         if reason := _why_unsupported(layer):
             problems.append(f"{_join(path)}/kernel: is packed, but {reason}")
         elif found != expected:
-            problems.append(f"{_join(path)}/kernel: the matrix [out, in] has shape {found}, the "
-                            f"model needs {expected}")
+            problems.append(
+                f"{_join(path)}/kernel: the matrix [out, in] has shape {found}, the "
+                f"model needs {expected}"
+            )
         else:
             _become_packed(layer, matrix)
 

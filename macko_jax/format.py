@@ -1,4 +1,5 @@
 """The MACKO matrix on the device: its arrays, their invariants, packing and unpacking."""
+
 import dataclasses
 import functools
 
@@ -17,7 +18,8 @@ QUANTIZED = tuple(quantization.LARGEST)
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "codes", "row_offsets", "starts", "scales"),
-    meta_fields=("shape", "encoding", "lanes"))
+    meta_fields=("shape", "encoding", "lanes"),
+)
 @dataclasses.dataclass(frozen=True)
 class MackoMatrix:
     """A sparse matrix [rows, cols] in a MACKO layout for GPUs; a pytree. Made by `compress`.
@@ -63,6 +65,7 @@ class MackoMatrix:
     References:
       MACKO: Sparse Matrix-Vector Multiplication for Low Sparsity, arXiv 2511.13061.
     """
+
     values: jax.Array
     codes: jax.Array
     row_offsets: jax.Array
@@ -97,7 +100,8 @@ class MackoMatrix:
         if isinstance(array, jax.core.Tracer):
             raise TypeError(
                 "nnz and density of a MackoMatrix depend on the contents of its arrays, which are "
-                "not known while tracing (jit, vmap, grad). Read them outside and close over them")
+                "not known while tracing (jit, vmap, grad). Read them outside and close over them"
+            )
         if self.encoding == "bitmask":
             return int(np.bitwise_count(np.asarray(array)).sum(dtype=np.int64))
         return int(np.count_nonzero(np.asarray(array)))
@@ -110,12 +114,20 @@ class MackoMatrix:
 
     def __repr__(self) -> str:
         kind = getattr(self.values, "dtype", type(self.values).__name__)
-        return (f"MackoMatrix(shape={self.shape}, dtype={kind}, encoding={self.encoding!r}, "
-                f"lanes={self.lanes}, stored={getattr(self.values, 'shape', ('?',))[-1]})")
+        return (
+            f"MackoMatrix(shape={self.shape}, dtype={kind}, encoding={self.encoding!r}, "
+            f"lanes={self.lanes}, stored={getattr(self.values, 'shape', ('?',))[-1]})"
+        )
 
 
-def compress(weight, *, dtype=None, encoding: str | None = None, lanes: int | None = None,
-             capacity: packing.Capacity = None) -> MackoMatrix:
+def compress(
+    weight,
+    *,
+    dtype=None,
+    encoding: str | None = None,
+    lanes: int | None = None,
+    capacity: packing.Capacity = None,
+) -> MackoMatrix:
     """Packs a dense matrix; zeros are dropped.
 
     NumPy arrays are packed on the host, arrays on an accelerator by jitted code there. +0.0 and
@@ -146,21 +158,25 @@ def compress(weight, *, dtype=None, encoding: str | None = None, lanes: int | No
     if isinstance(weight, jax.core.Tracer):
         raise TypeError(
             "compress needs a concrete array: the sizes of the result depend on where the zeros "
-            "are. Call it outside jit, vmap and grad, and pass the MackoMatrix in")
+            "are. Call it outside jit, vmap and grad, and pass the MackoMatrix in"
+        )
     if not isinstance(weight, jax.Array):
         weight = np.asarray(weight)
     if weight.dtype not in DTYPES:
         raise TypeError(
             f"compress takes {_names(DTYPES)} values, got {weight.dtype}; convert first, for "
-            "example with weight.astype('float32')")
+            "example with weight.astype('float32')"
+        )
     if weight.ndim != 2:
         raise ValueError(
             f"compress takes a matrix [rows, cols], got shape {list(weight.shape)}; reshape it, or "
-            "compress a stack one by one with the same capacity")
+            "compress a stack one by one with the same capacity"
+        )
     if weight.shape[1] > packing.MAX_COLS:
         raise ValueError(
             f"compress takes at most {packing.MAX_COLS} columns, got {weight.shape[1]}; split the "
-            "matrix by columns")
+            "matrix by columns"
+        )
     if encoding is not None and encoding not in ENCODINGS:
         raise ValueError(f"encoding must be None or one of {list(ENCODINGS)}, got {encoding!r}")
     if lanes is not None and lanes not in LANES:
@@ -191,8 +207,14 @@ def decompress(matrix: MackoMatrix) -> jax.Array:
     if matrix.row_offsets.ndim > 1:
         return jax.vmap(decompress)(matrix)
     dense = positions.decode_dense(
-        matrix.values, matrix.codes, matrix.row_offsets, matrix.starts,
-        shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes)
+        matrix.values,
+        matrix.codes,
+        matrix.row_offsets,
+        matrix.starts,
+        shape=matrix.shape,
+        encoding=matrix.encoding,
+        lanes=matrix.lanes,
+    )
     return dense if matrix.scales is None else quantization.dequantize(dense, matrix.scales)
 
 
@@ -207,7 +229,8 @@ def validate(matrix: MackoMatrix) -> None:
     """
     rows, cols = _check_metadata(matrix)
     values, codes, offsets, starts = map(
-        np.asarray, (matrix.values, matrix.codes, matrix.row_offsets, matrix.starts))
+        np.asarray, (matrix.values, matrix.codes, matrix.row_offsets, matrix.starts)
+    )
     if values.dtype not in DTYPES + QUANTIZED:
         raise ValueError(f"values must be {_names(DTYPES + QUANTIZED)}, got {values.dtype}")
     _check_scales(matrix.scales, values.dtype, rows)
@@ -223,19 +246,22 @@ def validate(matrix: MackoMatrix) -> None:
     is_banked = matrix.encoding == "banked"
     start_dtype = banked.count_dtype(cols) if is_banked else layout.start_dtype(cols)
     for name, array, shape, dtype in (
-            ("codes", codes, *codes_of),
-            ("row_offsets", offsets, (rows + 1,), np.int32),
-            ("starts", starts, (rows, matrix.lanes), start_dtype)):
+        ("codes", codes, *codes_of),
+        ("row_offsets", offsets, (rows + 1,), np.int32),
+        ("starts", starts, (rows, matrix.lanes), start_dtype),
+    ):
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(
                 f"{name} must be {np.dtype(dtype)} {list(shape)} for a {matrix.encoding} matrix "
                 f"[{rows}, {cols}] of {groups} groups and {matrix.lanes} lanes, got {array.dtype} "
-                f"{list(array.shape)}")
+                f"{list(array.shape)}"
+            )
     count = np.diff(offsets.astype(np.int64))
     if offsets[0] != 0 or (count < 0).any() or offsets[-1] > groups:
         raise ValueError(
             f"row_offsets must rise from 0 to at most {groups} groups; they go from {offsets[0]} "
-            f"to {offsets[-1]}, with {int((count < 0).sum())} decreasing steps")
+            f"to {offsets[-1]}, with {int((count < 0).sum())} decreasing steps"
+        )
 
     if is_banked:
         return _check_banked(values, codes, offsets, starts, count, cols)
@@ -248,30 +274,38 @@ def validate(matrix: MackoMatrix) -> None:
         row = int(wrong.argmax())
         raise ValueError(
             f"starts do not agree with the {'bits' if bitmask else 'deltas'}: row {row} has "
-            f"{starts[row].tolist()}, its elements say {expected[row].tolist()}")
+            f"{starts[row].tolist()}, its elements say {expected[row].tolist()}"
+        )
 
 
 def _check_scales(scales, dtype, rows: int) -> None:
     if (scales is not None) != (dtype in QUANTIZED):
-        raise ValueError(f"values of {_names(QUANTIZED)} have scales, others have none; got values "
-                         f"of {dtype} {'without' if scales is None else 'with'} scales")
+        raise ValueError(
+            f"values of {_names(QUANTIZED)} have scales, others have none; got values "
+            f"of {dtype} {'without' if scales is None else 'with'} scales"
+        )
     if scales is None:
         return
     scales = np.asarray(scales)
     if scales.shape != (rows,) or scales.dtype not in DTYPES:
-        raise ValueError(f"scales must be [{rows}] of {_names(DTYPES)}, got {scales.dtype} "
-                         f"{list(scales.shape)}")
+        raise ValueError(
+            f"scales must be [{rows}] of {_names(DTYPES)}, got {scales.dtype} {list(scales.shape)}"
+        )
     if (wrong := ~np.isfinite(scales.astype(np.float32))).any():
         raise ValueError(f"the scale of row {int(wrong.argmax())} is {scales[wrong.argmax()]}")
 
 
 def _check_metadata(matrix: MackoMatrix) -> tuple[int, int]:
     shape = matrix.shape
-    if (not isinstance(shape, tuple) or len(shape) != 2
-            or not all(isinstance(n, int) and n >= 0 for n in shape)
-            or shape[1] > packing.MAX_COLS):
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) != 2
+        or not all(isinstance(n, int) and n >= 0 for n in shape)
+        or shape[1] > packing.MAX_COLS
+    ):
         raise ValueError(
-            f"shape must be two sizes, with at most {packing.MAX_COLS} columns; got {shape!r}")
+            f"shape must be two sizes, with at most {packing.MAX_COLS} columns; got {shape!r}"
+        )
     if matrix.encoding not in ENCODINGS:
         raise ValueError(f"encoding must be one of {list(ENCODINGS)}, got {matrix.encoding!r}")
     if matrix.lanes not in LANES:
@@ -289,7 +323,8 @@ def _check_bitmask(values, codes, offsets, count, chunk, cols) -> np.ndarray:
     if (wrong := -(-nnz // GROUP) != count).any():
         row = int(wrong.argmax())
         raise ValueError(
-            f"row {row} has {nnz[row]} bits set, but row_offsets give it {count[row]} groups of 8")
+            f"row {row} has {nnz[row]} bits set, but row_offsets give it {count[row]} groups of 8"
+        )
     _check_tail(values, offsets, count, nnz, chunk)
     # A lane starts after the bit before its first element: that word, and the bit within it.
     inside = (chunk > 0) & (chunk < count[:, None])
@@ -313,27 +348,30 @@ def _check_deltas(encoding, values, codes, offsets, count, chunk, cols) -> np.nd
     local = np.arange(row.size) - offsets[row]
     memory = np.empty_like(local)  # index in memory of the groups in column order
     memory[offsets[row] + layout.logical_group(local, count[row], chunk.shape[1])] = np.arange(
-        row.size)
+        row.size
+    )
     parts = tuple(part[memory] for part in layout.split_parts(codes, encoding))
     passed = np.concatenate([[0], np.cumsum(layout.delta_totals(parts, encoding), dtype=np.int64)])
     base = passed[offsets[:-1]]
 
     [last] = np.nonzero(passed[1:] - base[row] > cols)
-    within = np.stack(
-        layout.delta_prefixes(tuple(part[last] for part in parts), encoding), axis=1)
+    within = np.stack(layout.delta_prefixes(tuple(part[last] for part in parts), encoding), axis=1)
     column = (passed[last] - base[row[last]])[:, None] + within
     beyond = column >= cols
     if (wrong := beyond & (values[memory[last]] != 0)).any():
         slot = np.unravel_index(wrong.argmax(), wrong.shape)
         raise ValueError(
-            f"the deltas of row {row[last[slot[0]]]} run to column {column[slot]}; it has {cols}")
+            f"the deltas of row {row[last[slot[0]]]} run to column {column[slot]}; it has {cols}"
+        )
     elements = GROUP * count - np.bincount(
-        row[last], beyond.sum(axis=1), minlength=count.size).astype(np.int64)
+        row[last], beyond.sum(axis=1), minlength=count.size
+    ).astype(np.int64)
     if (wrong := -(-elements // GROUP) != count).any():
         row = int(wrong.argmax())
         raise ValueError(
             f"row {row} has {elements[row]} elements within its {cols} columns, but row_offsets "
-            f"give it {count[row]} groups of 8")
+            f"give it {count[row]} groups of 8"
+        )
     return passed[offsets[:-1, None] + chunk] - base[:, None]
 
 
@@ -344,13 +382,14 @@ def _check_banked(values, codes, offsets, counts, row_groups, cols) -> None:
         row = int(wrong.argmax())
         raise ValueError(
             f"the lanes of row {row} have {counts[row].sum()} groups, but row_offsets give it "
-            f"{row_groups[row]}")
+            f"{row_groups[row]}"
+        )
     if counts.max(initial=0) > (most := banked.most_groups(cols)):
         raise ValueError(f"a lane has {counts.max()} groups of one row; {cols} columns hold {most}")
     order = banked.lane_major(counts)
     words, value = np.empty(order.size, np.uint32), np.empty((order.size, GROUP), values.dtype)
-    words[order] = layout.split_parts(codes, "banked")[0][:order.size]
-    value[order] = values.reshape(-1, GROUP)[:order.size]
+    words[order] = layout.split_parts(codes, "banked")[0][: order.size]
+    value[order] = values.reshape(-1, GROUP)[: order.size]
     delta = layout.deltas(words, banked.BITS).reshape(-1)
     passed = np.concatenate([[0], np.cumsum(delta + np.int64(1))])
     slots = GROUP * counts.reshape(-1)  # of every lane of every row
@@ -363,8 +402,10 @@ def _check_banked(values, codes, offsets, counts, row_groups, cols) -> None:
     if (wrong := beyond & astray).any():
         slot = int(wrong.argmax())
         row, lane = divmod(int(lane[slot]), banked.LANES)
-        raise ValueError(f"the deltas of row {row} run to column "
-                         f"{place[slot] * banked.LANES + lane}; it has {cols}")
+        raise ValueError(
+            f"the deltas of row {row} run to column "
+            f"{place[slot] * banked.LANES + lane}; it has {cols}"
+        )
 
 
 def _check_tail(values, offsets, count, nnz, chunk) -> None:

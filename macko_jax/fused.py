@@ -6,6 +6,7 @@ the start of a kernel of its own; and so does the next product. On CUDA one kern
 with all of that, or a chain of them; everywhere else, and for more than one vector, they are the
 same operations one after the other.
 """
+
 import functools
 import math
 from collections.abc import Sequence
@@ -91,8 +92,9 @@ def fused_spmv(
     return y
 
 
-def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None = None
-                ) -> list[jax.Array]:
+def fused_chain(
+    x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None = None
+) -> list[jax.Array]:
     """Products of which each takes the result of the one before, as `fused_spmv` computes them.
 
     On CUDA, one 16-bit vector takes one kernel for all of them, if every matrix has as many rows as
@@ -124,7 +126,8 @@ def fused_chain(x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None 
     needed = blanks(steps)
     if blank is not None and (blank.shape, blank.dtype) != ((needed,), jnp.uint16):
         raise ValueError(
-            f"blank has {needed} elements of uint16 here, got {list(blank.shape)} {blank.dtype}")
+            f"blank has {needed} elements of uint16 here, got {list(blank.shape)} {blank.dtype}"
+        )
     dtypes = {x.dtype, *(a.dtype for s in steps for a in (s.linear, *_extras(s).values()))}
     if len(steps) > 1 and len(dtypes) == 1 and all(_fits(step, x) for step in steps):
         return _one_vector(x, steps, blank)
@@ -170,20 +173,24 @@ def _check(step, x_shape, earlier_rows):
     if not x_shape or x_shape[-1] != expected:
         raise ValueError(
             f"fused_spmv of a {list(matrix.shape)} matrix takes x of shape [..., {expected}] "
-            f"{'with' if gated else 'without'} a gate, got {list(x_shape)}")
+            f"{'with' if gated else 'without'} a gate, got {list(x_shape)}"
+        )
     if norm is not None and norm[0].shape != (cols,):
         raise ValueError(
             f"the norm's scale of a {list(matrix.shape)} matrix has shape [{cols}], got "
-            f"{list(norm[0].shape)}")
+            f"{list(norm[0].shape)}"
+        )
     if isinstance(add, int):
         if not (0 <= add < len(earlier_rows) and earlier_rows[add] == rows):
             raise ValueError(
                 f"step {len(earlier_rows)} adds the result of step {add} to {rows} rows; the steps "
-                f"before it have {earlier_rows} rows")
+                f"before it have {earlier_rows} rows"
+            )
     elif add is not None and (add.shape or (1,))[-1] not in (1, rows):
         raise ValueError(
             f"what a {list(matrix.shape)} matrix's product is added to, add [..., {rows}], got "
-            f"{list(add.shape)}")
+            f"{list(add.shape)}"
+        )
 
 
 def _fits(step, x) -> bool:
@@ -221,10 +228,14 @@ def _compose(x, step):
 
 def _one_vector(x, steps, blank=None):
     static = tuple(
-        _Static(None if step.norm is None else step.norm[1], step.gated,
-                step.add if isinstance(step.add, int) else None,
-                step.kept or i == len(steps) - 1)
-        for i, step in enumerate(steps))
+        _Static(
+            None if step.norm is None else step.norm[1],
+            step.gated,
+            step.add if isinstance(step.add, int) else None,
+            step.kept or i == len(steps) - 1,
+        )
+        for i, step in enumerate(steps)
+    )
     parts = [(step.linear, _extras(step)) for step in steps]
     results = _product(static, x.reshape(1, -1), parts, [] if blank is None else [blank])
     return [y.reshape(*x.shape[:-1], y.shape[1]) for y in results]
@@ -256,21 +267,35 @@ def _step(known: _Static, part) -> Step:
 
 def _kernel(static, x, parts, blank):
     """The same in one kernel, or None where it does not serve."""
-    from macko_jax.kernels import chain, products, spmv as kernel, vectors  # only GPUs need them
+    from macko_jax.kernels import chain, products, vectors  # only GPUs need them
+    from macko_jax.kernels import spmv as kernel
+
     out_dtype = _out_dtype(x, parts)
     problems = [dispatch.problem_of("spmv", "cuda", matrix, x, out_dtype) for matrix, _ in parts]
     around = [
-        (kernel.Fusion(known.eps, known.gated, known.added is not None or "add" in extras,
-                       matrix.scales is not None), known.added, known.kept)
-        for known, (matrix, extras) in zip(static, parts)]
+        (
+            kernel.Fusion(
+                known.eps,
+                known.gated,
+                known.added is not None or "add" in extras,
+                matrix.scales is not None,
+            ),
+            known.added,
+            known.kept,
+        )
+        for known, (matrix, extras) in zip(static, parts)
+    ]
     plan = products.plan_fused(problems, around)
     if plan is None:
         return None
     operands = [
-        ([m.values, m.codes, m.row_offsets, m.starts],
-         [extras[name] for name in ("scale", "add") if name in extras]
-         + [m.scales] * (m.scales is not None))
-        for m, extras in parts]
+        (
+            [m.values, m.codes, m.row_offsets, m.starts],
+            [extras[name] for name in ("scale", "add") if name in extras]
+            + [m.scales] * (m.scales is not None),
+        )
+        for m, extras in parts
+    ]
     if len(parts) == 1:
         [(arrays, extras)] = operands
         return [kernel.run(plan, out_dtype, *arrays, x, *extras)]
@@ -307,15 +332,19 @@ def _transpose(cotangents, *operands, static, tree):
         return _separate(static, *jax.tree.unflatten(tree, filled))
 
     terms = jax.linear_transpose(of, *(operands[i].aval for i in linear))(
-        [ad.instantiate_zeros(c) for c in cotangents])
+        [ad.instantiate_zeros(c) for c in cotangents]
+    )
     known = dict(zip(linear, terms))
     return [known.get(i) for i in range(len(operands))]
 
 
 def _abstract(*operands, static, tree):
     x, parts, _ = jax.tree.unflatten(tree, operands)
-    return [x.update(shape=(1, matrix.shape[0]), dtype=_out_dtype(x, parts), weak_type=False)
-            for known, (matrix, _) in zip(static, parts) if known.kept]
+    return [
+        x.update(shape=(1, matrix.shape[0]), dtype=_out_dtype(x, parts), weak_type=False)
+        for known, (matrix, _) in zip(static, parts)
+        if known.kept
+    ]
 
 
 _fused_p = Primitive("macko_fused_spmv")
@@ -327,4 +356,5 @@ ad.primitive_transposes[_fused_p] = _transpose
 for _platform in None, "cuda":
     _function = functools.partial(_lower, on_cuda=_platform == "cuda")
     mlir.register_lowering(
-        _fused_p, mlir.lower_fun(_function, multiple_results=True), platform=_platform)
+        _fused_p, mlir.lower_fun(_function, multiple_results=True), platform=_platform
+    )

@@ -5,6 +5,7 @@ skipped since the row's previous stored element. A gap of 16 zeros and more stor
 with delta 15 in every 16th place. Two deltas share a byte, the earlier in the low nibble; values and
 deltas are filled up to a multiple of eight elements at the end of the matrix.
 """
+
 import numpy as np
 
 from macko_jax import packing_numpy
@@ -63,8 +64,7 @@ def from_macko_spmv(values, deltas, row_indices, rows: int, cols: int, **options
     """
     values, deltas, row_indices = map(np.asarray, (values, deltas, row_indices))
     if values.dtype not in DTYPES:
-        raise TypeError(
-            f"values must be {', '.join(d.name for d in DTYPES)}, got {values.dtype}")
+        raise TypeError(f"values must be {', '.join(d.name for d in DTYPES)}, got {values.dtype}")
     if deltas.dtype != np.uint8:
         raise TypeError(f"deltas must be uint8, two 4-bit deltas a byte, got {deltas.dtype}")
     if row_indices.dtype.kind not in "iu":
@@ -74,19 +74,21 @@ def from_macko_spmv(values, deltas, row_indices, rows: int, cols: int, **options
     if values.ndim != 1 or deltas.shape != (-(-values.size // 2),):
         raise ValueError(
             "values and deltas must be [n] and [n / 2] (two deltas a byte), got shapes "
-            f"{list(values.shape)} and {list(deltas.shape)}")
+            f"{list(values.shape)} and {list(deltas.shape)}"
+        )
     if row_indices.shape != (rows + 1,):
         raise ValueError(
-            f"row_indices must be [rows + 1] = [{rows + 1}], got shape {list(row_indices.shape)}")
+            f"row_indices must be [rows + 1] = [{rows + 1}], got shape {list(row_indices.shape)}"
+        )
     row_indices = row_indices.astype(np.int64)
     count, stored = np.diff(row_indices), int(row_indices[-1])
     if row_indices[0] != 0 or (count < 0).any() or stored > values.size:
         raise ValueError(
             f"row_indices must rise from 0 to at most {values.size}, the number of values; they go "
-            f"from {row_indices[0]} to {stored}, with {int((count < 0).sum())} decreasing steps")
+            f"from {row_indices[0]} to {stored}, with {int((count < 0).sum())} decreasing steps"
+        )
     if values[stored:].any():
-        raise ValueError(
-            f"there are non-zero values after element {stored}, where row_indices end")
+        raise ValueError(f"there are non-zero values after element {stored}, where row_indices end")
 
     delta = np.stack([deltas & MAX_DELTA, deltas >> BITS], axis=1).reshape(-1)[:stored]
     passed = np.concatenate([[0], np.cumsum(delta + np.int64(1))])
@@ -96,7 +98,8 @@ def from_macko_spmv(values, deltas, row_indices, rows: int, cols: int, **options
         element = int(wrong.argmax())
         raise ValueError(
             f"the deltas of row {row[element]} run to column {column[element]}, past the last of "
-            f"{cols} columns")
+            f"{cols} columns"
+        )
     dense = np.zeros((rows, cols), values.dtype)
     dense[row, column] = values[:stored]
     return compress(dense, **options)

@@ -5,6 +5,7 @@ one element of `values`; eight slots make a *group*; every row begins on a group
 *Logical* order is column order within the row. *Memory* order cuts a row's groups into `lanes`
 contiguous chunks and interleaves them, so that neighbouring GPU lanes read neighbouring groups.
 """
+
 import functools
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class Plane(NamedTuple):
       part: which of the code's parts (see `code_parts`) a unit belongs to.
       shift: the place of its lowest bit in that part.
     """
+
     size: int
     before: int = 0
     part: int = 0
@@ -38,8 +40,13 @@ class Plane(NamedTuple):
 
 TWO_AND_ONE = Plane(2), Plane(1, before=2, shift=16)  # of 24 bits
 ONE_WORD = (Plane(4),)
-PLANES = {"delta4": ONE_WORD, "choice": ONE_WORD, "delta3": TWO_AND_ONE, "banked": TWO_AND_ONE,
-          "delta5": (Plane(4), Plane(1, before=4, part=1))}
+PLANES = {
+    "delta4": ONE_WORD,
+    "choice": ONE_WORD,
+    "delta3": TWO_AND_ONE,
+    "banked": TWO_AND_ONE,
+    "delta5": (Plane(4), Plane(1, before=4, part=1)),
+}
 
 
 def words_per_row(cols: int) -> int:
@@ -218,9 +225,15 @@ def split_parts(codes, encoding: str) -> tuple:
     if PLANES[encoding] == ONE_WORD:
         return (codes,)
     groups = codes.shape[0] // code_bytes(encoding)
-    return join_units([
-        _from_bytes(codes[plane.before * groups:(plane.before + plane.size) * groups], plane.size)
-        for plane in PLANES[encoding]], encoding)
+    return join_units(
+        [
+            _from_bytes(
+                codes[plane.before * groups : (plane.before + plane.size) * groups], plane.size
+            )
+            for plane in PLANES[encoding]
+        ],
+        encoding,
+    )
 
 
 def join_units(units: list, encoding: str) -> tuple:
@@ -240,6 +253,7 @@ def code_bytes(encoding: str) -> int:
 # Words whose bytes hold the deltas of elements 0, 2, 4, 6 and 1, 3, 5, 7, from the parts of a code;
 # for arrays, and for registers of a kernel.
 
+
 def spread_3_bits(code):
     spread = (code & 0xFFF) | ((code << 4) & 0x0FFF0000)
     spread = (spread & 0x003F003F) | ((spread << 2) & 0x3F003F00)
@@ -257,12 +271,19 @@ def spread_3_of_4_bits(code):
 def spread_5_bits(nibbles, highest):
     low, high = spread_4_bits(nibbles)
     # Times this constant, bit i of four stands at 8 i + 4 among others, and no two at one place.
-    return (low | (((highest & 0xF) * 0x02040810) & 0x10101010),
-            high | (((highest >> 4) * 0x02040810) & 0x10101010))
+    return (
+        low | (((highest & 0xF) * 0x02040810) & 0x10101010),
+        high | (((highest >> 4) * 0x02040810) & 0x10101010),
+    )
 
 
-SPREAD = {"delta4": spread_4_bits, "delta3": spread_3_bits, "delta5": spread_5_bits,
-          "banked": spread_3_bits, "choice": spread_3_of_4_bits}
+SPREAD = {
+    "delta4": spread_4_bits,
+    "delta3": spread_3_bits,
+    "delta5": spread_5_bits,
+    "banked": spread_3_bits,
+    "choice": spread_3_of_4_bits,
+}
 
 
 def prefix_bytes(parts: tuple, encoding: str):

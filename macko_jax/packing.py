@@ -1,4 +1,5 @@
 """How a matrix is packed: which encoding, how many lanes, and where the work is done."""
+
 import functools
 from collections.abc import Callable
 
@@ -77,8 +78,13 @@ def shared_capacity(groups: int) -> int:
     return -(-groups // step) * step
 
 
-def pack(weight, encoding: str | None, lanes: int | None, capacity: Capacity,
-         on_device: bool | None = None):
+def pack(
+    weight,
+    encoding: str | None,
+    lanes: int | None,
+    capacity: Capacity,
+    on_device: bool | None = None,
+):
     """Packs `weight` [rows, cols]: NumPy arrays on the host, JAX arrays where they lie.
 
     `on_device` asks for the way of the one or the other; None is that of where the weight lies.
@@ -123,11 +129,13 @@ def _check_capacity(groups: int, capacity: Capacity, encoding: str) -> int:
     if capacity < groups:
         raise ValueError(
             f"capacity={capacity} groups of 8 is too small: this matrix takes {groups} in the "
-            f"encoding {encoding!r}; pass at least that")
+            f"encoding {encoding!r}; pass at least that"
+        )
     if capacity > most:
         raise ValueError(
             f"the matrix would store {layout.GROUP * capacity} elements; at most {MAX_STORED} fit "
-            "32-bit offsets. Split it by rows")
+            "32-bit offsets. Split it by rows"
+        )
     return capacity
 
 

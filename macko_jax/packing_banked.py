@@ -1,14 +1,23 @@
 """Packing in the encoding "banked": on the host with NumPy, on a device place by place."""
+
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 import numpy as np
+from jax import lax
 
 from macko_jax import layout, packing_numpy
 from macko_jax.banked import (
-    BITS, LANES, MAX_DELTA, count_dtype, lane_major, most_groups, places, step_positions)
+    BITS,
+    LANES,
+    MAX_DELTA,
+    count_dtype,
+    lane_major,
+    most_groups,
+    places,
+    step_positions,
+)
 from macko_jax.layout import GROUP, join_deltas, join_parts
 
 
@@ -35,14 +44,18 @@ class Elements:
         offsets = np.concatenate([[0], np.cumsum(self.counts.sum(axis=1))])
         begin = np.cumsum(self.counts) - self.counts.reshape(-1)
         values, delta = packing_numpy.fill_deltas(
-            self.weight, self.elements, GROUP * begin, GROUP * capacity, BITS)
+            self.weight, self.elements, GROUP * begin, GROUP * capacity, BITS
+        )
         words = packing_numpy.join_deltas(delta.reshape(-1, GROUP), BITS)
 
         order = np.arange(capacity)
-        order[:offsets[-1]] = lane_major(self.counts)
-        return (values.reshape(-1, GROUP)[order].reshape(-1),
-                join_parts((words[order],), "banked"),
-                offsets.astype(np.int32), self.counts.astype(count_dtype(cols)))
+        order[: offsets[-1]] = lane_major(self.counts)
+        return (
+            values.reshape(-1, GROUP)[order].reshape(-1),
+            join_parts((words[order],), "banked"),
+            offsets.astype(np.int32),
+            self.counts.astype(count_dtype(cols)),
+        )
 
 
 @jax.jit

@@ -3,6 +3,7 @@
 Everything but the values is worked out on the bitmask, 32 columns a word, so that prefix sums run
 over a thirty-second of the matrix.
 """
+
 import functools
 
 import jax
@@ -18,7 +19,9 @@ def find(weight: jax.Array) -> jax.Array:
     """Words [rows, width] uint32: bit b of word w is set where column 32 w + b is not zero."""
     rows, cols = weight.shape
     width = layout.words_per_row(cols)
-    mask = jnp.pad(~layout.is_zero(weight), ((0, 0), (0, WORD * width - cols))).reshape(rows, width, WORD)
+    mask = jnp.pad(~layout.is_zero(weight), ((0, 0), (0, WORD * width - cols))).reshape(
+        rows, width, WORD
+    )
     bit = jnp.arange(WORD, dtype=jnp.uint32)
     return jnp.sum(jnp.where(mask, jnp.uint32(1) << bit, 0), axis=-1, dtype=jnp.uint32)
 
@@ -42,11 +45,13 @@ def fill(weight: jax.Array, elements: jax.Array, encoding: str, lanes: int, capa
     step = 1 << max(0, capacity.bit_length() - 5)
     groups = max(1, -(-capacity // step)) * step  # at least one: gathers need a source
     values, codes, offsets, starts = _fill(
-        weight, elements, encoding=encoding, lanes=lanes, groups=groups)
+        weight, elements, encoding=encoding, lanes=lanes, groups=groups
+    )
     if encoding != "bitmask":
         codes = layout.join_planes(
-            tuple(plane[:plane.size // groups * capacity] for plane in codes))
-    return values[:GROUP * capacity], codes, offsets, starts
+            tuple(plane[: plane.size // groups * capacity] for plane in codes)
+        )
+    return values[: GROUP * capacity], codes, offsets, starts
 
 
 @functools.partial(jax.jit, static_argnames=("encoding", "lanes", "groups"))
@@ -69,8 +74,9 @@ def _fill(weight, elements: jax.Array, *, encoding: str, lanes: int, groups: int
     def scatter(initial, index, updates):
         return initial.at[index].set(updates, mode="drop", unique_indices=True)
 
-    values = scatter(jnp.zeros(GROUP * groups, weight.dtype), slot,
-                     jnp.where(layout.is_zero(weight), 0, weight))
+    values = scatter(
+        jnp.zeros(GROUP * groups, weight.dtype), slot, jnp.where(layout.is_zero(weight), 0, weight)
+    )
     row = layout.group_rows(offsets, groups)
     chunk = layout.lane_chunks(count, lanes)
     if encoding == "bitmask":
@@ -106,8 +112,9 @@ def _fill(weight, elements: jax.Array, *, encoding: str, lanes: int, groups: int
 def _choices(bank: jax.Array, begin: jax.Array, count: jax.Array, lanes: int) -> jax.Array:
     """As `packing_numpy.choices`."""
     groups, rows = bank.shape[0], begin.shape[0]
-    visits = choice.turns(begin, count, lanes, groups,
-                          total_repeat_length=choice.most_turns(rows, groups, lanes))
+    visits = choice.turns(
+        begin, count, lanes, groups, total_repeat_length=choice.most_turns(rows, groups, lanes)
+    )
 
     def visit(taken, turn):
         lane, banks, before = turn

@@ -1,4 +1,5 @@
 """Packing on the host with NumPy, without a Python loop over rows or elements."""
+
 import functools
 from typing import NamedTuple
 
@@ -6,8 +7,17 @@ import numpy as np
 
 from macko_jax import choice
 from macko_jax.layout import (
-    BANKS, DELTA_BITS, GROUP, WARP, code_parts, join_parts, lane_chunks, logical_group, start_dtype,
-    words_per_row)
+    BANKS,
+    DELTA_BITS,
+    GROUP,
+    WARP,
+    code_parts,
+    join_parts,
+    lane_chunks,
+    logical_group,
+    start_dtype,
+    words_per_row,
+)
 
 TURNS = 1 << 11  # for which copies are chosen together; what is known of them stays in a cache
 
@@ -21,6 +31,7 @@ class Padding(NamedTuple):
       zeros: how many explicit zeros stand before each of these.
       count: [rows] elements and explicit zeros of each row.
     """
+
     index: np.ndarray
     row: np.ndarray
     zeros: np.ndarray
@@ -121,7 +132,7 @@ def fill(weight: np.ndarray, elements: Elements, encoding: str, lanes: int, capa
     if encoding == "bitmask":
         values[_filled(GROUP * begin, elements.count, values.size)] = weight[elements.mask]
         codes = np.zeros((rows, 4 * words_per_row(cols)), np.uint8)
-        codes[:, :-(-cols // 8)] = np.packbits(elements.mask, axis=1, bitorder="little")
+        codes[:, : -(-cols // 8)] = np.packbits(elements.mask, axis=1, bitorder="little")
         codes = codes.view("<u4").reshape(-1)
         # A chunk starts after the last element of the chunks before it.
         before = elements.begin[:, None] + GROUP * chunk - 1
@@ -130,7 +141,8 @@ def fill(weight: np.ndarray, elements: Elements, encoding: str, lanes: int, capa
         start[inside] = elements.position[before[inside]] % cols + 1
     else:
         values, delta = fill_deltas(
-            weight, elements, GROUP * begin, values.size, DELTA_BITS[encoding])
+            weight, elements, GROUP * begin, values.size, DELTA_BITS[encoding]
+        )
         delta = delta.reshape(-1, GROUP)
         parts = code_parts(delta, encoding, join_deltas)
         advance = np.cumsum(delta.sum(axis=1, dtype=np.int64) + GROUP)
@@ -149,7 +161,8 @@ def fill(weight: np.ndarray, elements: Elements, encoding: str, lanes: int, capa
 
 
 def fill_deltas(
-        weight: np.ndarray, elements: Elements, row_begin: np.ndarray, size: int, bits: int):
+    weight: np.ndarray, elements: Elements, row_begin: np.ndarray, size: int, bits: int
+):
     """Values and deltas of `size` slots, where the slots of each row begin at `row_begin`."""
     placed = elements.place(row_begin, size, bits)
     values = np.zeros(size, weight.dtype)
@@ -172,7 +185,7 @@ def choices(bank: np.ndarray, begin: np.ndarray, count: np.ndarray, lanes: int) 
     chosen = np.zeros(bank.shape, bool)
     visits = choice.turns(begin, count, lanes, groups)
     for first in range(0, visits.shape[1], TURNS):
-        visited = visits[:, first:first + TURNS]
+        visited = visits[:, first : first + TURNS]
         banks, made = bank[visited].astype(np.uint32), [None] * WARP
         taken = (np.zeros((visited.shape[1], GROUP), np.uint32),) * 3
         for lane in list(range(WARP)) * 2:
@@ -193,8 +206,10 @@ def join_deltas(delta: np.ndarray, bits: int) -> np.ndarray:
     words = pack_nibbles(delta.reshape(-1)).view("<u4")
     if bits == 4:
         return words
-    parts = [(words >> np.uint32(4 * j) & np.uint32(2**bits - 1)) << np.uint32(bits * j)
-             for j in range(GROUP)]
+    parts = [
+        (words >> np.uint32(4 * j) & np.uint32(2**bits - 1)) << np.uint32(bits * j)
+        for j in range(GROUP)
+    ]
     return functools.reduce(np.bitwise_or, parts)
 
 

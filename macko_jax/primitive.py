@@ -12,6 +12,7 @@ Slots that are padding are left out of the sum. Where an encoding does not tell 
 where the array `pattern`, the matrix's own values, is zero; else it is empty. If the operand in the
 role of the values is the pattern itself, nothing has to be left out: the products are told by `own`.
 """
+
 import functools
 import math
 
@@ -56,10 +57,17 @@ def multiply(matrix, x: jax.Array, implementation: str | None = None) -> jax.Arr
         values = jax.lax.stop_gradient(values)
         product_dtype = jnp.promote_types(out_dtype, "float32")
     y = contract(
-        "y", {"values": values, "x": x.reshape(math.prod(batch), cols)},
-        (matrix.codes, matrix.row_offsets, matrix.starts, pattern), own=True,
-        shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes,
-        stored=matrix.stored, out_dtype=product_dtype, implementation=implementation)
+        "y",
+        {"values": values, "x": x.reshape(math.prod(batch), cols)},
+        (matrix.codes, matrix.row_offsets, matrix.starts, pattern),
+        own=True,
+        shape=matrix.shape,
+        encoding=matrix.encoding,
+        lanes=matrix.lanes,
+        stored=matrix.stored,
+        out_dtype=product_dtype,
+        implementation=implementation,
+    )
     if matrix.scales is not None:
         y = (y * matrix.scales.astype(product_dtype)).astype(out_dtype)
     return y.reshape(*batch, rows)
@@ -72,8 +80,10 @@ def vary_alike(*arrays):
     """
     varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
     union = frozenset().union(*varying)
-    return [jax.lax.pcast(a, tuple(sorted(union - v)), to="varying") if union - v else a
-            for a, v in zip(arrays, varying)]
+    return [
+        jax.lax.pcast(a, tuple(sorted(union - v)), to="varying") if union - v else a
+        for a, v in zip(arrays, varying)
+    ]
 
 
 def _abstract(result, *avals, shape, stored, out_dtype, **_):
@@ -87,10 +97,16 @@ def _lower(result, platform, ctx, *operands, own, implementation, **static):
     name, roles = PRODUCTS[result]
     avals = dict(zip(roles, ctx.avals_in))
     problem = dispatch.Problem(
-        product=name, platform=platform, shape=static["shape"], encoding=static["encoding"],
-        lanes=static["lanes"], stored=static["stored"],
+        product=name,
+        platform=platform,
+        shape=static["shape"],
+        encoding=static["encoding"],
+        lanes=static["lanes"],
+        stored=static["stored"],
         batch=avals["x" if "x" in avals else "y"].shape[0],
-        dtypes=tuple(a.dtype for a in avals.values()), out_dtype=static["out_dtype"])
+        dtypes=tuple(a.dtype for a in avals.values()),
+        out_dtype=static["out_dtype"],
+    )
     product = functools.partial(dispatch.choose(problem, implementation), **static)
 
     def function(first, second, *structure):
@@ -119,8 +135,13 @@ def _transpose(result, cotangent, *operands, out_dtype, own, **static):
         term = ad.Zero(aval)
     else:
         term = contract(
-            roles[linear], {result: cotangent, roles[known]: operands[known]}, structure,
-            out_dtype=aval.dtype, own=own and "values" not in (result, roles[linear]), **static)
+            roles[linear],
+            {result: cotangent, roles[known]: operands[known]},
+            structure,
+            out_dtype=aval.dtype,
+            own=own and "values" not in (result, roles[linear]),
+            **static,
+        )
     terms = [None] * len(operands)
     terms[linear] = term
     return terms
@@ -151,14 +172,21 @@ def _define(result) -> Primitive:
     primitive = Primitive(f"macko_{name}")
     primitive.def_impl(jax.jit(primitive.bind, static_argnames=STATIC))
     primitive.def_abstract_eval(functools.partial(_abstract, result))
-    ad.defjvp(primitive, *(functools.partial(_tangent, result, role) for role in roles),
-              None, None, None, None)
+    ad.defjvp(
+        primitive,
+        *(functools.partial(_tangent, result, role) for role in roles),
+        None,
+        None,
+        None,
+        None,
+    )
     ad.primitive_transposes[primitive] = functools.partial(_transpose, result)
     batching.primitive_batchers[primitive] = functools.partial(_batch, result)
     mlir.register_lowering(primitive, functools.partial(_lower, result, "any"))
     for platform in ("cpu", "cuda"):
         mlir.register_lowering(
-            primitive, functools.partial(_lower, result, platform), platform=platform)
+            primitive, functools.partial(_lower, result, platform), platform=platform
+        )
     return primitive
 
 

@@ -59,8 +59,9 @@ def pack_kernel(
     if kernel.size == 0:
         return skip("its kernel is empty")
     if dtype.name not in VALUE_DTYPES:
-        return skip(f"values of {dtype} are not packed; a rule can set dtype to "
-                    f"{', '.join(VALUE_DTYPES)}")
+        return skip(
+            f"values of {dtype} are not packed; a rule can set dtype to {', '.join(VALUE_DTYPES)}"
+        )
     if rule.max_density < 1 and density >= rule.max_density:
         return skip(f"from density {rule.max_density:g} on dense is faster")
 
@@ -69,12 +70,15 @@ def pack_kernel(
     matrix = (
         _pack_stack(weights, rule)
         if stack
-        else compress(weights, dtype=rule.dtype, encoding=rule.encoding, lanes=rule.lanes,
-                      capacity=shared_capacity)
+        else compress(
+            weights,
+            dtype=rule.dtype,
+            encoding=rule.encoding,
+            lanes=rule.lanes,
+            capacity=shared_capacity,
+        )
     )
-    return matrix, dataclasses.replace(
-        report, bytes_after=matrix.nbytes, encoding=matrix.encoding
-    )
+    return matrix, dataclasses.replace(report, bytes_after=matrix.nbytes, encoding=matrix.encoding)
 
 
 def matrix_shape(kernel: jax.Array, contracted: int, stacked: int) -> tuple[int, ...]:

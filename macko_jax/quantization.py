@@ -1,4 +1,5 @@
 """8-bit values with a scale for every row."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,8 @@ def quantize(weight, dtype):
         raise ValueError(
             f"{dtype} values need finite weights, and rows "
             f"{np.flatnonzero(~np.isfinite(np.asarray(peak)))[:8].tolist()} are not; clean the "
-            "weight, or store it in its own type")
+            "weight, or store it in its own type"
+        )
     scales = _round_up(peak / largest, weight.dtype)
     ratio = exact / xp.where(scales > 0, scales.astype(np.float32), 1)[:, None]
     ratio = xp.clip(ratio, -largest, largest)  # the last bit of the division

@@ -196,10 +196,17 @@ class Report:
         if self.bytes_before:
             summary += f", {self.bytes_after / self.bytes_before:.0%} of the bytes"
         rows.append(("everything else", "", "", "", other, other, ""))
-        rows.append((
-            "total", "", "", "",
-            _format_bytes(self.bytes_before), _format_bytes(self.bytes_after), summary,
-        ))
+        rows.append(
+            (
+                "total",
+                "",
+                "",
+                "",
+                _format_bytes(self.bytes_before),
+                _format_bytes(self.bytes_after),
+                summary,
+            )
+        )
         widths = [max(map(len, column)) for column in zip(header, *rows)]
         widths[-1] = 0
         numeric = {"density", "before", "after"}

@@ -1,4 +1,5 @@
 """One table of matrices for all tests of products and transforms, and slow, plain oracles."""
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ class Case:
       structure: "random", "empty_rows" (every other row), "gaps" (all elements in the last columns),
         "skewed" (first row dense, the others sparse).
     """
+
     rows: int
     cols: int
     density: float
@@ -24,8 +26,10 @@ class Case:
     structure: str = "random"
 
     def __str__(self):
-        return (f"{self.rows}x{self.cols}-{self.density}-{self.dtype}-{self.encoding}-"
-                f"{self.lanes}-{self.structure}")
+        return (
+            f"{self.rows}x{self.cols}-{self.density}-{self.dtype}-{self.encoding}-"
+            f"{self.lanes}-{self.structure}"
+        )
 
     def weight(self) -> np.ndarray:
         rng = np.random.default_rng([self.rows, self.cols, int(1000 * self.density)])
@@ -33,7 +37,7 @@ class Case:
         if self.structure == "empty_rows":
             keep[::2] = False
         if self.structure == "gaps":
-            keep[:, :self.cols - 3] = False
+            keep[:, : self.cols - 3] = False
         if self.structure == "skewed":
             keep[0] = True
         weight = np.where(keep, rng.standard_normal(keep.shape) + 0.1, 0)
@@ -131,15 +135,19 @@ def pack_banked_slowly(weight: np.ndarray) -> list[np.ndarray]:
         for lane in range(32):
             slots = delta_slots(row[lane::32], most=7)
             slots += [(0, 0)] * (-len(slots) % 8)
-            groups.append([slots[i:i + 8] for i in range(0, len(slots), 8)])
+            groups.append([slots[i : i + 8] for i in range(0, len(slots), 8)])
         counts.append(list(map(len, groups)))
         for step in range(max(counts[-1])):
             for group in (g[step] for g in groups if step < len(g)):
                 values.append([value for value, _ in group])
                 words.append(sum(delta << 3 * i for i, (_, delta) in enumerate(group)))
         offsets.append(len(words))
-    return [np.array(values, weight.dtype).reshape(-1), three_bytes(words),
-            np.array(offsets, np.int32), np.array(counts, np.uint8)]
+    return [
+        np.array(values, weight.dtype).reshape(-1),
+        three_bytes(words),
+        np.array(offsets, np.int32),
+        np.array(counts, np.uint8),
+    ]
 
 
 def three_bytes(words) -> np.ndarray:
@@ -178,16 +186,19 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
     cols, turns = weight.shape[1], {}
     for number, row in enumerate(weight):
         columns = stored_columns(row, BITS[encoding])
-        groups = [columns[i:i + 8] for i in range(0, len(columns), 8)]
+        groups = [columns[i : i + 8] for i in range(0, len(columns), 8)]
         offsets.append(offsets[-1] + len(groups))
         chunks, rest = [], list(range(len(groups)))
         for lane in range(lanes):
             size = len(groups) // lanes + (lane < len(groups) % lanes)
             chunks.append(rest[:size])
             rest = rest[size:]
-        starts.append([
-            cols if not chunk else (groups[chunk[0] - 1][-1] + 1 if chunk[0] else 0)
-            for chunk in chunks])
+        starts.append(
+            [
+                cols if not chunk else (groups[chunk[0] - 1][-1] + 1 if chunk[0] else 0)
+                for chunk in chunks
+            ]
+        )
         if encoding == "bitmask":
             words = np.zeros(-(-cols // 32), np.uint32)
             for column in columns:
@@ -211,8 +222,12 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
     if encoding == "choice":
         choose_slowly(turns.values())
     start_dtype = np.uint16 if cols < 65536 else np.uint32
-    return [np.array(values, weight.dtype).reshape(-1), CODES[encoding](codes),
-            np.array(offsets, np.int32), np.array(starts, start_dtype)]
+    return [
+        np.array(values, weight.dtype).reshape(-1),
+        CODES[encoding](codes),
+        np.array(offsets, np.int32),
+        np.array(starts, start_dtype),
+    ]
 
 
 def choose_slowly(turns) -> None:
@@ -242,11 +257,19 @@ def pack_as_paper(weight: np.ndarray):
     fill = -len(values) % 8
     values, deltas = values + [0] * fill, deltas + [0] * fill
     packed = [deltas[i] | deltas[i + 1] << 4 for i in range(0, len(deltas), 2)]
-    return (np.array(values, weight.dtype), np.array(packed, np.uint8),
-            np.array(row_indices, np.int32))
+    return (
+        np.array(values, weight.dtype),
+        np.array(packed, np.uint8),
+        np.array(row_indices, np.int32),
+    )
 
 
 def static_of(matrix, out_dtype):
     """What a product's functions take beside arrays; see `macko_jax.reference`."""
-    return dict(shape=matrix.shape, encoding=matrix.encoding, lanes=matrix.lanes,
-                stored=matrix.stored, out_dtype=jnp.dtype(out_dtype))
+    return dict(
+        shape=matrix.shape,
+        encoding=matrix.encoding,
+        lanes=matrix.lanes,
+        stored=matrix.stored,
+        out_dtype=jnp.dtype(out_dtype),
+    )

@@ -1,4 +1,5 @@
 """Set up before JAX starts: several CPU devices; GPU tests are skipped where there is no GPU."""
+
 import os
 import shutil
 import tempfile
@@ -6,9 +7,13 @@ import tempfile
 # Most of the time goes into compilation. At its own choice of 3, LLVM takes half as long again as at
 # 2, and seconds instead of tenths for a random kernel of four axes. What is in XLA_FLAGS already has
 # the last word; processes that the tests start inherit it all.
-os.environ["XLA_FLAGS"] = " ".join([
-    "--xla_backend_optimization_level=2", os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=4"])
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=2",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=4",
+    ]
+)
 
 # Workers and the programs that tests start find there what another has compiled.
 OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
@@ -21,8 +26,12 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 hypothesis.settings.register_profile(
-    "default", max_examples=40, deadline=None, derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    "default",
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("default")
 
 

@@ -44,8 +44,11 @@ def hard_layers():
         "zero gram": (weight, np.zeros_like(gram)),
         "dead inputs": (weight, dead),
         "rank-deficient gram": (weight, few.T @ few),
-        "slightly indefinite gram": (weight, correlation - 1.02 * np.min(
-            np.linalg.eigvalsh(correlation)) * np.eye(16, dtype=np.float32)),
+        "slightly indefinite gram": (
+            weight,
+            correlation
+            - 1.02 * np.min(np.linalg.eigvalsh(correlation)) * np.eye(16, dtype=np.float32),
+        ),
         "signs": (np.sign(weight), gram),
         "constant": (np.ones_like(weight), None),
         "rank one": (weight[:, :1] * weight[:1], gram),

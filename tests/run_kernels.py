@@ -7,18 +7,19 @@ With that allocator every array is an allocation of its own, so that a read past
 The parts split the work among processes. Results are compared with dense products. racecheck takes
 minutes for the larger matrices: give it --only="37, 301|attention|chain.*136".
 """
+
 import dataclasses
 import functools
 import itertools
 import re
 import sys
 
-from absl import app, flags
 import jax
 import numpy as np
+from absl import app, flags
 
-from examples.llama import decode_attention
 import macko_jax
+from examples.llama import decode_attention
 from macko_jax.kernels import by_values, config, decode, spmv, strips, transposed
 from tests import test_chain, test_fused, test_matmul
 from tests import test_llama_decode_attention as attention
@@ -28,8 +29,16 @@ PART = flags.DEFINE_string("part", "0/1", "Which part of how many.")
 ONLY = flags.DEFINE_string("only", "", "Regular expression; cases whose names match it are run.")
 
 # rows, cols, density
-SHAPES = [(1, 1, 1.0), (5, 1, 0.6), (1, 700, 0.5), (9, 33, 1.0), (37, 301, 0.5), (140, 1000, 0.02),
-          (600, 2051, 0.3), (33, 70000, 0.02)]
+SHAPES = [
+    (1, 1, 1.0),
+    (5, 1, 0.6),
+    (1, 700, 0.5),
+    (9, 33, 1.0),
+    (37, 301, 0.5),
+    (140, 1000, 0.02),
+    (600, 2051, 0.3),
+    (33, 70000, 0.02),
+]
 DTYPES = "float16", "float32", "int8", "float8_e4m3fn"
 
 
@@ -41,7 +50,8 @@ def products(encoding, shape, dtype, batch):
     narrow = dtype in ("int8", "float8_e4m3fn")
     with on_host():
         matrix = macko_jax.compress(
-            weight.astype(np.float32 if narrow else dtype), dtype=dtype, encoding=encoding)
+            weight.astype(np.float32 if narrow else dtype), dtype=dtype, encoding=encoding
+        )
         matrix = jax.tree.map(np.asarray, dataclasses.replace(matrix, scales=None))
         dense = np.asarray(macko_jax.decompress(matrix)).astype(np.float32)
     positions = matrix.codes, matrix.row_offsets, matrix.starts
@@ -54,11 +64,13 @@ def products(encoding, shape, dtype, batch):
         call = functools.partial(product, **static, **options)
         return np.asarray(jax.jit(call)(*operands))
 
-    yield "spmv", run(spmv.spmv, matrix.values, x, *positions, out_dtype="float32"), \
-        wide_x @ dense.T
+    yield (
+        "spmv",
+        run(spmv.spmv, matrix.values, x, *positions, out_dtype="float32"),
+        wide_x @ dense.T,
+    )
     if transposed.why_not(known, batch) is None:
-        found = run(
-            transposed.spmv_transposed, matrix.values, y, *positions, out_dtype="float32")
+        found = run(transposed.spmv_transposed, matrix.values, y, *positions, out_dtype="float32")
         yield "transposed", found, wide_y @ dense
     dense_dtype = config.dense_dtype(matrix.dtype, x.dtype)
     if decode.why_not(known, dense_dtype) is None:
@@ -90,7 +102,8 @@ def chained(encoding, shape):
         arguments = jax.tree.map(np.asarray, test_chain.make(*shape, encoding=encoding))
         wanted = test_chain.exact(*arguments)
     found = jax.jit(lambda m, x, *rest: macko_jax.fused_chain(x, test_chain.steps(m, *rest)))(
-        *arguments)
+        *arguments
+    )
     for name, a, b in zip(("stream", "last"), found, wanted):
         yield name, np.asarray(a).astype(np.float64)[0], b
 
@@ -126,18 +139,25 @@ def on_host():
 def cases():
     """(name, function that runs it)."""
     for encoding, shape, (dtype, batch) in itertools.product(
-            ENCODINGS, SHAPES, [*zip(DTYPES, (1, 3, 2, 5)), ("float16", 16)]):
-        yield f"{encoding} {shape} {dtype} {batch}", functools.partial(
-            products, encoding, shape, dtype, batch)
+        ENCODINGS, SHAPES, [*zip(DTYPES, (1, 3, 2, 5)), ("float16", 16)]
+    ):
+        yield (
+            f"{encoding} {shape} {dtype} {batch}",
+            functools.partial(products, encoding, shape, dtype, batch),
+        )
     for encoding, shape, kind in itertools.product(ENCODINGS, SHAPES[:-1], ("norm", "gated")):
         yield f"fused {kind} {encoding} {shape}", functools.partial(fused, encoding, shape, kind)
     for encoding, shape in itertools.product(ENCODINGS, [(136, 272, 144), (1000, 2744, 2008)]):
         yield f"chain {encoding} {shape}", functools.partial(chained, encoding, shape)
     for encoding, shape, count in itertools.product(
-            ("delta4", "delta3", "delta5", "choice"),
-            [(64, 64, 0.5), (192, 320, 0.3), (448, 1088, 0.1)], (3, 600)):
-        yield f"matmul {encoding} {shape} {count}", functools.partial(
-            multiplied, encoding, shape, count)
+        ("delta4", "delta3", "delta5", "choice"),
+        [(64, 64, 0.5), (192, 320, 0.3), (448, 1088, 0.1)],
+        (3, 600),
+    ):
+        yield (
+            f"matmul {encoding} {shape} {count}",
+            functools.partial(multiplied, encoding, shape, count),
+        )
     for name, case in attention.CASES.items():
         yield f"attention {name}", functools.partial(attend, *case)
 

@@ -1,11 +1,11 @@
 """Gram matrices of every kind of layer, against the energy of that layer's own output."""
 
-from flax import linen as nn
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
 
 from dsf_jax import dataflow, stages
 from dsf_jax.calibration import gram_matrices
@@ -168,9 +168,9 @@ def test_scanned_stack_is_seen_slice_by_slice():
     chain = Chain(stack, 3)
     x = draw(0, 5, 4)
     stacked, single = gram_matrices(stack, [x]), gram_matrices(chain, [x])
-    assert list(stacked) == [
-        f"blocks/{name}[{i}]" for i in range(3) for name in ("up", "down")
-    ] + ["head"]
+    assert list(stacked) == [f"blocks/{name}[{i}]" for i in range(3) for name in ("up", "down")] + [
+        "head"
+    ]
     for i in range(3):
         for name in ("up", "down"):
             np.testing.assert_allclose(
@@ -187,9 +187,7 @@ def test_linen_scan():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
-            scan = nn.scan(
-                Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-            )
+            scan = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
             return scan(name="body")(x, None)[0]
 
     x = draw(0, 5, 4)
@@ -333,7 +331,8 @@ def test_parameters_without_a_layer_are_explained():
             x = x + x @ (self.lora_a[...] @ self.lora_b[...])
             x = jax.lax.while_loop(
                 lambda state: state[0] < 2,
-                lambda state: (state[0] + 1, state[1] @ self.looped[...]), (0, x),
+                lambda state: (state[0] + 1, state[1] @ self.looped[...]),
+                (0, x),
             )[1]
             return (x @ self.tied[...]) @ self.tied[...].T
 
@@ -348,8 +347,10 @@ def test_parameters_without_a_layer_are_explained():
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e25])
 def test_bad_activations_name_the_first_layer_they_reach(value):
     chain = nnx.Sequential(
-        nnx.Linear(4, 4, rngs=nnx.Rngs(0)), lambda x: x.at[0, 0].set(value),
-        nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 4, rngs=nnx.Rngs(0)),
+        nnx.Linear(4, 4, rngs=nnx.Rngs(0)),
+        lambda x: x.at[0, 0].set(value),
+        nnx.Linear(4, 4, rngs=nnx.Rngs(0)),
+        nnx.Linear(4, 4, rngs=nnx.Rngs(0)),
     )
     with pytest.raises(ValueError, match="layers/2.*NaN, infinite"):
         gram_matrices(chain, [draw(0, 3, 4)])

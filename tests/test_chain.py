@@ -1,11 +1,12 @@
 """Chains of products: the kernel, and the products one after the other."""
+
 import functools
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import macko_jax
@@ -17,13 +18,13 @@ EPS = 1e-5
 HIDDEN, WIDE, NEXT = 72, 136, 104
 
 
-def make(hidden=HIDDEN, wide=WIDE, after=NEXT, encoding=None, dtype=np.float16,
-         values=None):
+def make(hidden=HIDDEN, wide=WIDE, after=NEXT, encoding=None, dtype=np.float16, values=None):
     """Matrices, x, residual stream and norm scale of what follows attention in a transformer."""
     shapes = [(hidden, 40), (2 * wide, hidden), (hidden, wide), (after, hidden)]
     dense = [sparse(*shape, 0.4, np.float32, seed=i) / 4 for i, shape in enumerate(shapes)]
-    matrices = [macko_jax.compress(jnp.asarray(d, dtype), encoding=encoding, dtype=values)
-                for d in dense]
+    matrices = [
+        macko_jax.compress(jnp.asarray(d, dtype), encoding=encoding, dtype=values) for d in dense
+    ]
     x, residual = (vectors(1, n, n, dtype) for n in (40, hidden))
     return matrices, x, residual, 1 + vectors(1, hidden, 2, dtype)[0]
 
@@ -31,9 +32,11 @@ def make(hidden=HIDDEN, wide=WIDE, after=NEXT, encoding=None, dtype=np.float16,
 def steps(matrices, residual, scale):
     out, gate_up, down, after = matrices
     return [
-        macko_jax.Step(out, add=residual), macko_jax.Step(gate_up, norm=(scale, EPS)),
+        macko_jax.Step(out, add=residual),
+        macko_jax.Step(gate_up, norm=(scale, EPS)),
         macko_jax.Step(down, gated=True, add=0, kept=True),
-        macko_jax.Step(after, norm=(scale, EPS))]
+        macko_jax.Step(after, norm=(scale, EPS)),
+    ]
 
 
 def exact(matrices, x, residual, scale):
@@ -53,35 +56,50 @@ def assert_close(found, wanted, eps):
     """Each result within some roundings of its inputs, which add up like random errors."""
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(
-            np.asarray(a, np.float64).reshape(-1), b, rtol=4 * eps, atol=4 * eps * np.abs(b).max())
+            np.asarray(a, np.float64).reshape(-1), b, rtol=4 * eps, atol=4 * eps * np.abs(b).max()
+        )
 
 
 def emulate(plan, matrices, **others):
     """All arrays after the program is executed with NumPy, the results among them."""
-    arrays = {f"{name}{i}": np.asarray(getattr(m, name)) for i, m in enumerate(matrices)
-              for name in ("values", "codes", "row_offsets", "starts")} | others
-    arrays |= {f"row_scales{i}": np.asarray(m.scales) for i, m in enumerate(matrices)
-               if m.scales is not None}
+    arrays = {
+        f"{name}{i}": np.asarray(getattr(m, name))
+        for i, m in enumerate(matrices)
+        for name in ("values", "codes", "row_offsets", "starts")
+    } | others
+    arrays |= {
+        f"row_scales{i}": np.asarray(m.scales)
+        for i, m in enumerate(matrices)
+        if m.scales is not None
+    }
     assert set(arrays) == set(plan.names)
     for i in plan.kept:
         arrays[f"y{i}"] = np.full(matrices[i].shape[0], np.nan, np.float32)
     arrays["exchange"] = np.full(plan.exchanged, BLANK, np.uint16)
     ops = emulation.NumpyLanes(
-        arrays, blocks=plan.blocks, threads=chain.THREADS, shared_slots=plan.shared_slots)
+        arrays, blocks=plan.blocks, threads=chain.THREADS, shared_slots=plan.shared_slots
+    )
     chain.program(ops, plan)
     return ops.arrays
 
 
-@pytest.mark.parametrize("encoding,values,blocks,ahead", [
-    *((*stored, 5, 2) for stored in STORED), ("delta4", None, 1, 3), ("choice", "int8", 1, 3)])
+@pytest.mark.parametrize(
+    "encoding,values,blocks,ahead",
+    [*((*stored, 5, 2) for stored in STORED), ("delta4", None, 1, 3), ("choice", "int8", 1, 3)],
+)
 def test_program(encoding, values, blocks, ahead, monkeypatch):
     monkeypatch.setattr(config, "groups_ahead", lambda matrix, blocks: ahead)
     matrices, x, residual, scale = make(encoding=encoding, values=values)
     fusion = functools.partial(spmv.Fusion, scaled=values is not None)
     fusions = [fusion(add=True), fusion(EPS), fusion(gated=True, add=True), fusion(EPS)]
-    plan = chain.Plan(tuple(
-        chain.Step(abstract(m), fusion, 0 if i == 2 else None, i == 2)
-        for i, (m, fusion) in enumerate(zip(matrices, fusions))), jnp.dtype(np.float16), blocks)
+    plan = chain.Plan(
+        tuple(
+            chain.Step(abstract(m), fusion, 0 if i == 2 else None, i == 2)
+            for i, (m, fusion) in enumerate(zip(matrices, fusions))
+        ),
+        jnp.dtype(np.float16),
+        blocks,
+    )
     arrays = emulate(plan, matrices, x=x, add0=residual, scale1=scale, scale3=scale)
     assert not (arrays["exchange"] == BLANK).any()
     found = arrays["y2"], arrays["y3"]
@@ -93,13 +111,20 @@ def test_only_what_is_needed_is_published(kept):
     """Of gate and up their product, unless they are results themselves."""
     (_, gate_up, down, _), _, residual, scale = make()
     plan = chain.Plan(
-        (chain.Step(abstract(gate_up), spmv.Fusion(EPS), kept=kept),
-         chain.Step(abstract(down), spmv.Fusion(gated=True))), jnp.dtype(np.float16), 3)
+        (
+            chain.Step(abstract(gate_up), spmv.Fusion(EPS), kept=kept),
+            chain.Step(abstract(down), spmv.Fusion(gated=True)),
+        ),
+        jnp.dtype(np.float16),
+        3,
+    )
     assert plan.exchanged == (2 * WIDE if kept else WIDE)
     arrays = emulate(plan, [gate_up, down], x=residual, scale0=scale)
     assert not (arrays["exchange"] == BLANK).any()
-    x, scale, gate_up, down = (np.asarray(a, np.float64) for a in (
-        residual[0], scale, macko_jax.decompress(gate_up), macko_jax.decompress(down)))
+    x, scale, gate_up, down = (
+        np.asarray(a, np.float64)
+        for a in (residual[0], scale, macko_jax.decompress(gate_up), macko_jax.decompress(down))
+    )
     wide = gate_up @ (x / np.sqrt((x * x).mean() + EPS) * scale)
     gate, up = np.split(wide, 2)
     wanted = [wide] * kept + [down @ (gate / (1 + np.exp(-gate)) * up)]
@@ -110,7 +135,8 @@ def test_only_what_is_needed_is_published(kept):
 def test_what_is_no_number_is_published_as_such():
     """Not as what is missing, for which other blocks would wait for ever."""
     ops = emulation.NumpyLanes(
-        {"exchange": np.full(64, BLANK, np.uint16)}, blocks=1, threads=32, shared_slots=8)
+        {"exchange": np.full(64, BLANK, np.uint16)}, blocks=1, threads=32, shared_slots=8
+    )
     nan = np.full(32, 0xFFFFFFFF, np.uint32).view(np.float32)  # becomes 0xFFFF in 16 bits
     for dtype in jnp.float16, jnp.bfloat16:
         ops.publish("exchange", ops.thread(), nan, dtype, ops.thread() < 32)
@@ -138,8 +164,9 @@ def test_one_kernel_on_cuda_where_it_serves():
 def test_layers_are_one_kernel_too():
     layers = []
     for i, shape in enumerate([(256, 512), (512, 256)]):
-        layer = nnx.Linear(*shape, use_bias=False, dtype=np.float16, param_dtype=np.float16,
-                           rngs=nnx.Rngs(i))
+        layer = nnx.Linear(
+            *shape, use_bias=False, dtype=np.float16, param_dtype=np.float16, rngs=nnx.Rngs(i)
+        )
         layer.kernel[...] = sparse(*shape, 0.5, np.float16, seed=i) / 16
         layers.append(macko_jax.flax_nnx.substitute(layer, macko_jax.Rule(dtype="int8"))[0])
     graph, state = nnx.split(layers)
@@ -159,7 +186,8 @@ def test_is_the_products_one_after_the_other(tokens):
     matrices, x, residual, scale = make(dtype=np.float32)
     x, residual = (np.broadcast_to(a[0], (*tokens, a.shape[1])) for a in (x, residual))
     found = jax.jit(lambda m, x, r, s: macko_jax.fused_chain(x, steps(m, r, s)))(
-        matrices, x, residual, scale)
+        matrices, x, residual, scale
+    )
     assert [y.shape for y in found] == [(*tokens, HIDDEN), (*tokens, NEXT)]
     wanted = exact(matrices, x.reshape(-1, 40)[0], residual.reshape(-1, HIDDEN)[0], scale)
     for i in range(int(np.prod(tokens))):
@@ -175,9 +203,9 @@ def test_derivatives_are_those_of_the_products():
             x1 = macko_jax.fused_spmv(matrices[0], x, add=residual)
             wide = macko_jax.fused_spmv(matrices[1], x1, norm=(scale, EPS))
             x2 = macko_jax.fused_spmv(matrices[2], wide, gated=True, add=x1)
-            return (x2 ** 2).sum() + macko_jax.fused_spmv(matrices[3], x2, norm=(scale, EPS)).sum()
+            return (x2**2).sum() + macko_jax.fused_spmv(matrices[3], x2, norm=(scale, EPS)).sum()
         x2, y = macko_jax.fused_chain(x, chained)
-        return (x2 ** 2).sum() + y.sum()
+        return (x2**2).sum() + y.sum()
 
     found = jax.grad(loss, (0, 1, 2))(x, residual, scale, False)
     wanted = jax.grad(loss, (0, 1, 2))(x, residual, scale, True)
@@ -185,7 +213,8 @@ def test_derivatives_are_those_of_the_products():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     of_values = jax.grad(
         lambda m: macko_jax.fused_chain(x, steps([m, *matrices[1:]], residual, scale))[1].sum(),
-        allow_int=True)(matrices[0]).values
+        allow_int=True,
+    )(matrices[0]).values
     assert np.any(of_values)
 
 
@@ -194,7 +223,8 @@ def test_one_vector_on_each_device():
     count = jax.device_count()
     mesh = jax.make_mesh((count,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     all_x, all_residual = (
-        np.concatenate([k * a for k in range(1, count + 1)]) for a in (x, residual))
+        np.concatenate([k * a for k in range(1, count + 1)]) for a in (x, residual)
+    )
 
     @jax.jit
     @jax.shard_map(mesh=mesh, in_specs=(P(), P("d"), P("d"), P()), out_specs=P("d"))
@@ -206,8 +236,9 @@ def test_one_vector_on_each_device():
     assert lowered_here.count("@mosaic_gpu") == 1
     found = chained(*arguments)
     for k in range(count):
-        assert_close([y[k] for y in found],
-                     exact(matrices, (k + 1) * x, (k + 1) * residual, scale), 2.0**-10)
+        assert_close(
+            [y[k] for y in found], exact(matrices, (k + 1) * x, (k + 1) * residual, scale), 2.0**-10
+        )
 
 
 def test_errors_say_what_is_wrong():
@@ -228,7 +259,8 @@ def test_errors_say_what_is_wrong():
 @pytest.mark.parametrize("encoding,values", STORED)
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 @pytest.mark.parametrize(
-    "shape", [(136, 272, 144), (1000, 2744, 2008), (4096, 11008, 12288)], ids=str)
+    "shape", [(136, 272, 144), (1000, 2744, 2008), (4096, 11008, 12288)], ids=str
+)
 def test_kernel(shape, dtype, encoding, values):
     matrices, x, residual, scale = make(*shape, encoding=encoding, dtype=dtype, values=values)
     assert lowered("cuda", (matrices, x, residual, scale)).count("@mosaic_gpu") == 1
@@ -249,5 +281,6 @@ def test_kernel_passes_on_what_is_no_number():
     matrices, x, residual, scale = make(136, 272, 144)
     x[0, 3] = np.nan
     found = jax.jit(lambda m, x, r, s: macko_jax.fused_chain(x, steps(m, r, s)))(
-        matrices, x, residual, scale)
+        matrices, x, residual, scale
+    )
     assert all(np.isnan(np.asarray(y, np.float32)).all() for y in found)

@@ -31,7 +31,8 @@ def assert_same(found, expected):
             if jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
                 a, b = jax.random.key_data(a), jax.random.key_data(b)
             np.testing.assert_array_equal(
-                np.asarray(a).reshape(-1).view(np.uint8), np.asarray(b).reshape(-1).view(np.uint8))
+                np.asarray(a).reshape(-1).view(np.uint8), np.asarray(b).reshape(-1).view(np.uint8)
+            )
         else:
             assert type(a) is type(b) and a == b
 
@@ -57,12 +58,15 @@ def test_tree_round_trip(path):
     expected = {
         "layers": {0: {"kernel": matrix()}, 1: [matrix(seed=1), (matrix(seed=2), None)]},
         "config": {"name": "näme", "width": 128, "rate": 1e-4, "tied": True, "window": None},
-        "strings": {"1": jnp.arange(3)}, "integers": {1: jnp.float32(2.5), -2: jnp.ones(())},
-        "empty": {}, "nothing": jnp.zeros((0, 4)),
-        "a/b": jnp.ones(2), "a": {"b": jnp.zeros(3)},
+        "strings": {"1": jnp.arange(3)},
+        "integers": {1: jnp.float32(2.5), -2: jnp.ones(())},
+        "empty": {},
+        "nothing": jnp.zeros((0, 4)),
+        "a/b": jnp.ones(2),
+        "a": {"b": jnp.zeros(3)},
         "host": np.ones((2, 3), np.float32),
         "keys": jax.random.split(jax.random.key(3, impl="rbg"), 2),
-    }  # fmt: skip
+    }
     macko_jax.save(path, expected)
     found = macko_jax.load(path)
     assert list(found) == list(expected)
@@ -71,13 +75,29 @@ def test_tree_round_trip(path):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [
-    np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.float16,
-    ml_dtypes.bfloat16, np.float32, np.complex64, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        np.bool_,
+        np.int8,
+        np.uint8,
+        np.int16,
+        np.uint16,
+        np.int32,
+        np.uint32,
+        np.float16,
+        ml_dtypes.bfloat16,
+        np.float32,
+        np.complex64,
+        ml_dtypes.float8_e4m3fn,
+        ml_dtypes.float8_e5m2,
+    ],
+)
 def test_dtypes(path, dtype):
-    expected = {"x": jnp.asarray(np.arange(12).reshape(3, 4).astype(dtype)),
-                "scalar": jnp.asarray(np.array(1).astype(dtype))}
+    expected = {
+        "x": jnp.asarray(np.arange(12).reshape(3, 4).astype(dtype)),
+        "scalar": jnp.asarray(np.array(1).astype(dtype)),
+    }
     macko_jax.save(path, expected)
     assert_same(macko_jax.load(path), expected)
 
@@ -98,8 +118,10 @@ def test_float_bits_survive(path):
 
 
 def test_stacked_matrices(path):
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *[
-        matrix(seed=seed, encoding="bitmask", lanes=1, capacity=40) for seed in range(3)])
+    stacked = jax.tree.map(
+        lambda *a: jnp.stack(a),
+        *[matrix(seed=seed, encoding="bitmask", lanes=1, capacity=40) for seed in range(3)],
+    )
     macko_jax.save(path, stacked)
     assert_same(macko_jax.load(path), stacked)
 
@@ -115,7 +137,12 @@ def test_other_readers_can_look_inside(path):
     macko_jax.save(path, expected)
     with safetensors.safe_open(path, framework="np") as file:
         assert set(file.keys()) == {
-            "bias", "layers/0.values", "layers/0.codes", "layers/0.row_offsets", "layers/0.starts"}
+            "bias",
+            "layers/0.values",
+            "layers/0.codes",
+            "layers/0.row_offsets",
+            "layers/0.starts",
+        }
         np.testing.assert_array_equal(file.get_tensor("bias"), expected["bias"])
         assert file.metadata()["format"] == "macko_jax"
 
@@ -207,8 +234,12 @@ def test_changed_tensors_and_tree(path):
     def edit(tensors, metadata):
         metadata["tree"] = metadata["tree"].replace("[6,70]", "[7,70]")
 
-    for change, message in [(flip, "'m.values' do not match their checksum"), (remove, "missing"),
-                            (add, "does not mention: .'y'"), (edit, "description of its tree")]:
+    for change, message in [
+        (flip, "'m.values' do not match their checksum"),
+        (remove, "missing"),
+        (add, "does not mention: .'y'"),
+        (edit, "description of its tree"),
+    ]:
         macko_jax.save(path, {"m": matrix(), "x": jnp.ones(3)})
         rewrite(path, change)
         with pytest.raises(ValueError, match=message):
@@ -274,17 +305,28 @@ def test_matrices_that_contradict_themselves(path, broken, encoding, lanes):
 def test_one_broken_matrix_of_a_stack(path):
     matrices = [matrix(seed=seed, encoding="bitmask", lanes=1, capacity=40) for seed in range(3)]
     matrices[1] = dataclasses.replace(
-        matrices[1], row_offsets=matrices[1].row_offsets.at[2].set(99))
+        matrices[1], row_offsets=matrices[1].row_offsets.at[2].set(99)
+    )
     macko_jax.save(path, jax.tree.map(lambda *a: jnp.stack(a), *matrices))
     with pytest.raises(ValueError, match="Cannot load"):
         macko_jax.load(path)
 
 
-@pytest.mark.parametrize("tree", [
-    {"odd": 1}, {"array": "x"}, {"matrix": {}, "shape": [1, 2]}, [], 3, {"list": 4},
-    {"array": "x", "dtype": "object", "crc32": "{crc}"}, {"dict": [["a"]]}, {"dict": [[[], {}]]},
-    {"array": "x", "dtype": "float8", "crc32": "{crc}"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"odd": 1},
+        {"array": "x"},
+        {"matrix": {}, "shape": [1, 2]},
+        [],
+        3,
+        {"list": 4},
+        {"array": "x", "dtype": "object", "crc32": "{crc}"},
+        {"dict": [["a"]]},
+        {"dict": [[[], {}]]},
+        {"array": "x", "dtype": "float8", "crc32": "{crc}"},
+    ],
+)
 def test_a_forged_description_is_refused(path, tree):
     """Also with a valid checksum a description that makes no sense is a ValueError."""
     macko_jax.save(path, {"x": jnp.ones(3)})

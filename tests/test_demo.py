@@ -6,14 +6,13 @@ import shutil
 import subprocess
 import sys
 
-from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from examples import stdlib_text
-from examples.llama import checkpoint
-from examples.llama import evaluation
+from examples.llama import checkpoint, evaluation
 from examples.llama import model as llama
 from examples.llama import tokenizer as tokenizers
 
@@ -70,8 +69,15 @@ def test_shipped_model_predicts_held_out_text():
 
 
 def test_held_out_modules_and_their_tests_are_not_trained_on(tmp_path):
-    names = ["heapq.py", "test/test_heapq.py", "test/test_csv/extra.py", "csvlike.py", "json/a.py",
-             "site-packages/x.py", "copy_of_json_a.py"]  # fmt: skip
+    names = [
+        "heapq.py",
+        "test/test_heapq.py",
+        "test/test_csv/extra.py",
+        "csvlike.py",
+        "json/a.py",
+        "site-packages/x.py",
+        "copy_of_json_a.py",
+    ]
     for i, name in enumerate(names):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,10 +97,18 @@ def test_demo(byte_model, text, tmp_path):
     out = tmp_path / "out"
     methods = ("wanda",)
     done = run(
-        "demo", f"--checkpoint={byte_model}", f"--text={text}", f"--calibration={text}",
-        *(f"--method={method}" for method in methods), "--density=0.5", "--windows=4",
-        "--new_bytes=8", "--calibration_windows=2", f"--out={out}", "--prompt=import ",
-    )  # fmt: skip
+        "demo",
+        f"--checkpoint={byte_model}",
+        f"--text={text}",
+        f"--calibration={text}",
+        *(f"--method={method}" for method in methods),
+        "--density=0.5",
+        "--windows=4",
+        "--new_bytes=8",
+        "--calibration_windows=2",
+        f"--out={out}",
+        "--prompt=import ",
+    )
     results = json.loads((out / "results.json").read_text())
     assert [row["method"] for row in results["rows"]] == ["dense", *methods]
     dense, *compressed = results["rows"]
@@ -111,20 +125,39 @@ def test_demo(byte_model, text, tmp_path):
         assert bits == pytest.approx(row["bits_per_byte"], rel=1e-5)
     assert str(out) in done.stdout
 
-    generated = run("generate", f"--checkpoint={out / 'wanda-0.5'}", "--prompt=import ",
-                    "--new_tokens=9", "--chunk=4")  # fmt: skip
+    generated = run(
+        "generate",
+        f"--checkpoint={out / 'wanda-0.5'}",
+        "--prompt=import ",
+        "--new_tokens=9",
+        "--chunk=4",
+    )
     assert generated.stdout.startswith("import ") and "[9 tokens in" in generated.stdout
-    evaluated = run("evaluate", f"--checkpoint={out / 'wanda-0.5'}", f"--text={text}",
-                    "--windows=4", "--length=64")  # fmt: skip
+    evaluated = run(
+        "evaluate",
+        f"--checkpoint={out / 'wanda-0.5'}",
+        f"--text={text}",
+        "--windows=4",
+        "--length=64",
+    )
     assert f"{compressed[0]['bits_per_byte']:.3f}"[:4] in evaluated.stdout
 
 
 @pytest.mark.slow
 def test_compare_methods(byte_model, text, tmp_path):
     out = tmp_path / "methods.json"
-    run("compare_methods", f"--checkpoint={byte_model}", f"--text={text}", "--windows=2",
-        f"--calibration={text}", "--calibration_windows=2", "--method=magnitude",
-        "--density=0.5", "--density=0.25", f"--out={out}")  # fmt: skip
+    run(
+        "compare_methods",
+        f"--checkpoint={byte_model}",
+        f"--text={text}",
+        "--windows=2",
+        f"--calibration={text}",
+        "--calibration_windows=2",
+        "--method=magnitude",
+        "--density=0.5",
+        "--density=0.25",
+        f"--out={out}",
+    )
     record = json.loads(out.read_text())
     assert [row["asked_density"] for row in record["rows"]] == [0.5, 0.25]
     assert record["rows"][1]["bytes"] < record["rows"][0]["bytes"] < record["dense"]["bytes"]
@@ -145,16 +178,31 @@ def test_generate_reads_a_tokenizer_and_batches(tmp_path):
     assert loaded.stop_tokens == {2}
     with pytest.raises(ValueError, match="has 5 tokens"):
         tokenizers.load_tokenizer(tmp_path, 5).encode("def")
-    done = run("generate", f"--checkpoint={tmp_path}", "--prompt=def ", "--prompt=import os",
-               "--new_tokens=5", "--temperature=1", "--top_k=10", "--top_p=0.9")  # fmt: skip
+    done = run(
+        "generate",
+        f"--checkpoint={tmp_path}",
+        "--prompt=def ",
+        "--prompt=import os",
+        "--new_tokens=5",
+        "--temperature=1",
+        "--top_k=10",
+        "--top_p=0.9",
+    )
     assert "--- def " in done.stdout and "--- import os" in done.stdout
 
 
 @pytest.mark.slow
 def test_benchmark_spmv_and_its_figure(tmp_path):
     out = tmp_path / "spmv"
-    run("benchmark_spmv", "--shapes=64x96", "--densities=0.5,0.1", "--batches=1,3", "--repeats=2",
-        "--implementations=macko,dense,bcoo,bcsr", f"--out={out}")  # fmt: skip
+    run(
+        "benchmark_spmv",
+        "--shapes=64x96",
+        "--densities=0.5,0.1",
+        "--batches=1,3",
+        "--repeats=2",
+        "--implementations=macko,dense,bcoo,bcsr",
+        f"--out={out}",
+    )
     records = json.loads(out.with_suffix(".json").read_text())["records"]
     assert len(records) == 16 and all(r["speedup"] > 0 for r in records)
     assert out.with_suffix(".csv").read_text().count("\n") == 17
@@ -166,9 +214,18 @@ def test_benchmark_spmv_and_its_figure(tmp_path):
 @pytest.mark.slow
 def test_benchmark_decode(tmp_path):
     out = tmp_path / "record.json"
-    done = run("benchmark_decode", "--config=tiny", "--density=1", "--density=0.5",
-               "--new_tokens=8", "--chunk=4", "--repeats=2", "--prompt=16", "--dtype=float32",
-               f"--out={out}")  # fmt: skip
+    done = run(
+        "benchmark_decode",
+        "--config=tiny",
+        "--density=1",
+        "--density=0.5",
+        "--new_tokens=8",
+        "--chunk=4",
+        "--repeats=2",
+        "--prompt=16",
+        "--dtype=float32",
+        f"--out={out}",
+    )
     record = json.loads(out.read_text())
     sparse, dense = record["results"]
     assert (sparse["density"], dense["density"]) == (0.5, 1.0)
@@ -177,8 +234,15 @@ def test_benchmark_decode(tmp_path):
 
 
 def test_benchmark_decode_names_checkpoints(byte_model, tmp_path):
-    done = run("benchmark_decode", f"--checkpoint={byte_model}", "--new_tokens=4", "--chunk=4",
-               "--repeats=1", "--prompt=16", f"--out={tmp_path / 'record.json'}")  # fmt: skip
+    done = run(
+        "benchmark_decode",
+        f"--checkpoint={byte_model}",
+        "--new_tokens=4",
+        "--chunk=4",
+        "--repeats=1",
+        "--prompt=16",
+        f"--out={tmp_path / 'record.json'}",
+    )
     table = done.stdout[done.stdout.index("density  tokens/s") :].splitlines()
     assert table[0].endswith("  checkpoint") and table[1].endswith(f"  {byte_model}")
 
@@ -210,9 +274,23 @@ def test_training_learns_and_records(tmp_path):
     letters = rng.choice(np.frombuffer(b"abcd", np.uint8), 5000)
     np.savez(corpus, train=letters, held_out=letters[:500], libraries=["none"])
     out = tmp_path / "lm"
-    run("train_lm", f"--corpus={corpus}", f"--out={out}", "--steps=60", "--chunk=20", "--batch=4",
-        "--length=32", "--hidden=32", "--intermediate=32", "--layers=1", "--heads=2",
-        "--kv_heads=1", "--head_dim=16", "--warmup=5", "--learning_rate=0.01")  # fmt: skip
+    run(
+        "train_lm",
+        f"--corpus={corpus}",
+        f"--out={out}",
+        "--steps=60",
+        "--chunk=20",
+        "--batch=4",
+        "--length=32",
+        "--hidden=32",
+        "--intermediate=32",
+        "--layers=1",
+        "--heads=2",
+        "--kv_heads=1",
+        "--head_dim=16",
+        "--warmup=5",
+        "--learning_rate=0.01",
+    )
     record = json.loads((out / "record.json").read_text())
     assert record["steps"] == 60 and len(record["curve_bits_per_byte"]) == 3
     assert record["held_out_bits_per_byte"] < 3

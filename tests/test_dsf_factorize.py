@@ -18,9 +18,9 @@ FAST = dict(search_rounds=4, refine_rounds=6, width=1.5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer,density", [
-    ("l0.query", 0.5), ("l0.query", 0.2), ("l0.attn_out", 0.3), ("l0.inter", 0.4),
-])
+@pytest.mark.parametrize(
+    "layer,density", [("l0.query", 0.5), ("l0.query", 0.2), ("l0.attn_out", 0.3), ("l0.inter", 0.4)]
+)
 def test_published_preset_reaches_the_published_error(layer, density):
     weight, gram, _ = real_layer(layer)
     result = dsf_jax.factorize(weight, gram, density=density, preset="published")
@@ -44,8 +44,12 @@ def test_quality_preset_is_several_times_better():
 
 @pytest.mark.slow
 @settings(max_examples=16, deadline=None)
-@given(density=st.floats(0.001, 1), levels=st.integers(1, 3), seed=st.integers(0, 9),
-       preset=st.sampled_from(["quality", "published"]))
+@given(
+    density=st.floats(0.001, 1),
+    levels=st.integers(1, 3),
+    seed=st.integers(0, 9),
+    preset=st.sampled_from(["quality", "published"]),
+)
 def test_budget_is_never_exceeded(density, levels, seed, preset):
     weight, gram = small_layer(12, 16, seed)
     weight = np.sign(weight) * np.ceil(np.abs(weight) * levels) / levels  # ties everywhere
@@ -123,8 +127,14 @@ def test_invariant_to_input_and_output_order():
 def test_transposed_layer_is_the_transposed_problem():
     """Without a Gram matrix, W and W^T have the same factorizations."""
     weight, _ = small_layer(24, 16)
-    options = dict(search_rounds=10, refine_rounds=0, refit_steps=0, width=1.0, density=0.5,
-                   compare_single=False)
+    options = dict(
+        search_rounds=10,
+        refine_rounds=0,
+        refit_steps=0,
+        width=1.0,
+        density=0.5,
+        compare_single=False,
+    )
     tall = dsf_jax.factorize(weight, **options)
     wide = dsf_jax.factorize(weight.T, **options)
     assert wide.relative_error == pytest.approx(tall.relative_error, rel=0.02)
@@ -162,21 +172,26 @@ def test_program_does_not_grow_with_rounds():
     def length(rounds):
         weight, gram = small_layer(20, 12)
         options = choose_options("quality", dict(search_rounds=rounds, refine_rounds=rounds))
-        return len(_factorize.lower(weight, gram, _Numbers(30, 30, (0.1, 1.0), 0), 18, options).as_text())
+        return len(
+            _factorize.lower(weight, gram, _Numbers(30, 30, (0.1, 1.0), 0), 18, options).as_text()
+        )
 
     assert length(100) < 1.01 * length(2)
 
 
-@pytest.mark.parametrize("change,error", [
-    (dict(density=0), "density"),
-    (dict(preset="best"), "preset must be one of quality, published"),
-    (dict(rounds=3), r"unknown options \['rounds'\]"),
-    (dict(width=0.5), "at least 1"),
-    (dict(split="even"), "split must be"),
-    (dict(refine_steps=0), "refine_steps must be at least 1"),
-    (dict(weight=np.full((3, 4), np.nan, np.float32)), "layer 'attn': weight holds 12 NaN"),
-    (dict(gram=np.eye(5, dtype=np.float32)), r"layer 'attn': gram must be \[in, in\]"),
-])
+@pytest.mark.parametrize(
+    "change,error",
+    [
+        (dict(density=0), "density"),
+        (dict(preset="best"), "preset must be one of quality, published"),
+        (dict(rounds=3), r"unknown options \['rounds'\]"),
+        (dict(width=0.5), "at least 1"),
+        (dict(split="even"), "split must be"),
+        (dict(refine_steps=0), "refine_steps must be at least 1"),
+        (dict(weight=np.full((3, 4), np.nan, np.float32)), "layer 'attn': weight holds 12 NaN"),
+        (dict(gram=np.eye(5, dtype=np.float32)), r"layer 'attn': gram must be \[in, in\]"),
+    ],
+)
 def test_clear_errors(change, error):
     weight, gram = small_layer()
     arguments = dict(weight=weight, gram=gram, density=0.5, name="attn") | change
@@ -217,9 +232,13 @@ def test_left_update_against_a_generic_solver(least_squares):
         return ((weight - x.reshape(anchor.shape) @ right) @ root).ravel()
 
     for rho in (0.1, 1.0):
-        got = solve_rows(*map(jnp.float32, (right @ gram @ right.T, np.ones(6))), rho,
-                         jnp.float32(weight @ gram @ right.T + rho * anchor),
-                         jnp.zeros(anchor.shape), 60)
+        got = solve_rows(
+            *map(jnp.float32, (right @ gram @ right.T, np.ones(6))),
+            rho,
+            jnp.float32(weight @ gram @ right.T + rho * anchor),
+            jnp.zeros(anchor.shape),
+            60,
+        )
         np.testing.assert_allclose(got, generic_solution(residual, anchor, rho), atol=2e-3)
 
 
@@ -233,8 +252,13 @@ def test_right_update_against_a_generic_solver(least_squares):
 
     for rho in (0.1, 1.0):
         target = vectors.T @ (gram @ weight.T @ left + rho * anchor.T)
-        got = vectors @ solve_rows(*map(jnp.float32, (left.T @ left, values)), rho,
-                                   jnp.float32(target), jnp.zeros(target.shape), 60)
+        got = vectors @ solve_rows(
+            *map(jnp.float32, (left.T @ left, values)),
+            rho,
+            jnp.float32(target),
+            jnp.zeros(target.shape),
+            60,
+        )
         np.testing.assert_allclose(got.T, generic_solution(residual, anchor, rho), atol=2e-3)
 
 
@@ -251,13 +275,24 @@ def test_refits_against_a_generic_solver(least_squares):
         return ((weight - left @ (x.reshape(right.shape) * right_mask)) @ root).ravel()
 
     f32 = jnp.float32
-    got = refit_rows(f32(weight @ gram @ right.T), f32(right @ gram @ right.T), left_mask,
-                     f32(left * left_mask), 60)
+    got = refit_rows(
+        f32(weight @ gram @ right.T),
+        f32(right @ gram @ right.T),
+        left_mask,
+        f32(left * left_mask),
+        60,
+    )
     exact = generic_solution(left_residual, 0 * left, 1e-9)
     np.testing.assert_allclose(got, exact * left_mask, atol=2e-3)
 
-    got = refit_coupled(f32(gram @ weight.T @ left), f32(gram), f32(left.T @ left), right_mask.T,
-                        f32(right * right_mask).T, 400)
+    got = refit_coupled(
+        f32(gram @ weight.T @ left),
+        f32(gram),
+        f32(left.T @ left),
+        right_mask.T,
+        f32(right * right_mask).T,
+        400,
+    )
     exact = generic_solution(right_residual, 0 * right, 1e-9) * right_mask
     error = np.linalg.norm(right_residual(np.asarray(got, np.float64).T))
     assert error <= np.linalg.norm(right_residual(exact)) * 1.001
@@ -270,8 +305,15 @@ def test_cholesky_and_conjugate_gradients_agree():
     start = rng.standard_normal((12, 20)).astype(np.float32)
     gram = factor.T @ factor
     results = [
-        improve_factor(jnp.asarray(start), jnp.zeros_like(start), residual, gram, 80,
-                       Schedule(0.5, 1e-3, 3, 1, cg_steps=steps))[0] for steps in (0, 40)
+        improve_factor(
+            jnp.asarray(start),
+            jnp.zeros_like(start),
+            residual,
+            gram,
+            80,
+            Schedule(0.5, 1e-3, 3, 1, cg_steps=steps),
+        )[0]
+        for steps in (0, 40)
     ]
     np.testing.assert_allclose(*results, atol=1e-3)
 
@@ -279,8 +321,12 @@ def test_cholesky_and_conjugate_gradients_agree():
 # Budgets and bytes.
 
 
-@given(nonzeros=st.integers(0, 4000), shape=st.sampled_from([(40, 40), (80, 40), (40, 100)]),
-       width=st.floats(1, 3), split=st.sampled_from(["published", 0.95, 1.5]))
+@given(
+    nonzeros=st.integers(0, 4000),
+    shape=st.sampled_from([(40, 40), (80, 40), (40, 100)]),
+    width=st.floats(1, 3),
+    split=st.sampled_from(["published", 0.95, 1.5]),
+)
 def test_split_stays_within_the_budget(nonzeros, shape, width, split):
     inner = round(width * min(shape))
     left, right = budget.split_nonzeros(nonzeros, shape, inner, split)

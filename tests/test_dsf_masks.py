@@ -31,16 +31,15 @@ def scores_and_count(draw):
 @given(scores_and_count())
 def test_top_k_is_a_stable_sort(case):
     scores, k = case
-    np.testing.assert_array_equal(
-        jax.jit(masks.top_k_mask)(scores, k), expected_mask(scores, k)
-    )
+    np.testing.assert_array_equal(jax.jit(masks.top_k_mask)(scores, k), expected_mask(scores, k))
 
 
 def test_top_k_orders_extreme_floats():
     scores = np.array([0.0, -0.0, 1e-45, 1e-38, 1.0, 3e38, 2.0, 0.0], np.float32)
     for k in range(scores.size + 1):
-        np.testing.assert_array_equal(jax.jit(masks.top_k_mask)(scores, k),
-                                      expected_mask(scores, k))
+        np.testing.assert_array_equal(
+            jax.jit(masks.top_k_mask)(scores, k), expected_mask(scores, k)
+        )
 
 
 def test_top_k_compiles_once_for_all_counts():

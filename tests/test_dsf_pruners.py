@@ -29,8 +29,12 @@ def test_reference_errors(layer, method):
 
 
 @settings(max_examples=16, deadline=None)
-@given(density=st.floats(0.001, 1), method=st.sampled_from(METHODS), levels=st.integers(1, 4),
-       shape=st.sampled_from([(12, 16), (24, 16)]))
+@given(
+    density=st.floats(0.001, 1),
+    method=st.sampled_from(METHODS),
+    levels=st.integers(1, 4),
+    shape=st.sampled_from([(12, 16), (24, 16)]),
+)
 def test_budget_is_exact_with_ties(density, method, levels, shape):
     weight, gram = small_layer(*shape)
     # Few levels, all non-zero: ties everywhere.
@@ -78,10 +82,16 @@ def test_invariant_to_units_and_input_order(method):
     scaled = np.asarray(dsf_jax.prune(weight * 8, gram * 64, density=0.4, method=method)) / 8
     np.testing.assert_allclose(scaled, base, rtol=1e-3, atol=1e-4)
     if method == "admm":  # SparseGPT goes through the inputs in their order
-        turned = np.asarray(dsf_jax.prune(
-            weight[:, order], gram[np.ix_(order, order)], density=0.4, method=method))
-        errors = [float(dsf_jax.relative_output_error(w, v, g)) for w, v, g in (
-            (weight, base, gram), (weight[:, order], turned, gram[np.ix_(order, order)]))]
+        turned = np.asarray(
+            dsf_jax.prune(weight[:, order], gram[np.ix_(order, order)], density=0.4, method=method)
+        )
+        errors = [
+            float(dsf_jax.relative_output_error(w, v, g))
+            for w, v, g in (
+                (weight, base, gram),
+                (weight[:, order], turned, gram[np.ix_(order, order)]),
+            )
+        ]
         assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
@@ -112,7 +122,7 @@ def test_sparsegpt_solves_what_it_keeps():
     for j in range(16):
         error = np.where(mask[:, j], 0, left[:, j]) / factor[j, j]
         left[:, j] = np.where(mask[:, j], left[:, j], 0)
-        left[:, j + 1:] -= np.outer(error, factor[j, j + 1:])
+        left[:, j + 1 :] -= np.outer(error, factor[j, j + 1 :])
     np.testing.assert_allclose(pruned, left, rtol=1e-3, atol=1e-4)
 
 
@@ -122,26 +132,30 @@ def test_admm_values_are_least_squares():
     pruned = np.asarray(dsf_jax.prune(weight, gram, density=0.5, method="admm"), np.float64)
     for row, kept in zip(weight, pruned):
         mask = kept != 0
-        exact = np.linalg.solve(gram[np.ix_(mask, mask)].astype(np.float64),
-                                gram[mask].astype(np.float64) @ row)
+        exact = np.linalg.solve(
+            gram[np.ix_(mask, mask)].astype(np.float64), gram[mask].astype(np.float64) @ row
+        )
         np.testing.assert_allclose(kept[mask], exact, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("change,error", [
-    (dict(density=0.0), "density .* must be in"),
-    (dict(density=1.5), "density .* must be in"),
-    (dict(density=None), "needs a density"),
-    (dict(method="random"), "method must be one of magnitude"),
-    (dict(density=None, pattern="5:4"), "pattern must be"),
-    (dict(density=None, pattern="1:3"), "divisible by 3"),
-    (dict(density=0.3, pattern="2:4"), "leave density"),
-    (dict(weight=np.full((3, 4), np.nan, np.float32)), "layer 'attn': weight holds 12 NaN"),
-    (dict(gram=np.full((16, 16), np.inf, np.float32)), "layer 'attn': gram holds"),
-    (dict(gram=np.eye(5, dtype=np.float32)), r"gram must be \[in, in\]"),
-    (dict(gram=np.triu(np.ones((16, 16), np.float32))), "not symmetric"),
-    (dict(weight=np.ones((2, 3, 4), np.float32)), "non-empty matrix"),
-    (dict(weight=np.ones((0, 16), np.float32)), "non-empty matrix"),
-])
+@pytest.mark.parametrize(
+    "change,error",
+    [
+        (dict(density=0.0), "density .* must be in"),
+        (dict(density=1.5), "density .* must be in"),
+        (dict(density=None), "needs a density"),
+        (dict(method="random"), "method must be one of magnitude"),
+        (dict(density=None, pattern="5:4"), "pattern must be"),
+        (dict(density=None, pattern="1:3"), "divisible by 3"),
+        (dict(density=0.3, pattern="2:4"), "leave density"),
+        (dict(weight=np.full((3, 4), np.nan, np.float32)), "layer 'attn': weight holds 12 NaN"),
+        (dict(gram=np.full((16, 16), np.inf, np.float32)), "layer 'attn': gram holds"),
+        (dict(gram=np.eye(5, dtype=np.float32)), r"gram must be \[in, in\]"),
+        (dict(gram=np.triu(np.ones((16, 16), np.float32))), "not symmetric"),
+        (dict(weight=np.ones((2, 3, 4), np.float32)), "non-empty matrix"),
+        (dict(weight=np.ones((0, 16), np.float32)), "non-empty matrix"),
+    ],
+)
 def test_clear_errors(change, error):
     weight, gram = small_layer()
     arguments = dict(weight=weight, gram=gram, density=0.5, name="attn") | change

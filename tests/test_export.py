@@ -1,12 +1,12 @@
 """What a compressed model becomes: factor pairs, packed matrices, fine-tuning with fixed zeros."""
 
-from flax import linen as nn
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 
 from dsf_jax import (
     FactorizedKernel,
@@ -41,9 +41,7 @@ LAYERS = {
     "circular": (lambda r: nnx.Conv(4, 10, (3, 3), padding="CIRCULAR", rngs=r), (2, 7, 8, 4), 1),
     "causal": (lambda r: nnx.Conv(4, 10, (3,), padding="CAUSAL", rngs=r), (2, 7, 4), 1),
     "dilated": (lambda r: nnx.Conv(4, 10, (3, 3), kernel_dilation=2, rngs=r), (2, 7, 8, 4), 1),
-    "grouped": (
-        lambda r: nnx.Conv(4, 10, (3, 3), feature_group_count=2, rngs=r), (2, 7, 8, 4), 2,
-    ),
+    "grouped": (lambda r: nnx.Conv(4, 10, (3, 3), feature_group_count=2, rngs=r), (2, 7, 8, 4), 2),
 }
 
 
@@ -118,7 +116,10 @@ def test_factorized_convolutional_network_runs_packed():
     model, x = ConvNet(nnx.Rngs(0)), draw(0, 32, 8, 8, 1)
     model.eval()
     pair, report = compress_model(
-        model, [x], density=0.6, **PAIR,
+        model,
+        [x],
+        density=0.6,
+        **PAIR,
         rules=[Rule("stem", skip=True), Rule("shortcut", method="wanda", options={})],
     )
     assert [layer.path for layer in report.layers] == ["conv", "shortcut", "grouped"]
@@ -159,9 +160,7 @@ def test_pairs_in_a_scanned_stack():
     dense.blocks.down.kernel[...] = factors.right.kernel[...] @ factors.left.kernel[...]
     np.testing.assert_allclose(pair(x), dense(x), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="all slices"):
-        compress_model(
-            model, [x], method="wanda", rules=[Rule(r"blocks/down\[0\]", **PAIR)]
-        )
+        compress_model(model, [x], method="wanda", rules=[Rule(r"blocks/down\[0\]", **PAIR)])
 
 
 @pytest.mark.slow

@@ -30,12 +30,17 @@ class Network(nn.Module):
     def setup(self):
         self.stem = nn.Dense(16)
         self.blocks = nn.scan(
-            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )()
         self.tail = [nn.Dense(16), nn.Dense(16, use_bias=False)]
         self.block = nn.jit(Block)()
         self.heads = nn.vmap(
-            nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
-            axis_size=2)(5)
+            nn.Dense,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=2,
+        )(5)
 
     def __call__(self, x):
         x, _ = self.blocks(self.stem(x), None)
@@ -46,12 +51,22 @@ class Network(nn.Module):
 
 
 PATHS = [
-    *(f"{block}/{name}" for block in ("block", "blocks")
-      for name in ("MultiHeadDotProductAttention_0/key", "MultiHeadDotProductAttention_0/out",
-                   "MultiHeadDotProductAttention_0/query", "MultiHeadDotProductAttention_0/value",
-                   "up")),
-    "heads", "stem", "tail_0", "tail_1",
-]  # fmt: skip
+    *(
+        f"{block}/{name}"
+        for block in ("block", "blocks")
+        for name in (
+            "MultiHeadDotProductAttention_0/key",
+            "MultiHeadDotProductAttention_0/out",
+            "MultiHeadDotProductAttention_0/query",
+            "MultiHeadDotProductAttention_0/value",
+            "up",
+        )
+    ),
+    "heads",
+    "stem",
+    "tail_0",
+    "tail_1",
+]
 
 
 def create(module, *args, density=0.4, seed=0):
@@ -68,8 +83,7 @@ def create(module, *args, density=0.4, seed=0):
         return jnp.asarray(value, leaf.dtype)
 
     abstract = traverse_util.flatten_dict(jax.eval_shape(module.init, jax.random.key(0), *args))
-    return traverse_util.unflatten_dict(
-        {path: fill(path, leaf) for path, leaf in abstract.items()})
+    return traverse_util.unflatten_dict({path: fill(path, leaf) for path, leaf in abstract.items()})
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +104,8 @@ def expected(variables, inputs):
 @pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
 def test_every_dense_layer_is_packed(variables, inputs, expected, encoding):
     packed, report = flax_linen.substitute(
-        Network(), variables, inputs, rules=Rule(encoding=encoding))
+        Network(), variables, inputs, rules=Rule(encoding=encoding)
+    )
     assert sorted(layer.path for layer in report.packed) == PATHS
     assert not report.skipped
     run = jax.jit(functools.partial(flax_linen.apply, Network()))
@@ -143,8 +158,12 @@ def test_training_flags_rngs_and_mutable_collections(inputs):
 
     variables = create(Layers(), inputs)
     packed, _ = flax_linen.substitute(
-        Layers(), variables, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), train=True,
-        rngs={"dropout": jax.random.key(0)})
+        Layers(),
+        variables,
+        jax.ShapeDtypeStruct(inputs.shape, inputs.dtype),
+        train=True,
+        rngs={"dropout": jax.random.key(0)},
+    )
     options = dict(train=True, rngs={"dropout": jax.random.key(2)}, mutable=["batch_stats"])
     expected, expected_state = Layers().apply(variables, inputs, **options)
     found, state = flax_linen.apply(Layers(), packed, inputs, **options)
@@ -159,8 +178,11 @@ def test_method_argument(tower, inputs):
     assert report.skipped[0].path == "decoder"
     assert "does not reach it" in report.skipped[0].skipped
     np.testing.assert_allclose(
-        flax_linen.apply(Tower(), packed, inputs), Tower().apply(tower, inputs),
-        rtol=1e-5, atol=1e-5)
+        flax_linen.apply(Tower(), packed, inputs),
+        Tower().apply(tower, inputs),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
@@ -178,7 +200,8 @@ def test_dtypes_are_promoted_as_in_dense(param_dtype, dtype, x_dtype):
     assert found.dtype == expected.dtype
     tolerance = 8 * float(jnp.finfo(expected.dtype).eps)
     np.testing.assert_allclose(
-        found.astype(F32), expected.astype(F32), rtol=tolerance, atol=2 * tolerance)
+        found.astype(F32), expected.astype(F32), rtol=tolerance, atol=2 * tolerance
+    )
 
 
 @pytest.mark.parametrize("features, axis", [((4, 3), -1), (5, (-2, -1)), ((2, 2), (0, -1)), (3, 1)])
@@ -189,7 +212,8 @@ def test_dense_general(features, axis):
     packed, report = flax_linen.substitute(layer, variables, x)
     assert isinstance(packed["params"]["kernel"], MackoMatrix) and report.packed
     np.testing.assert_allclose(
-        flax_linen.apply(layer, packed, x), layer.apply(variables, x), rtol=1e-5, atol=1e-5)
+        flax_linen.apply(layer, packed, x), layer.apply(variables, x), rtol=1e-5, atol=1e-5
+    )
 
 
 class LoudDense(nn.Dense):
@@ -198,20 +222,24 @@ class LoudDense(nn.Dense):
         return 2 * super().__call__(inputs)
 
 
-@pytest.mark.parametrize("layer, reason", [
-    (LoudDense(4), "LoudDense has a __call__ of its own"),
-    (nn.Dense(4, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)),
-     "it has a dot_general of its own"),
-    (nn.DenseGeneral(4, batch_dims=(0,)), "it has batch dimensions"),
-    (nn.Einsum((6, 4), "abc,cd->abd"), "Einsum has no packed form"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layer, reason",
+    [
+        (LoudDense(4), "LoudDense has a __call__ of its own"),
+        (
+            nn.Dense(4, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)),
+            "it has a dot_general of its own",
+        ),
+        (nn.DenseGeneral(4, batch_dims=(0,)), "it has batch dimensions"),
+        (nn.Einsum((6, 4), "abc,cd->abd"), "Einsum has no packed form"),
+    ],
+)
 def test_layers_that_stay_dense_are_reported(layer, reason):
     x = jnp.ones((3, 2, 6))
     variables = create(layer, x)
     packed, report = flax_linen.substitute(layer, variables, x)
     assert report.layers[0].skipped == reason
-    np.testing.assert_array_equal(
-        flax_linen.apply(layer, packed, x), layer.apply(variables, x))
+    np.testing.assert_array_equal(flax_linen.apply(layer, packed, x), layer.apply(variables, x))
 
 
 def test_convolutions_are_not_listed():
@@ -225,14 +253,20 @@ def test_convolutions_are_not_listed():
     packed, report = flax_linen.substitute(Convolutional(), variables, x)
     assert [layer.path for layer in report.layers] == ["Dense_0"]
     np.testing.assert_allclose(
-        flax_linen.apply(Convolutional(), packed, x), Convolutional().apply(variables, x),
-        rtol=1e-5, atol=1e-5)
+        flax_linen.apply(Convolutional(), packed, x),
+        Convolutional().apply(variables, x),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_rules_and_report(variables, inputs):
     packed, report = flax_linen.substitute(
-        Network(), variables, inputs,
-        rules=[Rule("stem", skip=True), Rule("tail_.", dtype="bfloat16"), "blocks?/.*"])
+        Network(),
+        variables,
+        inputs,
+        rules=[Rule("stem", skip=True), Rule("tail_.", dtype="bfloat16"), "blocks?/.*"],
+    )
     skipped = {layer.path: layer.skipped for layer in report.skipped}
     assert skipped == {"stem": "rule 'stem' says so", "heads": "no rule matches its path"}
     assert packed["params"]["tail_0"]["kernel"].dtype == jnp.bfloat16
@@ -258,6 +292,7 @@ def test_frozen_dict_variables(variables, inputs):
 @pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
 def test_fine_tuning_keeps_the_zeros(encoding):
     """AdamW with weight decay through partition and combine, in a TrainState."""
+
     class Network(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -266,13 +301,14 @@ def test_fine_tuning_keeps_the_zeros(encoding):
     x = jax.random.normal(jax.random.key(1), (64, 40))
     y = jax.random.normal(jax.random.key(2), (64, 3))
     network = Network()
-    packed, _ = flax_linen.substitute(
-        network, create(network, x), x, rules=Rule(encoding=encoding))
+    packed, _ = flax_linen.substitute(network, create(network, x), x, rules=Rule(encoding=encoding))
     before = packed["params"]
     trainable, fixed = flax_linen.partition(before)
     state = TrainState.create(
-        apply_fn=functools.partial(flax_linen.apply, network), params=trainable,
-        tx=optax.adamw(1e-2, weight_decay=0.1))
+        apply_fn=functools.partial(flax_linen.apply, network),
+        params=trainable,
+        tx=optax.adamw(1e-2, weight_decay=0.1),
+    )
 
     @jax.jit
     def step(state):

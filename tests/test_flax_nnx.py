@@ -12,7 +12,6 @@ import macko_jax
 from macko_jax.flax_nnx import MackoIndex, MackoLinear, from_pure_dict, substitute, to_pure_dict
 from macko_jax.rules import Rule
 
-
 # Kernels are filled by NumPy, because the default initializer compiles for long.
 ZEROS = nnx.initializers.zeros_init()
 
@@ -21,8 +20,8 @@ def linear(*features, layer=nnx.Linear, rngs=None, **options):
     """A layer with a random bias and a kernel of zeros, to be filled by `fill_kernels`."""
     rngs = rngs or nnx.Rngs(0)
     return layer(
-        *features, kernel_init=ZEROS, bias_init=nnx.initializers.uniform(1.0), rngs=rngs,
-        **options)
+        *features, kernel_init=ZEROS, bias_init=nnx.initializers.uniform(1.0), rngs=rngs, **options
+    )
 
 
 def fill_kernels(model, density=0.4, seed=0):
@@ -49,7 +48,8 @@ class MLP(nnx.Module):
         self.sequence = nnx.Sequential(linear(width, width), jax.nn.relu, linear(width, width))
         self.shared = self.blocks[0]
         self.attention = nnx.MultiHeadAttention(
-            4, width, decode=False, kernel_init=ZEROS, rngs=rngs)
+            4, width, decode=False, kernel_init=ZEROS, rngs=rngs
+        )
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
         self.norm = nnx.BatchNorm(width, use_running_average=True, rngs=rngs)
         self.last = linear(width, 7, use_bias=False)
@@ -84,10 +84,19 @@ def expected(dense, inputs):
 
 
 PATHS = [
-    "attention/key", "attention/out", "attention/query", "attention/value", "blocks/0",
-    "blocks/1/up", "first", "last", "pair/0", "pair/1/inner/0", "sequence/layers/0",
+    "attention/key",
+    "attention/out",
+    "attention/query",
+    "attention/value",
+    "blocks/0",
+    "blocks/1/up",
+    "first",
+    "last",
+    "pair/0",
+    "pair/1/inner/0",
+    "sequence/layers/0",
     "sequence/layers/2",
-]  # fmt: skip
+]
 
 
 def test_every_linear_is_replaced(dense, inputs, expected):
@@ -114,9 +123,9 @@ def test_the_model_itself(inputs):
     np.testing.assert_allclose(packed(inputs), dense(inputs), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("container", [
-    lambda a, b: [a, b], lambda a, b: (a, b), lambda a, b: {"x": a, "y": {"z": b}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "container", [lambda a, b: [a, b], lambda a, b: (a, b), lambda a, b: {"x": a, "y": {"z": b}}]
+)
 def test_plain_containers(container):
     layers = [fill_kernels(linear(20, 6), seed=seed) for seed in range(2)]
     packed, report = substitute(container(*layers))
@@ -140,12 +149,14 @@ def test_a_cycle_between_modules(inputs):
     packed, _ = substitute(dense)
     assert packed.child.parent is packed
     np.testing.assert_allclose(
-        packed.child.linear(inputs), dense.child.linear(inputs), rtol=1e-5, atol=1e-6)
+        packed.child.linear(inputs), dense.child.linear(inputs), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_nothing_is_shared_with_the_old_model(inputs):
-    dense = fill_kernels(nnx.Sequential(
-        linear(20, 12), nnx.LayerNorm(12, rngs=nnx.Rngs(0)), linear(12, 5)))
+    dense = fill_kernels(
+        nnx.Sequential(linear(20, 12), nnx.LayerNorm(12, rngs=nnx.Rngs(0)), linear(12, 5))
+    )
     rules = [Rule("layers/0", skip=True), ".*"]
     before = jax.tree.map(np.asarray, nnx.state(dense, nnx.Param))
     packed, _ = substitute(dense, rules)
@@ -181,7 +192,8 @@ def test_dtypes_are_promoted_as_in_linear(param_dtype, dtype, x_dtype):
     assert found.dtype == expected.dtype
     tolerance = 8 * float(jnp.finfo(expected.dtype).eps)
     np.testing.assert_allclose(
-        found.astype(F32), expected.astype(F32), rtol=tolerance, atol=2 * tolerance)
+        found.astype(F32), expected.astype(F32), rtol=tolerance, atol=2 * tolerance
+    )
 
 
 def test_integer_input_and_leading_axes():
@@ -193,9 +205,10 @@ def test_integer_input_and_leading_axes():
         np.testing.assert_allclose(packed(x), dense(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("features, axis", [
-    ((6, (4, 3)), -1), (((2, 6), 5), (-2, -1)), (((3, 6), (2, 2)), (0, -1)), ((2, 3), 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "features, axis",
+    [((6, (4, 3)), -1), (((2, 6), 5), (-2, -1)), (((3, 6), (2, 2)), (0, -1)), ((2, 3), 1)],
+)
 def test_linear_general(features, axis):
     dense = fill_kernels(linear(*features, layer=nnx.LinearGeneral, axis=axis))
     packed, report = substitute(dense)
@@ -221,7 +234,8 @@ def test_gradients_are_those_of_the_dense_model(encoding, inputs):
     np.testing.assert_allclose(found["bias"][...], expected["bias"][...], rtol=1e-5, atol=1e-5)
     of_input = jax.grad(lambda x: loss(packed, x))(inputs)
     np.testing.assert_allclose(
-        of_input, jax.grad(lambda x: loss(dense, x))(inputs), rtol=1e-5, atol=1e-5)
+        of_input, jax.grad(lambda x: loss(dense, x))(inputs), rtol=1e-5, atol=1e-5
+    )
 
 
 def with_values(layer, values):
@@ -235,8 +249,10 @@ def test_index_arrays_are_no_parameters(dense):
     indices = jax.tree.leaves(nnx.state(packed, MackoIndex))
     assert len(indices) == 3 * len(PATHS)
     assert all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in indices)
-    assert all(jnp.issubdtype(leaf.dtype, jnp.floating)
-               for leaf in jax.tree.leaves(nnx.state(packed, nnx.Param)))
+    assert all(
+        jnp.issubdtype(leaf.dtype, jnp.floating)
+        for leaf in jax.tree.leaves(nnx.state(packed, nnx.Param))
+    )
 
 
 def test_split_and_merge(dense, inputs, expected):
@@ -247,8 +263,7 @@ def test_split_and_merge(dense, inputs, expected):
     def merge_and_run(params, rest, x):
         return nnx.merge(graph, params, rest)(x)
 
-    np.testing.assert_allclose(
-        merge_and_run(params, rest, inputs), expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(merge_and_run(params, rest, inputs), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_orbax_round_trip(dense, inputs, tmp_path):
@@ -258,7 +273,8 @@ def test_orbax_round_trip(dense, inputs, tmp_path):
         checkpointer.save(tmp_path / "packed", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(
-            tmp_path / "packed", jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+            tmp_path / "packed", jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        )
     other, _ = substitute(dense, BF16_BITMASK)
     nnx.update(other, jax.tree.map(jnp.zeros_like, nnx.state(other, (nnx.Param, MackoIndex))))
     nnx.update(other, restored)
@@ -308,8 +324,11 @@ def test_vmapped_and_scanned_stack(encoding):
     packed.linear.values[...] = found
     mask = dense.linear.kernel[...] != 0
     np.testing.assert_allclose(
-        macko_jax.decompress(packed.linear.matrix).swapaxes(1, 2), expected * mask,
-        rtol=1e-4, atol=1e-5)
+        macko_jax.decompress(packed.linear.matrix).swapaxes(1, 2),
+        expected * mask,
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 class LoudLinear(nnx.Linear):
@@ -321,17 +340,24 @@ class QuietLinear(nnx.Linear):
     """A subclass that changes nothing."""
 
 
-@pytest.mark.parametrize("layer, reason", [
-    (lambda: linear(8, 8, layer=LoudLinear), "LoudLinear has a __call__ of its own"),
-    (lambda: linear(8, 8, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)),
-     "it has a dot_general of its own"),
-    (lambda: linear(8, 8, preferred_element_type=F32), "it sets preferred_element_type"),
-    (lambda: linear(8, 8, param_dtype=jnp.float8_e5m2),
-     "values of float8_e5m2 are not packed; a rule can set dtype to float16, bfloat16, float32"),
-    (lambda: linear(8, 8, layer=nnx.LinearGeneral, batch_axis={0: 2}), "it has batch axes"),
-    (lambda: linear("ab,bc->ac", (8, 8), layer=nnx.Einsum), "Einsum has no packed form"),
-    (lambda: linear(0, 8), "its kernel is empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layer, reason",
+    [
+        (lambda: linear(8, 8, layer=LoudLinear), "LoudLinear has a __call__ of its own"),
+        (
+            lambda: linear(8, 8, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)),
+            "it has a dot_general of its own",
+        ),
+        (lambda: linear(8, 8, preferred_element_type=F32), "it sets preferred_element_type"),
+        (
+            lambda: linear(8, 8, param_dtype=jnp.float8_e5m2),
+            "values of float8_e5m2 are not packed; a rule can set dtype to float16, bfloat16, float32",
+        ),
+        (lambda: linear(8, 8, layer=nnx.LinearGeneral, batch_axis={0: 2}), "it has batch axes"),
+        (lambda: linear("ab,bc->ac", (8, 8), layer=nnx.Einsum), "Einsum has no packed form"),
+        (lambda: linear(0, 8), "its kernel is empty"),
+    ],
+)
 def test_layers_that_stay_dense_are_reported(layer, reason):
     dense = layer()
     packed, report = substitute(dense, Rule(max_density=1.0))
@@ -357,15 +383,25 @@ def test_dense_layers_stay_dense_unless_a_rule_allows_them(inputs):
 
 
 def test_rules_choose_layers_and_dtypes(dense):
-    packed, report = substitute(dense, [
-        Rule("last", skip=True), Rule("blocks/.*", dtype="bfloat16", encoding="delta4"),
-        Rule("first|pair/.*", max_density=0.1), "sequence/.*"])
+    packed, report = substitute(
+        dense,
+        [
+            Rule("last", skip=True),
+            Rule("blocks/.*", dtype="bfloat16", encoding="delta4"),
+            Rule("first|pair/.*", max_density=0.1),
+            "sequence/.*",
+        ],
+    )
     skipped = {layer.path: layer.skipped for layer in report.skipped}
     assert skipped["last"] == "rule 'last' says so"
     assert skipped["first"] == skipped["pair/0"] == "from density 0.1 on dense is faster"
     assert skipped["attention/out"] == "no rule matches its path"
     assert {layer.path for layer in report.packed} == {
-        "blocks/0", "blocks/1/up", "sequence/layers/0", "sequence/layers/2"}
+        "blocks/0",
+        "blocks/1/up",
+        "sequence/layers/0",
+        "sequence/layers/2",
+    }
     assert packed.blocks[0].values.dtype == jnp.bfloat16
     assert packed.blocks[0].encoding == "delta4"
     assert packed.sequence.layers[0].values.dtype == jnp.float32
@@ -454,8 +490,11 @@ def test_packed_checkpoint_without_dense_weights(dense, inputs, tmp_path):
     np.testing.assert_array_equal(run(model, inputs), expected)
     assert isinstance(model.first, MackoLinear) and isinstance(model.last, nnx.Linear)
     assert model.shared is model.blocks[0]
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, (nnx.Param, nnx.BatchStat)),
-                 nnx.state(packed, (nnx.Param, nnx.BatchStat)))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        nnx.state(model, (nnx.Param, nnx.BatchStat)),
+        nnx.state(packed, (nnx.Param, nnx.BatchStat)),
+    )
     assert model.dropout.rngs.key[...] == packed.dropout.rngs.key[...]
 
 

@@ -1,4 +1,5 @@
 """Packing, unpacking, sizes and validation of MackoMatrix."""
+
 import dataclasses
 import itertools
 
@@ -56,7 +57,8 @@ def test_device_packing_is_bit_identical(case):
     expected = case.matrix()
     if case.encoding == "banked":
         arrays = packing_banked.fill(
-            weight, *packing_banked.find(weight), groups=expected.stored // layout.GROUP)
+            weight, *packing_banked.find(weight), groups=expected.stored // layout.GROUP
+        )
         for name, array in zip(FIELDS, arrays):
             assert_same_bits(array, getattr(expected, name))
         return
@@ -79,7 +81,8 @@ def test_special_values(encoding, lanes, dtype):
     if encoding == "banked":
         found = packing_banked.find(jnp.asarray(weight))
         arrays = packing_banked.fill(
-            jnp.asarray(weight), *found, groups=matrix.stored // layout.GROUP)
+            jnp.asarray(weight), *found, groups=matrix.stored // layout.GROUP
+        )
         for name, array in zip(FIELDS, arrays):
             assert_same_bits(array, getattr(matrix, name))
         return
@@ -94,19 +97,21 @@ SHAPES = ((1, 40), (6, 133))
 @hypothesis.given(
     st.sampled_from(SHAPES),
     st.sampled_from([*itertools.product(ENCODINGS, [1, 4]), ("banked", 32)]),
-    st.data())
+    st.data(),
+)
 def test_round_trip_of_any_bits(shape, layout_, data):
     (rows, cols), (encoding, lanes) = shape, layout_
     sparse = st.one_of(st.just(0), st.just(0), st.integers(0, 2**16 - 1))
     bits = data.draw(st.lists(sparse, min_size=rows * cols, max_size=rows * cols))
     weight = np.array(bits, np.uint16).view(np.float16).reshape(shape)
     matrix = macko_jax.compress(
-        weight, encoding=encoding, lanes=lanes, capacity=rows * max(32, -(-cols // 8)))
+        weight, encoding=encoding, lanes=lanes, capacity=rows * max(32, -(-cols // 8))
+    )
     macko_jax.validate(matrix)
     dense = np.asarray(macko_jax.decompress(matrix))
     assert_same_bits(dense, np.where(weight == 0, np.float16(0), weight))
     slowly = pack_slowly(weight, encoding, lanes)
-    assert_same_bits(matrix.values[:slowly[0].size], slowly[0])
+    assert_same_bits(matrix.values[: slowly[0].size], slowly[0])
     assert_same_bits(matrix.row_offsets, slowly[2])
     assert_same_bits(matrix.starts, slowly[3])
 
@@ -132,9 +137,16 @@ def test_smaller_encoding_is_chosen_for_float32(width, expected):
     assert matrix.encoding == expected and matrix.nbytes == min(sizes)
 
 
-@pytest.mark.parametrize("density, cols, expected", [
-    (0.1, 4096, "delta5"), (0.14, 4096, "delta4"), (0.2, 4096, "delta4"), (0.4, 4096, "choice"),
-    (0.5, 18_001, "delta4")])
+@pytest.mark.parametrize(
+    "density, cols, expected",
+    [
+        (0.1, 4096, "delta5"),
+        (0.14, 4096, "delta4"),
+        (0.2, 4096, "delta4"),
+        (0.4, 4096, "choice"),
+        (0.5, 18_001, "delta4"),
+    ],
+)
 @pytest.mark.parametrize("dtype, on_device", [(None, True), ("int8", False)])
 def test_the_fastest_deltas_are_chosen(density, cols, expected, dtype, on_device):
     weight = (np.random.default_rng(0).random((96, cols)) < density).astype(np.float16)
@@ -143,10 +155,22 @@ def test_the_fastest_deltas_are_chosen(density, cols, expected, dtype, on_device
     assert encoding == expected
 
 
-@pytest.mark.parametrize("rows, cols, density, expected", [
-    (11008, 4096, 0.1, 8), (14336, 4096, 0.2, 8), (11008, 4096, 0.3, 16), (11008, 4096, 0.5, 32),
-    (4096, 4096, 0.1, 16), (4096, 4096, 0.3, 32), (4096, 11008, 0.1, 32), (28672, 8192, 0.1, 8),
-    (28672, 8192, 0.2, 16), (28672, 8192, 0.3, 32), (8192, 8192, 0.1, 16)])
+@pytest.mark.parametrize(
+    "rows, cols, density, expected",
+    [
+        (11008, 4096, 0.1, 8),
+        (14336, 4096, 0.2, 8),
+        (11008, 4096, 0.3, 16),
+        (11008, 4096, 0.5, 32),
+        (4096, 4096, 0.1, 16),
+        (4096, 4096, 0.3, 32),
+        (4096, 11008, 0.1, 32),
+        (28672, 8192, 0.1, 8),
+        (28672, 8192, 0.2, 16),
+        (28672, 8192, 0.3, 32),
+        (8192, 8192, 0.1, 16),
+    ],
+)
 def test_the_fastest_lanes_are_chosen(rows, cols, density, expected):
     """Those of docs/results/lanes_h200.json, or within 3 % of them."""
     row = (np.random.default_rng(0).random((1, cols)) < density).astype(np.float16)
@@ -161,9 +185,17 @@ def test_lanes_have_two_groups_where_rows_have_them(rows, groups):
     assert lanes == 1 or 2 * lanes <= groups
 
 
-@pytest.mark.parametrize("encoding, density, ratio", [
-    ("delta3", 0.7, 0.952), ("delta3", 0.5, 0.957), ("delta3", 0.4, 0.97),
-    ("delta5", 0.1, 0.9), ("delta5", 0.05, 0.76), ("delta5", 0.02, 0.65)])
+@pytest.mark.parametrize(
+    "encoding, density, ratio",
+    [
+        ("delta3", 0.7, 0.952),
+        ("delta3", 0.5, 0.957),
+        ("delta3", 0.4, 0.97),
+        ("delta5", 0.1, 0.9),
+        ("delta5", 0.05, 0.76),
+        ("delta5", 0.02, 0.65),
+    ],
+)
 def test_other_deltas_are_smaller_at_other_densities(encoding, density, ratio):
     weight = (np.random.default_rng(0).random((64, 4096)) < density).astype(np.float16)
     found, usual = (macko_jax.compress(weight, encoding=e).nbytes for e in (encoding, "delta4"))
@@ -175,17 +207,23 @@ def test_choices_spread_reads_over_banks():
     weight = (np.random.default_rng(0).random((20, 4096)) < 0.5).astype(np.float16)
     matrix = macko_jax.compress(weight, encoding="choice", lanes=32)
     _, column, _ = positions.slot_positions(
-        matrix.codes, matrix.row_offsets, matrix.starts, stored=matrix.stored, shape=matrix.shape,
-        encoding="choice", lanes=32)
+        matrix.codes,
+        matrix.row_offsets,
+        matrix.starts,
+        stored=matrix.stored,
+        shape=matrix.shape,
+        encoding="choice",
+        lanes=32,
+    )
     codes = np.asarray(matrix.codes)
     chosen = codes[:, None] >> np.arange(3, 32, 4, dtype=np.uint32) & 1
     columns = np.asarray(column).reshape(-1, 8)
     turns, plain, distance = [], [], np.array([[1], [2]] * 16)
     for begin, end in itertools.pairwise(np.asarray(matrix.row_offsets)):
         for first in range(begin, end - 31, 32):  # full turns
-            words = 3 * columns[first:first + 32] + chosen[first:first + 32] * distance
+            words = 3 * columns[first : first + 32] + chosen[first : first + 32] * distance
             turns += [np.bincount(bank % 32).max() for bank in words.T]
-            plain += [np.bincount(bank % 32).max() for bank in columns[first:first + 32].T]
+            plain += [np.bincount(bank % 32).max() for bank in columns[first : first + 32].T]
     assert np.mean(turns) < 2.1 and np.mean(plain) > 3.4
 
 
@@ -203,8 +241,9 @@ def test_empty_shapes(shape, encoding):
 def test_stacks(encoding, lanes):
     rng = np.random.default_rng(0)
     weights = (rng.random((3, 2, 640)) < 0.3).astype(np.float32)
-    matrices = [macko_jax.compress(w, encoding=encoding, lanes=lanes, capacity=128)
-                for w in weights]
+    matrices = [
+        macko_jax.compress(w, encoding=encoding, lanes=lanes, capacity=128) for w in weights
+    ]
     stack = jax.tree.map(lambda *a: jnp.stack(a), *matrices)
     np.testing.assert_array_equal(macko_jax.decompress(stack), weights)
     assert stack.nnz == np.count_nonzero(weights) and stack.stored == 128 * 8
@@ -222,8 +261,10 @@ def test_capacity_may_be_a_function_of_the_groups(encoding, on_device):
         return needed + 7
 
     exact = macko_jax.compress(weight, encoding=encoding).stored // 8
-    found, expected = (packing.pack(weight, encoding, None, capacity, on_device)[0]
-                       for capacity in (more, exact + 7))
+    found, expected = (
+        packing.pack(weight, encoding, None, capacity, on_device)[0]
+        for capacity in (more, exact + 7)
+    )
     assert groups == [exact]
     for a, b in zip(found, expected, strict=True):
         assert_same_bits(a, b)
@@ -256,16 +297,19 @@ def test_reading_structure_while_tracing_is_refused():
     assert jax.jit(lambda m: m.stored)(matrix) == matrix.stored
 
 
-@pytest.mark.parametrize("weight, options, error, message", [
-    (np.zeros((2, 2), np.int32), {}, TypeError, "int32"),
-    (np.zeros((2, 2), np.float64), {}, TypeError, "float64"),
-    (np.zeros(4, np.float32), {}, ValueError, r"\[4\]"),
-    (np.zeros((1, 2, 3), np.float32), {}, ValueError, r"\[1, 2, 3\]"),
-    (np.zeros((2, 2), np.float32), {"encoding": "csr"}, ValueError, "csr"),
-    (np.zeros((2, 2), np.float32), {"lanes": 3}, ValueError, "lanes"),
-    (np.zeros((2, 2), np.float32), {"encoding": "banked", "lanes": 8}, ValueError, "32 lanes"),
-    (np.ones((2, 2), np.float32), {"capacity": 1}, ValueError, "capacity=1"),
-])
+@pytest.mark.parametrize(
+    "weight, options, error, message",
+    [
+        (np.zeros((2, 2), np.int32), {}, TypeError, "int32"),
+        (np.zeros((2, 2), np.float64), {}, TypeError, "float64"),
+        (np.zeros(4, np.float32), {}, ValueError, r"\[4\]"),
+        (np.zeros((1, 2, 3), np.float32), {}, ValueError, r"\[1, 2, 3\]"),
+        (np.zeros((2, 2), np.float32), {"encoding": "csr"}, ValueError, "csr"),
+        (np.zeros((2, 2), np.float32), {"lanes": 3}, ValueError, "lanes"),
+        (np.zeros((2, 2), np.float32), {"encoding": "banked", "lanes": 8}, ValueError, "32 lanes"),
+        (np.ones((2, 2), np.float32), {"capacity": 1}, ValueError, "capacity=1"),
+    ],
+)
 def test_bad_input_is_named(weight, options, error, message):
     with pytest.raises(error, match=message):
         macko_jax.compress(weight, **options)
@@ -281,6 +325,7 @@ def _with(name, index, value):
         array = np.array(getattr(matrix, name))
         array[index] = value
         return dataclasses.replace(matrix, **{name: array})
+
     return change
 
 

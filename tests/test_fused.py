@@ -1,18 +1,18 @@
 """Products with a norm or a gate before and a sum after: the kernel, and what it stands for."""
+
 import dataclasses
 import itertools
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import macko_jax
 from macko_jax.kernels import config
 from macko_jax.kernels import spmv as kernel
-from tests.test_kernels import (
-    STORED, abstract, arrays_of, execute, needs_gpu, sparse, vectors)
+from tests.test_kernels import STORED, abstract, arrays_of, execute, needs_gpu, sparse, vectors
 
 EPS = 1e-5
 KINDS = [("norm", False), ("norm", True), ("gated", False), ("gated", True), (None, True)]
@@ -60,8 +60,13 @@ def test_program(shape, kind, add, encoding, values):
     dense, x, scale, addend = make(*shape, kind, add)
     matrix = macko_jax.compress(dense, encoding=encoding, dtype=values)
     settings = config.Settings(
-        blocks=min(3, shape[0]), warps=4, unroll=2, vectors=1, stage_x=True,
-        twice=encoding == "choice")
+        blocks=min(3, shape[0]),
+        warps=4,
+        unroll=2,
+        vectors=1,
+        stage_x=True,
+        twice=encoding == "choice",
+    )
     scaled = values is not None
     fusion = kernel.Fusion(EPS if kind == "norm" else None, kind == "gated", add, scaled)
     plan = kernel.Plan(abstract(matrix), x.dtype, 1, settings, fusion)
@@ -71,9 +76,14 @@ def test_program(shape, kind, add, encoding, values):
         operands["row_scales"] = np.asarray(matrix.scales)
         dense = exact_product(matrix)
     y = execute(
-        kernel.program, plan, {name: a for name, a in operands.items() if a is not None},
+        kernel.program,
+        plan,
+        {name: a for name, a in operands.items() if a is not None},
         {"y": np.full((1, shape[0]), np.nan, np.float32)},
-        blocks=plan.blocks, warps=4, slots=plan.shared_slots)
+        blocks=plan.blocks,
+        warps=4,
+        slots=plan.shared_slots,
+    )
     assert_exact(y, dense, x, scale, addend)
 
 
@@ -89,8 +99,13 @@ def test_what_it_stands_for(kind, add, density, tokens):
     y = jax.jit(lambda m, x: macko_jax.fused_spmv(m, x, **options(kind, scale, addend)))(matrix, x)
     assert y.shape == (*tokens, 21)
     for row in y.reshape(-1, 21):
-        assert_exact(row[None], dense, x.reshape(-1, x.shape[-1])[:1], scale,
-                     None if addend is None else addend.reshape(-1, 21)[:1])
+        assert_exact(
+            row[None],
+            dense,
+            x.reshape(-1, x.shape[-1])[:1],
+            scale,
+            None if addend is None else addend.reshape(-1, 21)[:1],
+        )
 
 
 @pytest.mark.parametrize("kind,add", KINDS)
@@ -160,7 +175,8 @@ def test_layer(bias):
     np.testing.assert_allclose(packed.fused(x), layer(x), rtol=1e-5, atol=1e-5)
     gated = np.concatenate([x, 2 * x], axis=-1)
     np.testing.assert_allclose(
-        packed.fused(gated, gated=True), layer(jax.nn.silu(x) * 2 * x), rtol=1e-5, atol=1e-5)
+        packed.fused(gated, gated=True), layer(jax.nn.silu(x) * 2 * x), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_errors_say_what_is_wrong():
@@ -180,14 +196,27 @@ def test_errors_say_what_is_wrong():
 @needs_gpu
 @pytest.mark.parametrize("encoding,values", STORED)
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
-@pytest.mark.parametrize("kind,add,shape", list(itertools.product(
-    ["norm", "gated", None], [True], [(5, 1, 0.6), (37, 301, 0.5), (4096, 4096, 0.5)])), ids=str)
+@pytest.mark.parametrize(
+    "kind,add,shape",
+    list(
+        itertools.product(
+            ["norm", "gated", None], [True], [(5, 1, 0.6), (37, 301, 0.5), (4096, 4096, 0.5)]
+        )
+    ),
+    ids=str,
+)
 def test_on_gpu(kind, add, shape, dtype, encoding, values):
     dense, x, scale, addend = make(*shape, kind, add, dtype)
     matrix = macko_jax.compress(dense, encoding=encoding, dtype=values)
     dense = exact_product(matrix)
     product = jax.jit(lambda m, x: macko_jax.fused_spmv(m, x, **options(kind, scale, addend)))
     y = np.asarray(product(matrix, x))
-    assert_exact(y.astype(np.float64), dense, x, scale, np.asarray(addend, np.float64),
-                 rounding=float(jnp.finfo(dtype).eps))
+    assert_exact(
+        y.astype(np.float64),
+        dense,
+        x,
+        scale,
+        np.asarray(addend, np.float64),
+        rounding=float(jnp.finfo(dtype).eps),
+    )
     np.testing.assert_array_equal(y, product(matrix, x))

@@ -1,4 +1,5 @@
 """The layout of the paper's torch package, bit for bit."""
+
 import hypothesis
 import jax.numpy as jnp
 import numpy as np
@@ -68,30 +69,44 @@ def test_streams_with_needless_zeros_are_read(data):
     values, deltas = values + [0] * fill, deltas + [0] * fill
     packed = np.array([a | b << 4 for a, b in zip(deltas[::2], deltas[1::2])], np.uint8)
     matrix = macko_jax.from_macko_spmv(
-        np.array(values, np.float32), packed, row_indices, rows, cols,
-        encoding="bitmask", lanes=1, capacity=40)
+        np.array(values, np.float32),
+        packed,
+        row_indices,
+        rows,
+        cols,
+        encoding="bitmask",
+        lanes=1,
+        capacity=40,
+    )
     np.testing.assert_array_equal(macko_jax.decompress(matrix), dense)
 
 
-GOOD = dict(values=np.array([0, 1, 2, 0, 0, 0, 0, 0], np.float16),
-            deltas=np.array([255, 1, 0, 0], np.uint8),
-            row_indices=np.array([0, 0, 2, 3], np.int32), rows=3, cols=32)
+GOOD = dict(
+    values=np.array([0, 1, 2, 0, 0, 0, 0, 0], np.float16),
+    deltas=np.array([255, 1, 0, 0], np.uint8),
+    row_indices=np.array([0, 0, 2, 3], np.int32),
+    rows=3,
+    cols=32,
+)
 
 
-@pytest.mark.parametrize("change, error, message", [
-    (dict(values=np.zeros(8, np.int8)), TypeError, "int8"),
-    (dict(deltas=np.zeros(4, np.int32)), TypeError, "deltas must be uint8"),
-    (dict(row_indices=np.zeros(4)), TypeError, "integers"),
-    (dict(deltas=np.zeros(3, np.uint8)), ValueError, r"\[8\] and \[3\]"),
-    (dict(values=np.zeros((2, 4), np.float16)), ValueError, r"\[2, 4\]"),
-    (dict(rows=2), ValueError, r"\[rows \+ 1\] = \[3\]"),
-    (dict(rows=-1), ValueError, "negative"),
-    (dict(row_indices=np.array([0, 2, 1, 3])), ValueError, "decreasing"),
-    (dict(row_indices=np.array([1, 1, 2, 3])), ValueError, "from 1"),
-    (dict(row_indices=np.array([0, 0, 2, 9])), ValueError, "at most 8"),
-    (dict(row_indices=np.array([0, 0, 1, 2])), ValueError, "after element 2"),
-    (dict(cols=31), ValueError, "row 1 run to column 31"),
-])
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(values=np.zeros(8, np.int8)), TypeError, "int8"),
+        (dict(deltas=np.zeros(4, np.int32)), TypeError, "deltas must be uint8"),
+        (dict(row_indices=np.zeros(4)), TypeError, "integers"),
+        (dict(deltas=np.zeros(3, np.uint8)), ValueError, r"\[8\] and \[3\]"),
+        (dict(values=np.zeros((2, 4), np.float16)), ValueError, r"\[2, 4\]"),
+        (dict(rows=2), ValueError, r"\[rows \+ 1\] = \[3\]"),
+        (dict(rows=-1), ValueError, "negative"),
+        (dict(row_indices=np.array([0, 2, 1, 3])), ValueError, "decreasing"),
+        (dict(row_indices=np.array([1, 1, 2, 3])), ValueError, "from 1"),
+        (dict(row_indices=np.array([0, 0, 2, 9])), ValueError, "at most 8"),
+        (dict(row_indices=np.array([0, 0, 1, 2])), ValueError, "after element 2"),
+        (dict(cols=31), ValueError, "row 1 run to column 31"),
+    ],
+)
 def test_bad_streams_are_refused(change, error, message):
     with pytest.raises(error, match=message):
         macko_jax.from_macko_spmv(**GOOD | change)

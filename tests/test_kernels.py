@@ -1,4 +1,5 @@
 """The GPU kernel: its program executed on the CPU, its lowering for CUDA, and its results on a GPU."""
+
 import dataclasses
 import functools
 import itertools
@@ -18,8 +19,11 @@ from tests.cases import BITS, static_of
 
 ENCODINGS = [*BITS, "banked"]
 # Encodings, and the types of their values, if those are not the vector's.
-STORED = [*((encoding, None) for encoding in ENCODINGS), ("choice", "int8"),
-          ("banked", "float8_e4m3fn")]
+STORED = [
+    *((encoding, None) for encoding in ENCODINGS),
+    ("choice", "int8"),
+    ("banked", "float8_e4m3fn"),
+]
 HAS_GPU = any(d.platform == "gpu" for d in jax.local_devices())
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="JAX finds no GPU")
 
@@ -41,13 +45,13 @@ def vectors(batch, cols, seed=1, dtype=np.float32):
 
 def abstract(matrix):
     return strips.Matrix(
-        matrix.shape, matrix.encoding, matrix.lanes, matrix.stored, matrix.values.dtype)
+        matrix.shape, matrix.encoding, matrix.lanes, matrix.stored, matrix.values.dtype
+    )
 
 
 def execute(program, plan, arrays, out, *, blocks, warps, slots):
     """The result of a lane program, by the emulation."""
-    ops = emulation.NumpyLanes(
-        arrays | out, blocks=blocks, threads=32 * warps, shared_slots=slots)
+    ops = emulation.NumpyLanes(arrays | out, blocks=blocks, threads=32 * warps, shared_slots=slots)
     program(ops, plan)
     [name] = out
     return ops.arrays[name].reshape(out[name].shape)
@@ -61,26 +65,45 @@ def emulate(matrix, x, settings):
     plan = kernel.Plan(abstract(matrix), x.dtype, len(x), settings)
     y = np.full((len(x), matrix.shape[0]), np.nan, np.float32)
     return execute(
-        kernel.program, plan,
-        arrays_of(matrix, "values", "codes", "row_offsets", "starts") | {"x": x}, {"y": y},
-        blocks=plan.blocks, warps=settings.warps, slots=plan.shared_slots)
+        kernel.program,
+        plan,
+        arrays_of(matrix, "values", "codes", "row_offsets", "starts") | {"x": x},
+        {"y": y},
+        blocks=plan.blocks,
+        warps=settings.warps,
+        slots=plan.shared_slots,
+    )
 
 
 def assert_product(y, dense, x):
     """Within the bound of a float32 sum in any order: (terms + 2) eps sum |w x|, Higham section 4.2."""
     exact = x.astype(np.float64) @ dense.astype(np.float64).T
     terms = (dense != 0).sum(1) + 2
-    bound = terms * np.finfo(np.float32).eps * (np.abs(x.astype(np.float64))
-                                                @ np.abs(dense.astype(np.float64)).T)
+    bound = (
+        terms
+        * np.finfo(np.float32).eps
+        * (np.abs(x.astype(np.float64)) @ np.abs(dense.astype(np.float64)).T)
+    )
     assert np.all(np.abs(y - exact) <= bound), np.abs(y - exact).max()
 
 
-@pytest.mark.parametrize("rows,groups_per_lane,dtype,ahead", [
-    (100_000, 2, "float16", 1), (100_000, 8.2, "float16", 3), (100_000, 9.6, "float16", 2),
-    (100_000, 16.5, "float16", 3), (64, 8.2, "float16", 2), (100_000, 8.2, "int8", 3),
-    (100_000, 9.6, "int8", 4), (64, 20, "int8", 3), (64, 8.2, "int8", 2)])
+@pytest.mark.parametrize(
+    "rows,groups_per_lane,dtype,ahead",
+    [
+        (100_000, 2, "float16", 1),
+        (100_000, 8.2, "float16", 3),
+        (100_000, 9.6, "float16", 2),
+        (100_000, 16.5, "float16", 3),
+        (64, 8.2, "float16", 2),
+        (100_000, 8.2, "int8", 3),
+        (100_000, 9.6, "int8", 4),
+        (64, 20, "int8", 3),
+        (64, 8.2, "int8", 2),
+    ],
+)
 def test_more_groups_ahead_where_they_fill_the_steps_of_several_rows(
-        rows, groups_per_lane, dtype, ahead):
+    rows, groups_per_lane, dtype, ahead
+):
     matrix = strips.Matrix((rows, 8), "delta4", 32, int(rows * 32 * 8 * groups_per_lane), dtype)
     blocks = config.row_blocks(rows)
     assert config.groups_ahead(matrix, blocks) == ahead
@@ -98,8 +121,7 @@ def test_no_more_warps_than_their_rounds_take(lanes):
         assert warps == 4 or rounds(warps - 4) > rounds(32)
 
 
-@pytest.mark.parametrize("encoding,lanes", [
-    *itertools.product(BITS, [1, 8, 32]), ("banked", 32)])
+@pytest.mark.parametrize("encoding,lanes", [*itertools.product(BITS, [1, 8, 32]), ("banked", 32)])
 @pytest.mark.parametrize("rows,cols,density", SHAPES)
 def test_program_on_shapes(rows, cols, density, encoding, lanes):
     dense = sparse(rows, cols, density, jnp.float16)
@@ -110,16 +132,22 @@ def test_program_on_shapes(rows, cols, density, encoding, lanes):
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("batch,x_dtype,per_pass,unroll,stage_x", [
-    (3, "float32", 2, 1, True), (5, "float32", 4, 3, True), (2, "float16", 1, 2, False),
-    (3, "float16", 2, 1, True), (9, "bfloat16", 8, 1, True), (4, "float16", 4, 2, True)])
-def test_program_on_types_and_batches(
-        batch, x_dtype, per_pass, unroll, stage_x, dtype, encoding):
+@pytest.mark.parametrize(
+    "batch,x_dtype,per_pass,unroll,stage_x",
+    [
+        (3, "float32", 2, 1, True),
+        (5, "float32", 4, 3, True),
+        (2, "float16", 1, 2, False),
+        (3, "float16", 2, 1, True),
+        (9, "bfloat16", 8, 1, True),
+        (4, "float16", 4, 2, True),
+    ],
+)
+def test_program_on_types_and_batches(batch, x_dtype, per_pass, unroll, stage_x, dtype, encoding):
     dense = sparse(23, 410, 0.4, dtype)
     matrix = macko_jax.compress(dense, encoding=encoding)
     x = vectors(batch, 410, dtype=x_dtype)
-    settings = config.Settings(
-        blocks=2, warps=4, unroll=unroll, vectors=per_pass, stage_x=stage_x)
+    settings = config.Settings(blocks=2, warps=4, unroll=unroll, vectors=per_pass, stage_x=stage_x)
     assert_product(emulate(matrix, x, settings), dense, x)
 
 
@@ -134,9 +162,17 @@ def test_program_with_two_copies(rows, cols, density, lanes, batch, x_dtype):
     assert_product(emulate(matrix, x, settings), dense, x)
 
 
-@pytest.mark.parametrize("cols,x_dtype,batch,twice", [
-    (11008, "float16", 1, True), (11008, "float16", 2, True), (11008, "float16", 3, False),
-    (11008, "float32", 2, False), (18_000, "float32", 1, True), (28672, "float16", 1, False)])
+@pytest.mark.parametrize(
+    "cols,x_dtype,batch,twice",
+    [
+        (11008, "float16", 1, True),
+        (11008, "float16", 2, True),
+        (11008, "float16", 3, False),
+        (11008, "float32", 2, False),
+        (18_000, "float32", 1, True),
+        (28672, "float16", 1, False),
+    ],
+)
 def test_x_lies_twice_where_there_is_room_and_a_word_for_each_column(cols, x_dtype, batch, twice):
     for encoding in ENCODINGS:
         matrix = strips.Matrix((4096, cols), encoding, 32, 4096 * cols // 2, jnp.dtype("float16"))
@@ -153,7 +189,8 @@ def test_program_with_tensor_cores(batch, per_pass, unroll, dtype, encoding):
         matrix = macko_jax.compress(dense, encoding=encoding, lanes=32)
         x = vectors(batch, cols, dtype=dtype)
         settings = config.Settings(
-            blocks=2, warps=4, unroll=unroll, vectors=per_pass, stage_x=True, tensor_cores=True)
+            blocks=2, warps=4, unroll=unroll, vectors=per_pass, stage_x=True, tensor_cores=True
+        )
         assert_product(emulate(matrix, x, settings), dense, x)
 
 
@@ -165,15 +202,23 @@ def test_tensor_cores_take_8_bit_values_exactly(dtype, x_dtype):
     dense = np.asarray(macko_jax.decompress(unscaled)).astype(np.float32)
     x = vectors(8, 300, dtype=x_dtype)
     settings = config.Settings(
-        blocks=2, warps=4, unroll=2, vectors=8, stage_x=True, tensor_cores=True)
+        blocks=2, warps=4, unroll=2, vectors=8, stage_x=True, tensor_cores=True
+    )
     assert_product(emulate(unscaled, x, settings), dense, x)
 
 
 def decoded(plan, packed):
     """The dense matrix by a `decode.Plan`."""
     out = np.full(plan.matrix.shape, np.nan, plan.dtype)
-    return execute(decode.program, plan, packed, {"y": out},
-                   blocks=plan.blocks, warps=plan.warps, slots=plan.shared_slots)
+    return execute(
+        decode.program,
+        plan,
+        packed,
+        {"y": out},
+        blocks=plan.blocks,
+        warps=plan.warps,
+        slots=plan.shared_slots,
+    )
 
 
 @pytest.mark.parametrize("encoding", ["delta4", "banked", "bitmask"])
@@ -188,13 +233,23 @@ def test_8_bit_values_are_decoded_exactly(dtype, dense_dtype, encoding):
     np.testing.assert_array_equal(decoded(plan, packed).astype(np.float64), exact)
 
 
-@pytest.mark.parametrize("rows,cols,density,dtype,lanes,encoding", [
-    (1, 1, 1.0, jnp.float16, 4, "delta4"), (5, 1, 0.6, jnp.float32, 1, "bitmask"),
-    (9, 33, 1.0, jnp.float16, 4, "bitmask"), (37, 300, 0.5, jnp.bfloat16, 32, "delta4"),
-    (7, 94, 0.5, jnp.float16, 8, "delta5"), (37, 300, 0.02, jnp.bfloat16, 32, "delta5"),
-    (7, 94, 0.5, jnp.float16, 8, "delta3"), (37, 300, 0.1, jnp.bfloat16, 32, "delta3"),
-    (7, 94, 0.5, jnp.float16, 8, "delta4"), (40, 1000, 0.02, jnp.float32, 16, "delta4"),
-    (5, 1, 0.6, jnp.float32, 32, "banked"), (37, 700, 0.5, jnp.float16, 32, "banked")])
+@pytest.mark.parametrize(
+    "rows,cols,density,dtype,lanes,encoding",
+    [
+        (1, 1, 1.0, jnp.float16, 4, "delta4"),
+        (5, 1, 0.6, jnp.float32, 1, "bitmask"),
+        (9, 33, 1.0, jnp.float16, 4, "bitmask"),
+        (37, 300, 0.5, jnp.bfloat16, 32, "delta4"),
+        (7, 94, 0.5, jnp.float16, 8, "delta5"),
+        (37, 300, 0.02, jnp.bfloat16, 32, "delta5"),
+        (7, 94, 0.5, jnp.float16, 8, "delta3"),
+        (37, 300, 0.1, jnp.bfloat16, 32, "delta3"),
+        (7, 94, 0.5, jnp.float16, 8, "delta4"),
+        (40, 1000, 0.02, jnp.float32, 16, "delta4"),
+        (5, 1, 0.6, jnp.float32, 32, "banked"),
+        (37, 700, 0.5, jnp.float16, 32, "banked"),
+    ],
+)
 def test_other_programs(rows, cols, density, dtype, lanes, encoding):
     """The dense decode, the transposed product and the gradient by the values."""
     dense = sparse(rows, cols, density, dtype)
@@ -207,9 +262,15 @@ def test_other_programs(rows, cols, density, dtype, lanes, encoding):
 
     y = vectors(2, rows, dtype=dtype)
     plan = transposed.Plan(static, batch=2, share=3, warps=4, rows_per_warp=max(1, 16 // lanes))
-    partial = execute(transposed.program, plan, packed | {"y": y},
-                      {"x": np.full((2, 3, cols), np.nan, np.float32)},
-                      blocks=plan.blocks, warps=4, slots=plan.shared_slots)
+    partial = execute(
+        transposed.program,
+        plan,
+        packed | {"y": y},
+        {"x": np.full((2, 3, cols), np.nan, np.float32)},
+        blocks=plan.blocks,
+        warps=4,
+        slots=plan.shared_slots,
+    )
     assert_product(partial.sum(1, dtype=np.float32), dense.T, y)
 
     x = vectors(2, cols, dtype=dtype)
@@ -219,9 +280,15 @@ def test_other_programs(rows, cols, density, dtype, lanes, encoding):
     oracle = jax.jit(functools.partial(reference.spmv_values, **static_of(matrix, "float32")))
     for pattern in packed["values"], packed["values"][:0]:  # is padding told by the values?
         plan = by_values.Plan(static, x.dtype, 2, settings, masked=pattern.size > 0)
-        out = execute(by_values.program, plan, structure | {"x": x, "y": y, "values": pattern},
-                      {"gradient": np.full(matrix.stored, np.nan, dtype)},
-                      blocks=3, warps=4, slots=plan.shared_slots)
+        out = execute(
+            by_values.program,
+            plan,
+            structure | {"x": x, "y": y, "values": pattern},
+            {"gradient": np.full(matrix.stored, np.nan, dtype)},
+            blocks=3,
+            warps=4,
+            slots=plan.shared_slots,
+        )
         exact = oracle(x, y, *structure.values(), pattern)
         np.testing.assert_allclose(out.astype(np.float32), exact, rtol=rounding, atol=rounding)
         if pattern.size:
@@ -240,10 +307,14 @@ def test_programs_on_8_bit_values(dtype, encoding):
 
     plan = transposed.Plan(abstract(unscaled), batch=1, share=2, warps=4, rows_per_warp=1)
     partial = execute(
-        transposed.program, plan,
+        transposed.program,
+        plan,
         arrays_of(unscaled, "values", "codes", "row_offsets", "starts") | {"y": y},
         {"x": np.full((1, 2, 300), np.nan, np.float32)},
-        blocks=plan.blocks, warps=4, slots=plan.shared_slots)
+        blocks=plan.blocks,
+        warps=4,
+        slots=plan.shared_slots,
+    )
     assert_product(partial.sum(1, dtype=np.float32), dense.T, y)
 
 
@@ -253,16 +324,30 @@ def test_program_reads_only_its_own_rows():
     dense[[0, 4, 5, 11]] = 0
     matrix = macko_jax.compress(dense, capacity=150, encoding="delta4")
     values = np.asarray(matrix.values).copy()
-    values[8 * int(matrix.row_offsets[-1]):] = np.nan
+    values[8 * int(matrix.row_offsets[-1]) :] = np.nan
     matrix = macko_jax.MackoMatrix(
-        values, matrix.codes, matrix.row_offsets, matrix.starts, matrix.shape, matrix.encoding,
-        matrix.lanes)
+        values,
+        matrix.codes,
+        matrix.row_offsets,
+        matrix.starts,
+        matrix.shape,
+        matrix.encoding,
+        matrix.lanes,
+    )
     x = vectors(1, 90)
     assert_product(emulate(matrix, x, SETTINGS), dense, x)
 
 
-def lowered(implementation, platform, batch=1, differentiate=False, shape=(64, 96), density=0.5,
-            dtype=jnp.float16, encoding=None):
+def lowered(
+    implementation,
+    platform,
+    batch=1,
+    differentiate=False,
+    shape=(64, 96),
+    density=0.5,
+    dtype=jnp.float16,
+    encoding=None,
+):
     matrix = macko_jax.compress(sparse(*shape, density, dtype), encoding=encoding)
     x = jnp.ones((batch, shape[1]), dtype)
 
@@ -284,13 +369,21 @@ def test_lowers_to_the_kernel_for_cuda_alone():
         lowered("mosaic_gpu", "cpu")
 
 
-@pytest.mark.parametrize("shape,density,dtype,encoding,limit", [
-    ((4096, 4096), 0.5, "float16", None, 8), ((4096, 4096), 0.5, "float16", "banked", 16),
-    ((16, 4096), 0.1, "float16", None, 32), ((16, 11008), 0.3, "float16", "banked", 24),
-    ((16, 4096), 0.5, "float32", None, 20), ((16, 4096), 0.1, "float32", None, 44)])
+@pytest.mark.parametrize(
+    "shape,density,dtype,encoding,limit",
+    [
+        ((4096, 4096), 0.5, "float16", None, 8),
+        ((4096, 4096), 0.5, "float16", "banked", 16),
+        ((16, 4096), 0.1, "float16", None, 32),
+        ((16, 11008), 0.3, "float16", "banked", 24),
+        ((16, 4096), 0.5, "float32", None, 20),
+        ((16, 4096), 0.1, "float32", None, 44),
+    ],
+)
 def test_many_vectors_go_through_a_dense_decode(shape, density, dtype, encoding, limit):
-    lower = functools.partial(lowered, None, "cuda", shape=shape, density=density, dtype=dtype,
-                              encoding=encoding)
+    lower = functools.partial(
+        lowered, None, "cuda", shape=shape, density=density, dtype=dtype, encoding=encoding
+    )
     assert "dot_general" not in lower(limit)
     many = lower(limit + 1)
     assert "mosaic_gpu" in many and "dot_general" in many
@@ -314,11 +407,13 @@ def test_derivatives_lower_to_kernels():
     assert "stablehlo.select" not in text  # padding is left out by the kernel
 
 
-@pytest.mark.parametrize("density,dtype,limit", [
-    (0.5, "float16", 2), (0.1, "float16", 3), (0.5, "float32", 1)])
+@pytest.mark.parametrize(
+    "density,dtype,limit", [(0.5, "float16", 2), (0.1, "float16", 3), (0.5, "float32", 1)]
+)
 def test_the_transposed_product_of_many_goes_through_a_dense_decode(density, dtype, limit):
-    lower = functools.partial(lowered, None, "cuda", differentiate=True, shape=(16, 4096),
-                              density=density, dtype=dtype)
+    lower = functools.partial(
+        lowered, None, "cuda", differentiate=True, shape=(16, 4096), density=density, dtype=dtype
+    )
     assert "dot_general" not in lower(limit)
     many = lower(limit + 1)
     assert "mosaic_gpu" in many and "dot_general" in many
@@ -337,8 +432,16 @@ def test_8_bit_values_lower_to_the_kernels(dtype):
 
 def test_explains_why_not():
     problem = dispatch.Problem(
-        product="spmv", platform="cuda", shape=(8, 8), encoding="delta4", lanes=1, stored=8,
-        batch=1, dtypes=(np.dtype("float16"), np.dtype("float64")), out_dtype=np.dtype("float64"))
+        product="spmv",
+        platform="cuda",
+        shape=(8, 8),
+        encoding="delta4",
+        lanes=1,
+        stored=8,
+        batch=1,
+        dtypes=(np.dtype("float16"), np.dtype("float64")),
+        out_dtype=np.dtype("float64"),
+    )
     reasons = dispatch.explain(problem)
     assert "float64" in reasons["mosaic_gpu"] and reasons["xla"] is None
 
@@ -346,7 +449,8 @@ def test_explains_why_not():
 def on_gpu_with(monkeypatch, **attributes):
     """As if the first GPU here had these."""
     monkeypatch.setattr(
-        config, "_of_gpu", lambda attribute, otherwise: attributes.get(attribute, otherwise))
+        config, "_of_gpu", lambda attribute, otherwise: attributes.get(attribute, otherwise)
+    )
 
 
 def test_older_gpus_are_left_to_xla(monkeypatch):
@@ -362,24 +466,38 @@ def test_plans_fit_into_the_shared_memory_of_other_gpus(monkeypatch, batch):
     on_gpu_with(monkeypatch, compute_capability="12.0", shared_memory_per_block_optin=room)
     matrix = strips.Matrix((4096, 11008), "delta4", 32, 4096 * 5504, "float16")
     settings = config.choose(matrix, "float16", batch)
-    plans = [kernel.Plan(matrix, jnp.dtype("float16"), batch, settings),
-             decode.plan(matrix, "float16"), transposed.plan(matrix, batch)]
+    plans = [
+        kernel.Plan(matrix, jnp.dtype("float16"), batch, settings),
+        decode.plan(matrix, "float16"),
+        transposed.plan(matrix, batch),
+    ]
     assert all(plan is None or 4 * plan.shared_slots <= room for plan in plans)
     assert plans[0].settings.vectors == min(batch, 4) and plans[1] is not None
 
 
-@pytest.mark.parametrize("wrong", [
-    {"warps": 3}, {"warps": 36}, {"vectors": 3}, {"blocks": 0}, {"unroll": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"warps": 3}, {"warps": 36}, {"vectors": 3}, {"blocks": 0}, {"unroll": 0}]
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match="must be"):
-        config.Settings(**{"blocks": 1, "warps": 4, "unroll": 1, "vectors": 1, "stage_x": True,
-                           **wrong})
+        config.Settings(
+            **{"blocks": 1, "warps": 4, "unroll": 1, "vectors": 1, "stage_x": True, **wrong}
+        )
 
 
 @pytest.mark.parametrize("encoding,x_dtype", [("delta4", "float32"), ("banked", "float16")])
-@pytest.mark.parametrize("rows,cols,density,batch", [
-    (11008, 4096, 0.5, 1), (4096, 11008, 0.1, 3), (3, 60000, 0.3, 16), (1, 1, 1.0, 1),
-    (11008, 4096, 0.5, 16), (4096, 11008, 0.5, 8), (4096, 13500, 0.5, 16)])
+@pytest.mark.parametrize(
+    "rows,cols,density,batch",
+    [
+        (11008, 4096, 0.5, 1),
+        (4096, 11008, 0.1, 3),
+        (3, 60000, 0.3, 16),
+        (1, 1, 1.0, 1),
+        (11008, 4096, 0.5, 16),
+        (4096, 11008, 0.5, 8),
+        (4096, 13500, 0.5, 16),
+    ],
+)
 def test_chosen_settings_fit_the_device(rows, cols, density, batch, encoding, x_dtype):
     stored = int(rows * cols * density) // 8 * 8
     matrix = strips.Matrix((rows, cols), encoding, 32, stored, np.dtype("float16"))
@@ -389,10 +507,14 @@ def test_chosen_settings_fit_the_device(rows, cols, density, batch, encoding, x_
     assert settings.blocks <= rows
 
 
-GPU_CASES = list(itertools.product(
-    ENCODINGS, [jnp.float16, jnp.bfloat16, jnp.float32],
-    SHAPES + [(300, 2051, 0.3), (33, 70000, 0.02), (4096, 4096, 0.5), (257, 55000, 0.2)],
-    [1, 5]))
+GPU_CASES = list(
+    itertools.product(
+        ENCODINGS,
+        [jnp.float16, jnp.bfloat16, jnp.float32],
+        SHAPES + [(300, 2051, 0.3), (33, 70000, 0.02), (4096, 4096, 0.5), (257, 55000, 0.2)],
+        [1, 5],
+    )
+)
 
 
 @pytest.mark.gpu
@@ -413,9 +535,17 @@ def test_on_gpu(encoding, dtype, shape, batch):
 @needs_gpu
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("rows,cols,density,batch", [
-    (37, 300, 0.5, 5), (300, 2051, 0.3, 16), (33, 70000, 0.02, 3), (1500, 4096, 0.5, 16),
-    (257, 11008, 0.5, 8), (140, 1000, 0.02, 19)])
+@pytest.mark.parametrize(
+    "rows,cols,density,batch",
+    [
+        (37, 300, 0.5, 5),
+        (300, 2051, 0.3, 16),
+        (33, 70000, 0.02, 3),
+        (1500, 4096, 0.5, 16),
+        (257, 11008, 0.5, 8),
+        (140, 1000, 0.02, 19),
+    ],
+)
 def test_several_vectors_on_gpu(rows, cols, density, batch, dtype, encoding):
     """Of the matrix's own type, as tensor cores take them."""
     dense = sparse(rows, cols, density, dtype)
@@ -434,7 +564,8 @@ def test_several_vectors_on_gpu(rows, cols, density, batch, dtype, encoding):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(
-    "shape", [*SHAPES, (300, 2051, 0.3), (33, 70000, 0.02), (1500, 4096, 0.5)], ids=str)
+    "shape", [*SHAPES, (300, 2051, 0.3), (33, 70000, 0.02), (1500, 4096, 0.5)], ids=str
+)
 def test_other_products_on_gpu(encoding, dtype, shape):
     """Derivatives with few vectors, and all products with many, which decode the matrix."""
     rows, cols, density = shape
@@ -446,7 +577,8 @@ def test_other_products_on_gpu(encoding, dtype, shape):
     @jax.jit
     def products(matrix, x, y):
         forward = lambda values, x: macko_jax.spmv(
-            dataclasses.replace(matrix, values=values), x, implementation=implementation)
+            dataclasses.replace(matrix, values=values), x, implementation=implementation
+        )
         out, transpose = jax.vjp(forward, matrix.values, x)
         return out, *transpose(y.astype(out.dtype))
 
@@ -458,8 +590,9 @@ def test_other_products_on_gpu(encoding, dtype, shape):
         kept = np.asarray(macko_jax.decompress(dataclasses.replace(matrix, values=by_values)))
         exact = (y.T.astype(np.float64) @ x) * (dense != 0)
         rounding = 2 * float(jnp.finfo(dtype).eps) * np.abs(exact).max() + 1e-5
-        np.testing.assert_allclose(np.where(dense != 0, kept, 0).astype(np.float64), exact,
-                                   atol=rounding)
+        np.testing.assert_allclose(
+            np.where(dense != 0, kept, 0).astype(np.float64), exact, atol=rounding
+        )
 
     x = vectors(100, cols, dtype=dtype)
     many = jax.jit(lambda m, x: macko_jax.spmv(m, x))
@@ -477,7 +610,8 @@ def test_other_products_on_gpu(encoding, dtype, shape):
 def test_8_bit_values_on_gpu(shape, dtype, encoding):
     rows, cols, density = shape
     matrix = macko_jax.compress(
-        sparse(rows, cols, density, jnp.float32), dtype=dtype, encoding=encoding)
+        sparse(rows, cols, density, jnp.float32), dtype=dtype, encoding=encoding
+    )
     dense = np.asarray(macko_jax.decompress(dataclasses.replace(matrix, scales=None)), np.float64)
     dense *= np.asarray(matrix.scales, np.float64)[:, None]
     x, y = vectors(3, cols), vectors(1, rows, seed=2)
@@ -500,8 +634,15 @@ def test_gradients_on_gpu():
     x, y = vectors(1, 200)[0], vectors(1, 130)[0]
 
     def loss(values, x):
-        m = macko_jax.MackoMatrix(values, matrix.codes, matrix.row_offsets, matrix.starts,
-                                  matrix.shape, matrix.encoding, matrix.lanes)
+        m = macko_jax.MackoMatrix(
+            values,
+            matrix.codes,
+            matrix.row_offsets,
+            matrix.starts,
+            matrix.shape,
+            matrix.encoding,
+            matrix.lanes,
+        )
         return jnp.vdot(macko_jax.spmv(m, x), y)
 
     by_values, by_x = jax.jit(jax.grad(loss, (0, 1)))(matrix.values, x)

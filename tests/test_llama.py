@@ -5,19 +5,18 @@ import functools
 import math
 import re
 
-from dsf_jax import export
-from dsf_jax.layers import become_pair
-from flax import nnx
 import jax
 import jax.numpy as jnp
-import macko_jax.flax_nnx
-from macko_jax.rules import Rule
 import numpy as np
 import pytest
+from flax import nnx
 
-from examples.llama import checkpoint
-from examples.llama import evaluation
+import macko_jax.flax_nnx
+from dsf_jax import export
+from dsf_jax.layers import become_pair
+from examples.llama import checkpoint, evaluation
 from examples.llama import model as llama
+from macko_jax.rules import Rule
 
 CONFIG = llama.Config(
     vocab_size=61,
@@ -130,9 +129,7 @@ def test_llama3_rope_scaling_keeps_short_and_stretches_long_wavelengths():
     scaling = llama.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
     config = dataclasses.replace(CONFIG, head_dim=128, rope_theta=5e5)
     plain = np.asarray(llama.rotary_frequencies(config))
-    scaled = np.asarray(
-        llama.rotary_frequencies(dataclasses.replace(config, rope_scaling=scaling))
-    )
+    scaled = np.asarray(llama.rotary_frequencies(dataclasses.replace(config, rope_scaling=scaling)))
     wavelengths = 2 * np.pi / plain
     np.testing.assert_allclose(scaled[wavelengths < 2048], plain[wavelengths < 2048], rtol=1e-6)
     long = wavelengths > 8192
@@ -324,8 +321,9 @@ def test_factor_pairs_are_packed_and_stored(tmp_path):
     become_pair(model.layers[1].mlp.down, *factors)
     packed, report = export.pack(model, Rule(".*", encoding="bitmask"))
     assert {layer.path for layer in report.packed} == {
-        "layers/1/mlp/down/left", "layers/1/mlp/down/right",
-    }  # fmt: skip
+        "layers/1/mlp/down/left",
+        "layers/1/mlp/down/right",
+    }
     checkpoint.save_packed(tmp_path, packed)
     tokens = make_tokens(1, 8)
     for unpack in (False, True):

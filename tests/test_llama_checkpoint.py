@@ -8,12 +8,12 @@ import json
 import pathlib
 import shutil
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from examples.llama import checkpoint
 from examples.llama import model as llama
@@ -96,8 +96,9 @@ def test_saved_model_loads_again(tmp_path):
     names = safetensors.numpy.load_file(tmp_path / "copy" / "model.safetensors").keys()
     assert names == safetensors.numpy.load_file(DATA / "llama3" / "model.safetensors").keys()
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == [
-        "config.json", "model.safetensors",
-    ]  # fmt: skip
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_older_configs_are_read():

@@ -7,16 +7,15 @@ import shutil
 import subprocess
 import sys
 
-import dsf_jax
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
-from examples.llama import checkpoint
-from examples.llama import compression
+import dsf_jax
+from examples.llama import checkpoint, compression
 from examples.llama import model as llama
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -108,11 +107,17 @@ def names(directory):
 
 def test_directory_holds_the_model_and_the_report(packed):
     out, report = packed
-    assert names(out) == sorted([
-        "config.json", "report.json", "tokenizer.json", "packed-embed.safetensors",
-        "packed-norm.safetensors", "packed-head.safetensors",
-        *(f"packed-0000{i}.safetensors" for i in range(3)),
-    ])  # fmt: skip
+    assert names(out) == sorted(
+        [
+            "config.json",
+            "report.json",
+            "tokenizer.json",
+            "packed-embed.safetensors",
+            "packed-norm.safetensors",
+            "packed-head.safetensors",
+            *(f"packed-0000{i}.safetensors" for i in range(3)),
+        ]
+    )
     stored = json.loads((out / "report.json").read_text())
     assert [layer["error"] for layer in stored["layers"]] == [l.error for l in report.layers]
     assert stored["density"] == report.density == 0.5
@@ -134,9 +139,12 @@ def test_killed_run_goes_on(dense, packed, windows, tmp_path, killed_at):
         checkpoint.load_any(tmp_path)
     (work,) = (tmp_path / "work").iterdir()
     half_written = [
-        tmp_path / ".packed-00001.safetensors.7.tmp", tmp_path / "report.json.7.tmp",
-        tmp_path / ".tmpQx4a9Z", work / "tmpl6_k2xw1.unfinished", work / ".tmpQx4a9Z",
-    ]  # fmt: skip
+        tmp_path / ".packed-00001.safetensors.7.tmp",
+        tmp_path / "report.json.7.tmp",
+        tmp_path / ".tmpQx4a9Z",
+        work / "tmpl6_k2xw1.unfinished",
+        work / ".tmpQx4a9Z",
+    ]
     for path in half_written:
         path.write_bytes(b"half")
     seen = []
@@ -145,9 +153,7 @@ def test_killed_run_goes_on(dense, packed, windows, tmp_path, killed_at):
         assert not any(path.exists() for path in half_written)
         seen.append(progress)
 
-    compression.compress_checkpoint(
-        dense[0], tmp_path, windows, batch=2, callback=see, **SETTINGS
-    )
+    compression.compress_checkpoint(dense[0], tmp_path, windows, batch=2, callback=see, **SETTINGS)
     resumed = [i < killed_at for i in range(12)]
     assert [progress.layer.resumed for progress in seen] == resumed
     assert [progress.seconds_left is None for progress in seen] == resumed
@@ -232,9 +238,13 @@ def test_memory_does_not_grow_with_the_number_of_blocks(windows, tmp_path):
         save_model(tmp_path / name, num_hidden_layers=layers)
         before, held = live_bytes(), []
         compression.compress_checkpoint(
-            tmp_path / name, tmp_path / f"{name}_packed", windows, batch=2,
-            callback=lambda _: held.append(live_bytes()), **SETTINGS,
-        )  # fmt: skip
+            tmp_path / name,
+            tmp_path / f"{name}_packed",
+            windows,
+            batch=2,
+            callback=lambda _: held.append(live_bytes()),
+            **SETTINGS,
+        )
         assert len(held) == 4 * layers
         return max(held) - before
 
@@ -255,39 +265,69 @@ def test_scripts_compress_and_evaluate(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("def read(path):\n    return open(path).read()\n" * 20)
     out = tmp_path / "packed"
-    compressed = run("compress_llm", f"--checkpoint={tmp_path / 'dense'}", f"--out={out}",
-                     "--method=magnitude", "--density=0.4", f"--calibration={text}",
-                     "--windows=3", "--length=32")  # fmt: skip
+    compressed = run(
+        "compress_llm",
+        f"--checkpoint={tmp_path / 'dense'}",
+        f"--out={out}",
+        "--method=magnitude",
+        "--density=0.4",
+        f"--calibration={text}",
+        "--windows=3",
+        "--length=32",
+    )
     assert "[4/4] layers/0/mlp/down 32 x 32" in compressed and "packed model:" in compressed
     found = tmp_path / "found.json"
-    run("evaluate", f"--checkpoint={tmp_path / 'dense'}", f"--checkpoint={out}", "--pruned",
-        f"--text={text}", "--length=32", "--windows=4", f"--out={found}")  # fmt: skip
+    run(
+        "evaluate",
+        f"--checkpoint={tmp_path / 'dense'}",
+        f"--checkpoint={out}",
+        "--pruned",
+        f"--text={text}",
+        "--length=32",
+        "--windows=4",
+        f"--out={found}",
+    )
     results = json.loads(found.read_text())["results"]
     assert [result["kind"] for result in results] == ["dense", "packed", "pruned"]
     dense, packed, pruned = (result["perplexity"] for result in results)
     assert abs(packed / pruned - 1) < 1e-4 < abs(dense / pruned - 1)
 
 
-@pytest.mark.parametrize("argument, message", [
-    ("--density=0", "--density=0.0: the share of weights that stay is in (0, 1]"),
-    ("--length=0", "--length=0"),
-    ("--length=65", "--length=65 exceeds the model's 64 positions"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--density=0", "--density=0.0: the share of weights that stay is in (0, 1]"),
+        ("--length=0", "--length=0"),
+        ("--length=65", "--length=65 exceeds the model's 64 positions"),
+    ],
+)
 def test_script_refuses(dense, tmp_path, argument, message):
     done = subprocess.run(
-        [sys.executable, "-m", "examples.compress_llm", f"--checkpoint={dense[0]}",
-         f"--out={tmp_path / 'packed'}", argument],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "examples.compress_llm",
+            f"--checkpoint={dense[0]}",
+            f"--out={tmp_path / 'packed'}",
+            argument,
+        ],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode and message in done.stdout
     assert not (tmp_path / "packed").exists()
 
 
 def run(script, *arguments):
     done = subprocess.run(
-        [sys.executable, "-m", f"examples.{script}", *arguments], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, check=True,
-    )  # fmt: skip
+        [sys.executable, "-m", f"examples.{script}", *arguments],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
     return done.stdout
 
 

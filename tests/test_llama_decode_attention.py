@@ -2,19 +2,19 @@
 
 import math
 
-from dsf_jax import export
-from dsf_jax.layers import become_pair
-from flax import nnx
 import jax
 import jax.numpy as jnp
-import macko_jax
-import macko_jax.flax_nnx
-from macko_jax.kernels import emulation, vectors
 import numpy as np
 import pytest
+from flax import nnx
 
+import macko_jax
+import macko_jax.flax_nnx
+from dsf_jax import export
+from dsf_jax.layers import become_pair
 from examples.llama import decode_attention
 from examples.llama import model as llama
+from macko_jax.kernels import emulation, vectors
 
 HAS_GPU = any(device.platform == "gpu" for device in jax.local_devices())
 # heads, key-value heads, slots, live tokens of each sequence, window; fewer slots than two blocks
@@ -97,13 +97,22 @@ def emulate(rows, rotation, cache, positions, heads, window, blanks=0):
     """As `decode_attention.attend`, its program executed with NumPy."""
     batch, kv_heads, slots = cache.shape[:3]
     plan = decode_attention.Plan(batch, heads, kv_heads, slots, window, cache.dtype, blanks)
-    arrays = {"rows": rows, "cos": rotation[0], "sin": rotation[1], "position": positions,
-              "cache": cache, "out": np.full(batch * heads * DIM, np.nan, np.float32),
-              "blank": np.zeros(blanks, np.uint16)}  # fmt: skip
+    arrays = {
+        "rows": rows,
+        "cos": rotation[0],
+        "sin": rotation[1],
+        "position": positions,
+        "cache": cache,
+        "out": np.full(batch * heads * DIM, np.nan, np.float32),
+        "blank": np.zeros(blanks, np.uint16),
+    }
     ops = emulation.NumpyLanes(
-        {name: np.array(array) for name, array in arrays.items()}, blocks=plan.blocks,
-        threads=32 * decode_attention.WARPS, shared_slots=plan.shared_slots, cluster=plan.splits,
-    )  # fmt: skip
+        {name: np.array(array) for name, array in arrays.items()},
+        blocks=plan.blocks,
+        threads=32 * decode_attention.WARPS,
+        shared_slots=plan.shared_slots,
+        cluster=plan.splits,
+    )
     with np.errstate(under="ignore"):
         decode_attention.program(ops, plan)
     names = "out", "cache", "blank"
@@ -201,10 +210,17 @@ def decode(model, tokens, prompt):
 @pytest.mark.parametrize("qk_norm,windows", [(False, None), (True, (3, None))])
 def test_model_decodes_with_it_as_without(qk_norm, windows, batch, monkeypatch):
     config = llama.Config(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=DIM, max_position_embeddings=96,
-        qk_norm=qk_norm, sliding_windows=windows,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=DIM,
+        max_position_embeddings=96,
+        qk_norm=qk_norm,
+        sliding_windows=windows,
+    )
     model = llama.Llama(config, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (batch, 9)))
     monkeypatch.setattr(llama, "_has_decode_kernel", lambda cache: False)
@@ -224,10 +240,16 @@ def test_model_decodes_with_it_as_without(qk_norm, windows, batch, monkeypatch):
 def test_packed_model_decodes_as_its_dense_twin(pairs):
     """On a GPU through chains of products, elsewhere through the products one after the other."""
     config = llama.Config(
-        vocab_size=61, hidden_size=256, intermediate_size=272, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=DIM, max_position_embeddings=96,
+        vocab_size=61,
+        hidden_size=256,
+        intermediate_size=272,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=DIM,
+        max_position_embeddings=96,
         qkv_bias=True,
-    )  # fmt: skip
+    )
     dense = llama.Llama(config, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
 

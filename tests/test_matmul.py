@@ -1,13 +1,15 @@
 """The product with many vectors that decodes its own tiles."""
+
 import dataclasses
 import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
-from hypothesis import given, strategies as st
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import macko_jax
 from macko_jax.kernels import emulation, matmul, strips, tiles
@@ -15,9 +17,13 @@ from tests.test_kernels import abstract, arrays_of, needs_gpu, sparse, vectors
 
 PLANNED = st.builds(
     lambda rows, steps, vectors, clusters: matmul.Plan(
-        strips.Matrix((64 * rows, 64 * steps), "delta4", 32, 8, "float16"), vectors, clusters),
-    st.integers(1, 20), st.integers(1, 40), st.integers(1, 1500), st.integers(1, 70)).filter(
-        lambda plan: plan.clusters <= plan.tiles * plan.steps)
+        strips.Matrix((64 * rows, 64 * steps), "delta4", 32, 8, "float16"), vectors, clusters
+    ),
+    st.integers(1, 20),
+    st.integers(1, 40),
+    st.integers(1, 1500),
+    st.integers(1, 70),
+).filter(lambda plan: plan.clusters <= plan.tiles * plan.steps)
 
 
 def uneven(rows, cols, density, dtype):
@@ -26,7 +32,7 @@ def uneven(rows, cols, density, dtype):
     full = sparse(rows, cols, 1.0, dtype, seed=1)
     dense[::7] = full[::7]
     dense[3::11] = 0
-    dense[5::13, :cols // 2 + 9] = 0
+    dense[5::13, : cols // 2 + 9] = 0
     dense[6::17, 40:-3] = 0
     return dense
 
@@ -35,17 +41,28 @@ def uneven(rows, cols, density, dtype):
 def multiply(matrix, x):
     """The product, by the kernel."""
     return matmul.matmul(
-        matrix.values, x, matrix.codes, matrix.row_offsets, matrix.starts, shape=matrix.shape,
-        encoding=matrix.encoding, lanes=matrix.lanes, stored=matrix.stored)
+        matrix.values,
+        x,
+        matrix.codes,
+        matrix.row_offsets,
+        matrix.starts,
+        shape=matrix.shape,
+        encoding=matrix.encoding,
+        lanes=matrix.lanes,
+        stored=matrix.stored,
+    )
 
 
 def executed(matrix, plan, vocabulary=emulation.NumpyLanes):
     """The vocabulary after the program that decodes tiles, for all blocks of a plan."""
     ops = vocabulary(
         arrays_of(matrix, "values", "codes", "row_offsets", "starts"),
-        blocks=plan.clusters * tiles.PEERS, threads=tiles.THREADS, cluster=tiles.PEERS,
+        blocks=plan.clusters * tiles.PEERS,
+        threads=tiles.THREADS,
+        cluster=tiles.PEERS,
         shared_slots=tiles.STEPS * tiles.ROWS * tiles.COLUMNS // 2,
-        rings={"ring": tiles.Ring(plan.matrix).size})
+        rings={"ring": tiles.Ring(plan.matrix).size},
+    )
     tiles.program(ops, plan)
     return ops
 
@@ -68,8 +85,10 @@ def decoded(matrix, vectors, clusters):
             pieces = halves.reshape(tiles.ROWS, 8, 8)  # of 16 bytes
             row = np.arange(tiles.ROWS)[:, None]
             values = pieces[row, np.arange(8) ^ (row & 7)].reshape(tiles.ROWS, tiles.COLUMNS)
-            at = (slice(tile // plan.across * tiles.ROWS, (tile // plan.across + 1) * tiles.ROWS),
-                  slice(plan.column(k), plan.column(k) + tiles.COLUMNS))
+            at = (
+                slice(tile // plan.across * tiles.ROWS, (tile // plan.across + 1) * tiles.ROWS),
+                slice(plan.column(k), plan.column(k) + tiles.COLUMNS),
+            )
             fresh = np.isnan(out[at]).all()
             assert fresh or np.array_equal(out[at], values.astype(np.float64))
             out[at] = values
@@ -78,9 +97,17 @@ def decoded(matrix, vectors, clusters):
 
 
 @pytest.mark.parametrize("encoding", ["delta4", "delta3", "delta5", "choice"])
-@pytest.mark.parametrize("rows,cols,density,lanes,count,clusters", [
-    (64, 64, 0.5, None, 512, 1), (192, 320, 0.3, 8, 300, 2), (256, 1088, 0.5, 32, 512, 6),
-    (128, 704, 0.02, 1, 512, 3), (64, 192, 0.9, 4, 1000, 1), (128, 2048, 0.1, 16, 600, 11)])
+@pytest.mark.parametrize(
+    "rows,cols,density,lanes,count,clusters",
+    [
+        (64, 64, 0.5, None, 512, 1),
+        (192, 320, 0.3, 8, 300, 2),
+        (256, 1088, 0.5, 32, 512, 6),
+        (128, 704, 0.02, 1, 512, 3),
+        (64, 192, 0.9, 4, 1000, 1),
+        (128, 2048, 0.1, 16, 600, 11),
+    ],
+)
 def test_tiles_are_the_matrix(rows, cols, density, lanes, count, clusters, encoding):
     dtype = jnp.bfloat16 if rows == 192 else jnp.float16
     dense = uneven(rows, cols, density, dtype)
@@ -105,8 +132,12 @@ def test_every_step_has_a_cluster_and_every_tile_a_last_one(plan):
     columns = [plan.column(k) for k in range(plan.steps)]
     assert sorted(columns) == list(range(0, plan.matrix.shape[1], tiles.COLUMNS))
     for part in range(tiles.PARTS):  # a thread goes on where it was
-        assert all(b - a == tiles.COLUMNS for a, b in zip(
-            columns[part::tiles.PARTS], columns[part + tiles.PARTS::tiles.PARTS]))
+        assert all(
+            b - a == tiles.COLUMNS
+            for a, b in zip(
+                columns[part :: tiles.PARTS], columns[part + tiles.PARTS :: tiles.PARTS]
+            )
+        )
 
 
 class Recorder(emulation.NumpyLanes):
@@ -122,11 +153,15 @@ class Recorder(emulation.NumpyLanes):
                 lane = 32 * warp + int(np.argmax(active))
                 self.events[warp].append((kind, *(int(r[lane]) for r in registers)))
 
-    def wait(self, name, index, parity): self._record("wait", True, index, parity)
+    def wait(self, name, index, parity):
+        self._record("wait", True, index, parity)
+
     def make_barrier(self, name, index, arrivals, where):
         self._record("make", where, index, self.integer(arrivals))
 
-    def arrive(self, name, index, peer, where): self._record("arrive", where, index, peer)
+    def arrive(self, name, index, peer, where):
+        self._record("arrive", where, index, peer)
+
     def arrive_expecting(self, name, index, size, where):
         self._record("expect", where, index, self.integer(size))
 
@@ -152,8 +187,10 @@ class Barrier:
         return self.phases % 2 != parity
 
 
-@pytest.mark.parametrize("rows,cols,seed", [(128, 64 * 40, 0), (640, 64 * 7, 1), (384, 64 * 5, 2),
-                                            (1280, 64, 3), (256, 64 * 13, 4)])
+@pytest.mark.parametrize(
+    "rows,cols,seed",
+    [(128, 64 * 40, 0), (640, 64 * 7, 1), (384, 64 * 5, 2), (1280, 64, 3), (256, 64 * 13, 4)],
+)
 def test_barriers_keep_steps_apart(rows, cols, seed):
     """What decoding and multiplying warps do at barriers, in any order, for one cluster."""
     matrix = macko_jax.compress(sparse(rows, cols, 0.1, jnp.float16), encoding="delta4")
@@ -168,19 +205,32 @@ def test_barriers_keep_steps_apart(rows, cols, seed):
     tiles.make_barriers(made, 2)
     barriers = [{index: Barrier(n) for _, index, n in events} for events in made.events]
 
-    actors = {("decode", warp // 4, warp % 4): iter(events)
-              for warp, events in enumerate(decoding.events)}
-    actors |= {("multiply", warp // 8, warp % 8 // 4): iter(events)
-               for warp, events in enumerate(multiplying.events) if warp % 4 == 0}
-    steps = {actor: [step for step in range(total) if actor[0] == "multiply"
-                     or step % plan.steps % tiles.PARTS == actor[2] // 2] for actor in actors}
+    actors = {
+        ("decode", warp // 4, warp % 4): iter(events) for warp, events in enumerate(decoding.events)
+    }
+    actors |= {
+        ("multiply", warp // 8, warp % 8 // 4): iter(events)
+        for warp, events in enumerate(multiplying.events)
+        if warp % 4 == 0
+    }
+    steps = {
+        actor: [
+            step
+            for step in range(total)
+            if actor[0] == "multiply" or step % plan.steps % tiles.PARTS == actor[2] // 2
+        ]
+        for actor in actors
+    }
     turn = dict.fromkeys(actors, 0)
     content, freed, sending = {}, dict.fromkeys(actors, -1), []
     ahead = {actor: event for actor, events in actors.items() if (event := next(events, None))}
     rng = np.random.default_rng(seed)
     while ahead or sending:
-        ready = [actor for actor, (kind, *at) in ahead.items()
-                 if kind != "wait" or barriers[actor[1]][at[0]].opens(at[1])]
+        ready = [
+            actor
+            for actor, (kind, *at) in ahead.items()
+            if kind != "wait" or barriers[actor[1]][at[0]].opens(at[1])
+        ]
         assert ready or sending, "nobody can go on"
         if sending and (not ready or rng.random() < 0.1):
             block, place, step, index, size = sending.pop(rng.integers(len(sending)))
@@ -209,7 +259,7 @@ def test_barriers_keep_steps_apart(rows, cols, seed):
             freed[actor] = step
             barriers[more[0]][index].count(arrivals=1)
             turn[actor] += more[0]  # after having told both blocks
-        if (event := next(actors[actor], None)):
+        if event := next(actors[actor], None):
             ahead[actor] = event
         else:
             del ahead[actor]
@@ -241,17 +291,25 @@ def test_is_chosen_where_it_is_faster():
     assert "dot_general" not in lowered()
     assert "dot_general" not in lowered(count=451, density=0.1)  # and padded
     assert "dot_general" not in lowered(rows=16896, density=0.5)
-    for other in (dict(rows=8320), dict(density=0.5), dict(rows=16896, density=0.6),
-                  dict(count=513), dict(count=432),
-                  dict(dtype=jnp.bfloat16), dict(dtype=jnp.float32), dict(encoding="banked")):
+    for other in (
+        dict(rows=8320),
+        dict(density=0.5),
+        dict(rows=16896, density=0.6),
+        dict(count=513),
+        dict(count=432),
+        dict(dtype=jnp.bfloat16),
+        dict(dtype=jnp.float32),
+        dict(encoding="banked"),
+    ):
         assert "dot_general" in lowered(**other), other
 
 
 def test_is_chosen_where_it_was_measured_to_be_faster():
     record = pathlib.Path(__file__).parents[1] / "docs/results/ideas_h200.json"
     name = "products that decode their own tiles, codes copied by sixteen bytes"
-    for rows, cols, density, encoding, lanes, by_tiles, by_decode, _ in (
-            json.loads(record.read_text())[name]["rows"]):
+    for rows, cols, density, encoding, lanes, by_tiles, by_decode, _ in json.loads(
+        record.read_text()
+    )[name]["rows"]:
         stored = int(1.01 * density * rows * cols)
         matrix = strips.Matrix((rows, cols), encoding, lanes, stored, jnp.dtype("float16"))
         assert matmul.is_faster(matrix, 512) == (by_tiles < by_decode), (rows, cols, density)
@@ -260,9 +318,11 @@ def test_is_chosen_where_it_was_measured_to_be_faster():
 def test_explains_why_not():
     known = strips.Matrix((128, 128), "delta4", 32, 8, "float16")
     assert matmul.why_not(known) is None
-    for change, said in ((dict(dtype="int8"), "16 bits, not int8"),
-                         (dict(encoding="bitmask"), "bitmask"),
-                         (dict(shape=(100, 128)), "64, not 100 and 128")):
+    for change, said in (
+        (dict(dtype="int8"), "16 bits, not int8"),
+        (dict(encoding="bitmask"), "bitmask"),
+        (dict(shape=(100, 128)), "64, not 100 and 128"),
+    ):
         assert said in matmul.why_not(dataclasses.replace(known, **change))
 
 
@@ -270,9 +330,18 @@ def test_explains_why_not():
 @needs_gpu
 @pytest.mark.parametrize("encoding", ["delta4", "delta3", "delta5", "choice"])
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("rows,cols,density,count", [
-    (64, 64, 0.5, 512), (192, 320, 0.3, 300), (256, 1088, 0.5, 1), (1024, 704, 0.02, 511),
-    (4096, 4096, 0.1, 512), (128, 2048, 0.9, 1300), (8448, 4096, 0.3, 512)])
+@pytest.mark.parametrize(
+    "rows,cols,density,count",
+    [
+        (64, 64, 0.5, 512),
+        (192, 320, 0.3, 300),
+        (256, 1088, 0.5, 1),
+        (1024, 704, 0.02, 511),
+        (4096, 4096, 0.1, 512),
+        (128, 2048, 0.9, 1300),
+        (8448, 4096, 0.3, 512),
+    ],
+)
 def test_on_gpu(rows, cols, density, count, dtype, encoding):
     dense = uneven(rows, cols, density, dtype)
     matrix, x = macko_jax.compress(dense, encoding=encoding), vectors(count, cols, dtype=dtype)

@@ -7,12 +7,12 @@ import socket
 import subprocess
 import sys
 
-from flax import linen as nn
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
 
 from dsf_jax import Rule, compress_model, gram_matrices, prune, relative_output_error
 from dsf_jax.allocation import allocate_densities
@@ -46,8 +46,15 @@ class Net(nnx.Module):
         return self.head(x + self.down(nnx.silu(self.gate(x)) * self.up(x)))
 
 
-LAYERS = ["attention/query", "attention/key", "attention/value", "attention/out",
-          "gate", "up", "down"]
+LAYERS = [
+    "attention/query",
+    "attention/key",
+    "attention/value",
+    "attention/out",
+    "gate",
+    "up",
+    "down",
+]
 
 
 def token_batches(count=3, shape=(4, 9)):
@@ -69,8 +76,11 @@ def assert_same(a, b):
 @pytest.mark.slow
 def test_every_layer_is_calibrated_on_the_outputs_of_the_compressed_ones():
     model = nnx.Sequential(
-        nnx.Linear(16, 32, rngs=nnx.Rngs(0)), nnx.relu,
-        nnx.Linear(32, 16, rngs=nnx.Rngs(1)), nnx.relu, nnx.Linear(16, 16, rngs=nnx.Rngs(2)),
+        nnx.Linear(16, 32, rngs=nnx.Rngs(0)),
+        nnx.relu,
+        nnx.Linear(32, 16, rngs=nnx.Rngs(1)),
+        nnx.relu,
+        nnx.Linear(16, 16, rngs=nnx.Rngs(2)),
     )
     batches = [draw(i, 16, 16) for i in range(3)]
     new, report = compress_model(model, batches, method="wanda", density=0.5)
@@ -100,9 +110,7 @@ def test_one_pass_uses_the_dense_inputs():
         expected = prune(
             getattr(model, name).kernel[...].T, grams[name], density=0.4, method="sparsegpt"
         )
-        np.testing.assert_allclose(
-            getattr(new, name).kernel[...].T, expected, rtol=1e-4, atol=1e-5
-        )
+        np.testing.assert_allclose(getattr(new, name).kernel[...].T, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_given_gram_matrices_are_those_of_one_pass():
@@ -127,8 +135,12 @@ def test_given_gram_matrices_are_those_of_one_pass():
 @pytest.mark.slow
 def test_layers_of_one_shape_are_factorized_together(monkeypatch):
     model, batches = Net(), token_batches()
-    call = dict(calibration="one-pass", density=0.5, rules=[
-        Rule("attention/.*", skip=True), Rule("down", skip=True)], **PAIR)
+    call = dict(
+        calibration="one-pass",
+        density=0.5,
+        rules=[Rule("attention/.*", skip=True), Rule("down", skip=True)],
+        **PAIR,
+    )
     alone = compress_model(model, batches, **call).report
     monkeypatch.setattr("dsf_jax.pipeline.stack_limit", lambda *_: 2)
     together = compress_model(model, batches, **call).report
@@ -143,9 +155,7 @@ def test_groups_budgets_report_and_the_model_left_alone():
     model, batches = Net(), token_batches()
     before = kernels(model)
     seen = []
-    new, report = compress_model(
-        model, batches, method="wanda", density=0.3, callback=seen.append
-    )
+    new, report = compress_model(model, batches, method="wanda", density=0.3, callback=seen.append)
     assert sorted(layer.path for layer in report.layers) == sorted(LAYERS)
     assert report.groups == 4
     assert report.skipped == {"embed": "an embedding", "head": "the output head"}
@@ -198,7 +208,9 @@ def test_blocks_are_calibrated_together():
     weight = model.attention.out.kernel[...].reshape(16, 16).T
     np.testing.assert_allclose(
         new.attention.out.kernel[...].reshape(16, 16).T,
-        prune(weight, gram, density=0.5, method="sparsegpt"), rtol=1e-4, atol=1e-5,
+        prune(weight, gram, density=0.5, method="sparsegpt"),
+        rtol=1e-4,
+        atol=1e-5,
     )
     with pytest.raises(ValueError, match="blocks='nothing'"):
         compress_model(model, batches, blocks="nothing", **rules)
@@ -207,11 +219,15 @@ def test_blocks_are_calibrated_together():
 def test_rules():
     model, batches = Net(), token_batches()
     _, report = compress_model(
-        model, batches, method="wanda", density=0.5,
+        model,
+        batches,
+        method="wanda",
+        density=0.5,
         rules=[
             Rule("attention/out", skip=True),
             Rule("attention/.*", density=0.25, method="magnitude"),
-            Rule("head", density=0.75), Rule("embed"),
+            Rule("head", density=0.75),
+            Rule("embed"),
             Rule("gate|up", options={"pattern": "2:4"}),
         ],
     )
@@ -238,7 +254,11 @@ def test_sensitivity_lowers_the_sum_of_errors_within_the_budget():
     assert total_error(shared.report) < 0.8 * total_error(uniform.report)
     # A density that a rule names is not touched.
     fixed = compress_model(
-        model, batches, method="wanda", density=0.5, budget="sensitivity",
+        model,
+        batches,
+        method="wanda",
+        density=0.5,
+        budget="sensitivity",
         rules=[Rule("down", density=0.2)],
     ).report
     assert next(l for l in fixed.layers if l.path == "down").nonzeros == int(0.2 * 16 * 32)
@@ -266,7 +286,11 @@ def test_linen_model_and_forward():
     module, x = Model(), draw(0, 32, 6)
     variables = module.init(jax.random.key(0), x, train=False)
     new, report = compress_model(
-        module, [x], variables=variables, method="wanda", density=0.5,
+        module,
+        [x],
+        variables=variables,
+        method="wanda",
+        density=0.5,
         forward=lambda bound, x: bound(x, train=False),
     )
     assert [layer.path for layer in report.layers] == ["Dense_0", "middle"]
@@ -373,8 +397,13 @@ def test_spread_over_processes_equals_single(tmp_path):
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
     environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(root), XLA_FLAGS=flags)
     workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, port, str(i), str(tmp_path)], cwd=root,
-                         env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, port, str(i), str(tmp_path)],
+            cwd=root,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for i in range(2)
     ]
     for worker in workers:
@@ -426,5 +455,9 @@ def test_clear_errors():
 
 def test_durations_read_well():
     assert [format_seconds(s) for s in (0.4219, 12.3, 200, 1260, 7500)] == [
-        "0.42 s", "12 s", "3 min 20 s", "21 min", "2 h 5 min",
+        "0.42 s",
+        "12 s",
+        "3 min 20 s",
+        "21 min",
+        "2 h 5 min",
     ]

@@ -1,16 +1,17 @@
 """Matrices with 8-bit values: rounding, products, layers, files."""
+
 import dataclasses
 import functools
 
-from flax import linen as nn
-from flax import nnx
 import hypothesis
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as st_numpy
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
 from jax.sharding import PartitionSpec as P
 
 import macko_jax
@@ -34,9 +35,14 @@ def bound(weight, scales, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@hypothesis.given(weight=st_numpy.arrays(
-    np.float32, st_numpy.array_shapes(min_dims=2, max_dims=2, max_side=9),
-    elements=st.floats(-6e4, 6e4, width=32)), kind=st.sampled_from(["float16", "float32"]))
+@hypothesis.given(
+    weight=st_numpy.arrays(
+        np.float32,
+        st_numpy.array_shapes(min_dims=2, max_dims=2, max_side=9),
+        elements=st.floats(-6e4, 6e4, width=32),
+    ),
+    kind=st.sampled_from(["float16", "float32"]),
+)
 def test_rounding_error(dtype, weight, kind):
     weight = weight.astype(kind)
     values, scales = quantization.quantize(weight, dtype)
@@ -97,16 +103,16 @@ def test_transformations_of_one_vector():
     stack = jax.tree.map(lambda *a: jnp.stack(a), *matrices)
     for m, y, row in zip(matrices, jax.vmap(macko_jax.spmv)(stack, x[:3]), x):
         close(y, np.asarray(macko_jax.decompress(m), np.float64) @ row)
-    hessian = jax.hessian(lambda x: (macko_jax.spmv(matrix, x)**2).sum())(x[0])
+    hessian = jax.hessian(lambda x: (macko_jax.spmv(matrix, x) ** 2).sum())(x[0])
     close(hessian, 2 * dense.T @ dense)
 
-    mesh = jax.make_mesh((4,), ("d",), devices=jax.devices()[:4],
-                         axis_types=(jax.sharding.AxisType.Auto,))
-    product = jax.shard_map(
-        macko_jax.spmv, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
+    mesh = jax.make_mesh(
+        (4,), ("d",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    product = jax.shard_map(macko_jax.spmv, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
 
     def loss(scales, x):
-        return (product(dataclasses.replace(matrix, scales=scales), x)**2).sum()
+        return (product(dataclasses.replace(matrix, scales=scales), x) ** 2).sum()
 
     by_scales, by_x = jax.jit(jax.grad(loss, (0, 1)))(matrix.scales, x)
     y = x @ dense.T
@@ -142,8 +148,10 @@ def test_layers(dtype):
     module = nn.Dense(48)
     variables = module.init(jax.random.key(0), x)
     variables["params"]["kernel"] = layer.kernel[...]
-    dense, (linen, _) = module.apply(variables, x), macko_jax.flax_linen.substitute(
-        module, variables, x, rules=rules)
+    dense, (linen, _) = (
+        module.apply(variables, x),
+        macko_jax.flax_linen.substitute(module, variables, x, rules=rules),
+    )
     np.testing.assert_allclose(macko_jax.flax_linen.apply(module, linen, x), dense, atol=0.5)
     trained, fixed = macko_jax.flax_linen.partition(linen["params"])
     assert trained["kernel"].values is None and trained["kernel"].scales is not None
@@ -159,10 +167,10 @@ def test_errors():
         macko_jax.compress(weight, dtype="int8")
     matrix = macko_jax.compress(sparse(), dtype="int8")
     for wrong, message in (
-            (dataclasses.replace(matrix, scales=None), "without scales"),
-            (dataclasses.replace(matrix, scales=matrix.scales[1:]), r"scales must be \[33\]"),
-            (dataclasses.replace(matrix, scales=matrix.scales.at[5].set(jnp.nan)), "row 5 is nan"),
-            (dataclasses.replace(macko_jax.compress(sparse()), scales=matrix.scales),
-             "with scales")):
+        (dataclasses.replace(matrix, scales=None), "without scales"),
+        (dataclasses.replace(matrix, scales=matrix.scales[1:]), r"scales must be \[33\]"),
+        (dataclasses.replace(matrix, scales=matrix.scales.at[5].set(jnp.nan)), "row 5 is nan"),
+        (dataclasses.replace(macko_jax.compress(sparse()), scales=matrix.scales), "with scales"),
+    ):
         with pytest.raises(ValueError, match=message):
             validate(wrong)

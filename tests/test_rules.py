@@ -43,11 +43,14 @@ def test_model_without_layers():
         assign_rules(".*", [])
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(path="layers/["), "not a valid regular expression"),
-    (dict(max_density=80), "between 0 and 1"),
-    (dict(dtype="int4"), "float16, bfloat16, float32, int8, float8_e4m3fn"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(path="layers/["), "not a valid regular expression"),
+        (dict(max_density=80), "between 0 and 1"),
+        (dict(dtype="int4"), "float16, bfloat16, float32, int8, float8_e4m3fn"),
+    ],
+)
 def test_invalid_rule(options, message):
     with pytest.raises(ValueError, match=message):
         Rule(**options)
@@ -61,11 +64,18 @@ def test_rule_of_another_type():
 REPORT = Report(
     layers=(
         LayerReport("layers/0/up", "Linear", (512, 2048), 0.5, 4_194_304, 2_300_000, "bitmask"),
-        LayerReport("head", "Linear", (512, 256), 1.0, 524_288, 524_288,
-                    skipped="from density 0.8 on dense is faster"),
+        LayerReport(
+            "head",
+            "Linear",
+            (512, 256),
+            1.0,
+            524_288,
+            524_288,
+            skipped="from density 0.8 on dense is faster",
+        ),
     ),
     other_bytes=1000,
-)  # fmt: skip
+)
 
 
 def test_report_totals():
@@ -78,8 +88,18 @@ def test_report_totals():
 def test_report_prints_a_table():
     lines = str(REPORT).splitlines()
     assert lines[2].split() == [
-        "layers/0/up", "Linear", "512", "x", "2048", "0.500", "4.19", "MB", "2.30", "MB", "bitmask"
-    ]  # fmt: skip
+        "layers/0/up",
+        "Linear",
+        "512",
+        "x",
+        "2048",
+        "0.500",
+        "4.19",
+        "MB",
+        "2.30",
+        "MB",
+        "bitmask",
+    ]
     assert lines[3].endswith("skipped: from density 0.8 on dense is faster")
     assert lines[-1].endswith("1 of 2 layers packed, 60% of the bytes")
     # The columns line up: the numbers of a column end at one place.

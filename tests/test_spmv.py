@@ -1,4 +1,5 @@
 """The product against NumPy in float64: every case, type, batch shape and implementation."""
+
 import dataclasses
 import subprocess
 import sys
@@ -47,10 +48,14 @@ def test_all_products(case):
     def products(values, x, y):
         pattern = values[:0] if case.encoding == "bitmask" else values
         by_values = reference.spmv_values(x, y, *structure, pattern, **static)
-        return ([module.spmv(values, x, *structure, **static) for module in (cpu, reference)],
-                [module.spmv_transposed(values, y, *structure, **static)
-                 for module in (cpu, reference)],
-                macko_jax.decompress(dataclasses.replace(matrix, values=by_values)))
+        return (
+            [module.spmv(values, x, *structure, **static) for module in (cpu, reference)],
+            [
+                module.spmv_transposed(values, y, *structure, **static)
+                for module in (cpu, reference)
+            ],
+            macko_jax.decompress(dataclasses.replace(matrix, values=by_values)),
+        )
 
     forward, transposed, gradient = products(matrix.values, x, y)
     for product in forward:
@@ -106,8 +111,7 @@ def test_leading_axes(case, batch):
 @pytest.mark.parametrize("batch", [(), (4,), (2, 4)], ids=str)
 def test_operator_is_matmul(batch):
     weight, matrix = BITMASK.weight(), BITMASK.matrix()
-    x = np.random.default_rng(0).standard_normal(
-        (*batch[:-1], 301, *batch[-1:])).astype(np.float16)
+    x = np.random.default_rng(0).standard_normal((*batch[:-1], 301, *batch[-1:])).astype(np.float16)
     expected = jnp.matmul(weight.astype(np.float32), x.astype(np.float32))
     np.testing.assert_allclose(matrix @ x, expected, rtol=2e-3, atol=2e-2)
 
@@ -125,17 +129,22 @@ def test_slots_past_the_last_column_read_nothing():
 @pytest.mark.parametrize("case", [BITMASK, DELTA4], ids=str)
 def test_spare_capacity_is_never_read(case):
     matrix = macko_jax.compress(
-        case.weight(), encoding=case.encoding, lanes=case.lanes, capacity=1000)
+        case.weight(), encoding=case.encoding, lanes=case.lanes, capacity=1000
+    )
     spoiled = np.array(matrix.values)
-    spoiled[8 * int(matrix.row_offsets[-1]):] = np.nan
+    spoiled[8 * int(matrix.row_offsets[-1]) :] = np.nan
     x = case.vectors(12)
     matrix = dataclasses.replace(matrix, values=spoiled)
     for vectors in (x[0], x):
         assert_product(macko_jax.spmv(matrix, vectors), case.weight(), vectors)
 
 
-@hypothesis.given(st.sampled_from(["bitmask", "delta4"]), st.floats(0, 1), st.integers(0, 2**32),
-                  st.sampled_from([1e-4, 1.0, 1e4]))
+@hypothesis.given(
+    st.sampled_from(["bitmask", "delta4"]),
+    st.floats(0, 1),
+    st.integers(0, 2**32),
+    st.sampled_from([1e-4, 1.0, 1e4]),
+)
 def test_any_matrix_against_float64(encoding, density, seed, scale):
     rng = np.random.default_rng(seed)
     keep = rng.random((17, 203)) < density * rng.random((17, 1))
@@ -172,9 +181,20 @@ def test_errors_name_what_was_given():
 
 
 def problem(**changes):
-    return dispatch.Problem(**dict(
-        product="spmv", platform="cpu", shape=(33, 301), encoding="bitmask", lanes=8, stored=800,
-        batch=1, dtypes=("float16", "float16"), out_dtype="float16") | changes)
+    return dispatch.Problem(
+        **dict(
+            product="spmv",
+            platform="cpu",
+            shape=(33, 301),
+            encoding="bitmask",
+            lanes=8,
+            stored=800,
+            batch=1,
+            dtypes=("float16", "float16"),
+            out_dtype="float16",
+        )
+        | changes
+    )
 
 
 def test_a_named_implementation_never_falls_back():
@@ -199,9 +219,16 @@ def test_implementations_on_a_gpu(case, batch):
     x, matrix = case.vectors(*batch), case.matrix()
     served = 0
     for name, implementation in dispatch.IMPLEMENTATIONS.items():
-        asked = problem(platform="cuda", shape=matrix.shape, encoding=case.encoding,
-                        lanes=case.lanes, stored=matrix.stored, batch=int(np.prod(batch)),
-                        dtypes=(matrix.dtype, x.dtype), out_dtype=matrix.dtype)
+        asked = problem(
+            platform="cuda",
+            shape=matrix.shape,
+            encoding=case.encoding,
+            lanes=case.lanes,
+            stored=matrix.stored,
+            batch=int(np.prod(batch)),
+            dtypes=(matrix.dtype, x.dtype),
+            out_dtype=matrix.dtype,
+        )
         if implementation.why_not(asked) is None:
             assert_product(macko_jax.spmv(matrix, x, implementation=name), case.weight(), x)
             served += 1
@@ -209,9 +236,18 @@ def test_implementations_on_a_gpu(case, batch):
     assert_product(macko_jax.spmv(matrix, x), case.weight(), x)
 
 
-@pytest.mark.parametrize("version, warns", [
-    ("0.10.2", False), ("0.11.2", False), ("0.11.9", False), ("0.10.1", True), ("0.12.0", True),
-    ("0.11.3.dev20261101", False), ("1.0", True)])
+@pytest.mark.parametrize(
+    "version, warns",
+    [
+        ("0.10.2", False),
+        ("0.11.2", False),
+        ("0.11.9", False),
+        ("0.10.1", True),
+        ("0.12.0", True),
+        ("0.11.3.dev20261101", False),
+        ("1.0", True),
+    ],
+)
 def test_untested_jax_gives_a_warning(version, warns, recwarn):
     check_jax(version)
     assert len(recwarn) == warns
@@ -220,7 +256,8 @@ def test_untested_jax_gives_a_warning(version, warns, recwarn):
 
 
 def test_import_warns_but_works_with_an_untested_jax():
-    code = ("import jax; jax.__version__ = '0.99.0'; import macko_jax; "
-            "print(macko_jax.spmv.__name__)")
+    code = (
+        "import jax; jax.__version__ = '0.99.0'; import macko_jax; print(macko_jax.spmv.__name__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "found 0.99.0" in done.stderr and done.stdout.strip() == "spmv"

@@ -1,4 +1,5 @@
 """spmv under JAX's transformations, against the same transformations of the dense product."""
+
 import dataclasses
 
 import jax
@@ -45,11 +46,14 @@ def test_gradients(case):
     by_values, by_x = jax.jit(jax.grad(sparse_loss(matrix), argnums=(0, 1)))(matrix.values, x)
     dense_by_weight, dense_by_x = jax.grad(dense_loss, argnums=(0, 1))(weight, x)
     close(by_x, dense_by_x)
-    close(macko_jax.decompress(with_values(matrix, by_values)),
-          jnp.where(weight != 0, dense_by_weight, 0))
+    close(
+        macko_jax.decompress(with_values(matrix, by_values)),
+        jnp.where(weight != 0, dense_by_weight, 0),
+    )
     # Padding is what a matrix of ones does not have; it gets exactly zero.
     ones = macko_jax.compress(
-        np.asarray(weight != 0, np.float32), encoding=case.encoding, lanes=case.lanes)
+        np.asarray(weight != 0, np.float32), encoding=case.encoding, lanes=case.lanes
+    )
     assert np.count_nonzero(np.asarray(by_values)[np.asarray(ones.values) == 0]) == 0
 
 
@@ -59,23 +63,26 @@ def test_gradients_have_the_types_of_their_arguments(dtype):
     matrix = with_values(matrix, matrix.values.astype(dtype))
     x = jnp.ones(301, jnp.float32)
     by_values, by_x = jax.eval_shape(
-        jax.grad(sparse_loss(matrix), argnums=(0, 1)), matrix.values, x)
+        jax.grad(sparse_loss(matrix), argnums=(0, 1)), matrix.values, x
+    )
     assert by_values.dtype == dtype and by_x.dtype == jnp.float32
 
 
 def test_gradient_of_a_whole_matrix():
     matrix, weight, x = single(CASES[8])
-    loss = lambda m: jnp.sum(macko_jax.spmv(m, x))  # noqa: E731
+    loss = lambda m: jnp.sum(macko_jax.spmv(m, x))
     gradient = jax.jit(jax.grad(loss, allow_int=True))(matrix)
     assert gradient.codes.dtype == jax.dtypes.float0
-    close(macko_jax.decompress(with_values(matrix, gradient.values)),
-          jnp.where(weight != 0, x.sum(0), 0))
+    close(
+        macko_jax.decompress(with_values(matrix, gradient.values)),
+        jnp.where(weight != 0, x.sum(0), 0),
+    )
 
 
 def test_a_bitmask_keeps_elements_that_have_become_zero():
     matrix, _, x = single(CASES[6])
     zeros = jnp.zeros_like(matrix.values)
-    product = lambda values: macko_jax.spmv(with_values(matrix, values), x[0])  # noqa: E731
+    product = lambda values: macko_jax.spmv(with_values(matrix, values), x[0])
     gradient = jax.jit(jax.grad(lambda v: jnp.sum(product(v))))(zeros)
     assert np.count_nonzero(gradient) == matrix.nnz == with_values(matrix, zeros).nnz
     (by_transpose,) = jax.linear_transpose(product, zeros)(jnp.ones(33))
@@ -86,10 +93,13 @@ def test_a_bitmask_keeps_elements_that_have_become_zero():
 def test_padding_has_no_tangent_and_no_second_derivative(case):
     """Every slot of the matrix moves, but as far as products see only those of its elements."""
     matrix, _, x = single(case)
-    ones = macko_jax.compress(np.ones(matrix.shape, np.float32) * np.asarray(
-        macko_jax.decompress(matrix) != 0), encoding=case.encoding, lanes=case.lanes)
+    ones = macko_jax.compress(
+        np.ones(matrix.shape, np.float32) * np.asarray(macko_jax.decompress(matrix) != 0),
+        encoding=case.encoding,
+        lanes=case.lanes,
+    )
     elements = np.asarray(ones.values)
-    f = lambda v: jnp.sum(jnp.sin(macko_jax.spmv(with_values(matrix, v), x)))  # noqa: E731
+    f = lambda v: jnp.sum(jnp.sin(macko_jax.spmv(with_values(matrix, v), x)))
     every = jnp.ones_like(matrix.values)
     for function in f, jax.grad(f):
         moved = jax.jit(lambda t, function=function: jax.jvp(function, (matrix.values,), (t,))[1])
@@ -99,7 +109,7 @@ def test_padding_has_no_tangent_and_no_second_derivative(case):
 @pytest.mark.parametrize("case", PAIR, **ids)
 def test_jvp_linearize_and_vjp_agree(case):
     matrix, weight, x = single(case)
-    f = lambda v, x: jnp.sin(macko_jax.spmv(with_values(matrix, v), x))  # noqa: E731
+    f = lambda v, x: jnp.sin(macko_jax.spmv(with_values(matrix, v), x))
     primals = matrix.values, x
     tangents = jnp.where(matrix.values != 0, 0.5, 0), jnp.cos(x)
     cotangent = jnp.cos(jnp.arange(99, dtype=jnp.float32)).reshape(3, 33)
@@ -117,7 +127,9 @@ def test_jvp_linearize_and_vjp_agree(case):
     paired = sum(jnp.vdot(a, b) for a, b in zip(pulled, tangents))
     close(paired, jnp.vdot(cotangent, tangent), rtol=1e-3)
     dense_tangents = jnp.where(weight != 0, 0.5, 0), tangents[1]
-    close(tangent, jax.jvp(lambda w, x: jnp.sin(x @ w.T), (weight, x), dense_tangents)[1], atol=1e-3)
+    close(
+        tangent, jax.jvp(lambda w, x: jnp.sin(x @ w.T), (weight, x), dense_tangents)[1], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("case", PAIR, **ids)
@@ -131,16 +143,20 @@ def test_second_derivatives(case):
         gradient = jax.grad(f, argnums=(0, 1))
         forward_over_reverse = jax.jvp(gradient, primals, tangents)[1]
         reverse_over_reverse = jax.grad(
-            lambda *p: sum(jnp.vdot(a, b) for a, b in zip(gradient(*p), tangents)),
-            argnums=(0, 1))(*primals)
+            lambda *p: sum(jnp.vdot(a, b) for a, b in zip(gradient(*p), tangents)), argnums=(0, 1)
+        )(*primals)
         return forward_over_reverse, reverse_over_reverse
 
     sparse = jax.jit(lambda *p: products(sparse_loss(matrix), p, tangents))(matrix.values, x)
     dense = jax.jit(lambda *p: products(dense_loss, p, dense_tangents))(weight, x)
     for (by_values, by_x), (by_weight, dense_by_x) in zip(sparse, dense):
         close(by_x, dense_by_x, rtol=1e-3, atol=1e-3)
-        close(macko_jax.decompress(with_values(matrix, by_values)),
-              jnp.where(weight != 0, by_weight, 0), rtol=1e-3, atol=1e-3)
+        close(
+            macko_jax.decompress(with_values(matrix, by_values)),
+            jnp.where(weight != 0, by_weight, 0),
+            rtol=1e-3,
+            atol=1e-3,
+        )
 
 
 @pytest.mark.parametrize("case", PAIR, **ids)
@@ -152,12 +168,14 @@ def test_vmap(case):
 
     @jax.jit
     def products(values, x):
-        product = lambda v, x: macko_jax.spmv(with_values(matrix, v), x)  # noqa: E731
-        return (jax.vmap(product, (None, 0))(matrix.values, x),
-                jax.vmap(product, (None, 1), 1)(matrix.values, x.T),
-                jax.vmap(product, (0, None))(values, x[0]),
-                jax.vmap(product)(values, x),
-                jax.vmap(jax.vmap(product, (None, 0)), (0, None))(values, x))
+        product = lambda v, x: macko_jax.spmv(with_values(matrix, v), x)
+        return (
+            jax.vmap(product, (None, 0))(matrix.values, x),
+            jax.vmap(product, (None, 1), 1)(matrix.values, x.T),
+            jax.vmap(product, (0, None))(values, x[0]),
+            jax.vmap(product)(values, x),
+            jax.vmap(jax.vmap(product, (None, 0)), (0, None))(values, x),
+        )
 
     over_x, over_columns, over_values, both, nested = products(values, x)
     close(over_x, expected)
@@ -170,16 +188,20 @@ def test_vmap(case):
 @pytest.mark.parametrize("encoding, lanes", [("bitmask", 2), ("delta4", 2), ("banked", 32)])
 def test_stacks_of_matrices_under_vmap_and_scan(encoding, lanes):
     rng = np.random.default_rng(0)
-    weights = [np.where(rng.random((24, 24)) < d, rng.standard_normal((24, 24)), 0)
-               .astype(np.float32) for d in (0.1, 0.6, 0.3)]
-    matrices = [macko_jax.compress(w, encoding=encoding, lanes=lanes, capacity=800)
-                for w in weights]
+    weights = [
+        np.where(rng.random((24, 24)) < d, rng.standard_normal((24, 24)), 0).astype(np.float32)
+        for d in (0.1, 0.6, 0.3)
+    ]
+    matrices = [
+        macko_jax.compress(w, encoding=encoding, lanes=lanes, capacity=800) for w in weights
+    ]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices)
     x = jnp.asarray(rng.standard_normal((3, 24)), jnp.float32)
 
     def chain(values, x):  # a network of three layers
         def layer(h, m):
             return jnp.tanh(macko_jax.spmv(m, h)), None
+
         return jax.lax.scan(layer, x, with_values(stack, values))[0]
 
     def dense_chain(weights, x):
@@ -190,17 +212,23 @@ def test_stacks_of_matrices_under_vmap_and_scan(encoding, lanes):
     @jax.jit
     def products(values, x):
         gradient = jax.grad(lambda *p: jnp.sum(chain(*p)), argnums=(0, 1))
-        return (jax.vmap(macko_jax.spmv)(with_values(stack, values), x), chain(values, x),
-                gradient(values, x))
+        return (
+            jax.vmap(macko_jax.spmv)(with_values(stack, values), x),
+            chain(values, x),
+            gradient(values, x),
+        )
 
     each, chained, (by_values, by_x) = products(stack.values, x)
     close(each, [w @ v for w, v in zip(weights, x)])
     close(chained, dense_chain(weights, x))
-    by_weights, dense_by_x = jax.grad(
-        lambda *p: jnp.sum(dense_chain(*p)), argnums=(0, 1))(jnp.asarray(weights), x)
+    by_weights, dense_by_x = jax.grad(lambda *p: jnp.sum(dense_chain(*p)), argnums=(0, 1))(
+        jnp.asarray(weights), x
+    )
     close(by_x, dense_by_x)
-    close(macko_jax.decompress(with_values(stack, by_values)),
-          jnp.where(jnp.asarray(weights) != 0, by_weights, 0))
+    close(
+        macko_jax.decompress(with_values(stack, by_values)),
+        jnp.where(jnp.asarray(weights) != 0, by_weights, 0),
+    )
 
 
 @pytest.mark.parametrize("case", PAIR, **ids)
@@ -210,8 +238,10 @@ def test_per_example_gradients_and_checkpoint(case):
     by_values = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(matrix.values, x)
     dense = jax.vmap(jax.grad(dense_loss), (None, 0))(weight, x)
     for sparse_one, dense_one in zip(by_values, dense):
-        close(macko_jax.decompress(with_values(matrix, sparse_one)),
-              jnp.where(weight != 0, dense_one, 0))
+        close(
+            macko_jax.decompress(with_values(matrix, sparse_one)),
+            jnp.where(weight != 0, dense_one, 0),
+        )
 
 
 def test_padding_mask_costs_nothing_at_run_time():
@@ -219,8 +249,11 @@ def test_padding_mask_costs_nothing_at_run_time():
     matrix, _, x = single(CASES[8])
     compiled = jax.jit(macko_jax.spmv).lower(matrix, x[0]).compile().as_text()
     slots = f"[{matrix.stored}]"
-    assert not [line for line in compiled.splitlines()
-                if "select(" in line and f"f32{slots}" in line.split("select(")[0]]
+    assert not [
+        line
+        for line in compiled.splitlines()
+        if "select(" in line and f"f32{slots}" in line.split("select(")[0]
+    ]
 
 
 @pytest.mark.parametrize("transform", ["plain", "gradient"])
@@ -228,8 +261,10 @@ def test_padding_mask_costs_nothing_at_run_time():
 def test_lowers_for_other_platforms(case, transform):
     """Traced here, lowered for any platform, and for several at once."""
     matrix, _, x = single(case)
-    f = {"plain": macko_jax.spmv,
-         "gradient": lambda m, x: jax.grad(sparse_loss(m), argnums=(0, 1))(m.values, x)}[transform]
+    f = {
+        "plain": macko_jax.spmv,
+        "gradient": lambda m, x: jax.grad(sparse_loss(m), argnums=(0, 1))(m.values, x),
+    }[transform]
     traced = jax.jit(f).trace(matrix, x)
     for platform in ("cpu", "cuda", "tpu"):
         assert "func" in traced.lower(lowering_platforms=(platform,)).as_text()
@@ -241,8 +276,10 @@ def test_export_for_several_platforms():
     leaves, tree = jax.tree.flatten(matrix)
     product = jax.jit(lambda leaves, x: macko_jax.spmv(jax.tree.unflatten(tree, leaves), x))
     exported = jax.export.export(
-        product, platforms=("cpu", "cuda"),
-        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")])(leaves, x)
+        product,
+        platforms=("cpu", "cuda"),
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
+    )(leaves, x)
     close(exported.call(leaves, x), macko_jax.spmv(matrix, x))
 
 
@@ -257,8 +294,9 @@ def test_one_primitive_per_product():
 def test_shard_map_with_a_replicated_matrix(check_vma):
     """Four devices, each with its part of the vectors; gradients are summed over devices."""
     assert jax.device_count() >= 4
-    mesh = jax.make_mesh((4,), ("d",), devices=jax.devices()[:4],
-                         axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (4,), ("d",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,)
+    )
     matrix, weight, _ = single(CASES[8])
     x = jnp.asarray(CASES[8].vectors(8, dtype="float32"))
 
@@ -275,13 +313,15 @@ def test_shard_map_with_a_replicated_matrix(check_vma):
     by_values, by_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(matrix.values, x)
     by_weight, dense_by_x = jax.grad(dense_loss, argnums=(0, 1))(weight, x)
     close(by_x, dense_by_x)
-    close(macko_jax.decompress(with_values(matrix, by_values)),
-          jnp.where(weight != 0, by_weight, 0))
+    close(
+        macko_jax.decompress(with_values(matrix, by_values)), jnp.where(weight != 0, by_weight, 0)
+    )
 
 
 def test_vectors_sharded_over_a_mesh():
-    mesh = jax.make_mesh((4,), ("d",), devices=jax.devices()[:4],
-                         axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (4,), ("d",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,)
+    )
     matrix, weight, _ = single(CASES[8])
     x = jnp.asarray(CASES[8].vectors(8, dtype="float32"))
     sharded = jax.device_put(x, jax.NamedSharding(mesh, P("d")))

@@ -11,16 +11,16 @@ import json
 import pathlib
 from typing import NamedTuple
 
-import dsf_jax
-from flax import nnx
 import jax
 import jax.numpy as jnp
-import macko_jax
-import macko_jax.flax_nnx
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import nnx
 
+import dsf_jax
+import macko_jax
+import macko_jax.flax_nnx
 from examples.llama import model as llama
 from examples.records import replacing, write_json
 
@@ -349,8 +349,11 @@ def load_packed(directory, *, dtype=jnp.float32, unpack=False):
         )
     config = load_config(directory)
     names = _part_names(config)
-    missing = [part_file(directory, name).name for name in names
-               if not part_file(directory, name).is_file()]  # fmt: skip
+    missing = [
+        part_file(directory, name).name
+        for name in names
+        if not part_file(directory, name).is_file()
+    ]
     if missing:
         raise FileNotFoundError(
             f"{directory} lacks {', '.join(missing[:8])}; run what packed it to its end"
@@ -392,9 +395,10 @@ def density(directory):
 def decompressed(tree):
     """Nested dicts with a Flax kernel [in, out] in the place of each MackoMatrix [out, in]."""
     return jax.tree.map(
-        lambda leaf: macko_jax.decompress(leaf).T if _is_matrix(leaf) else leaf, tree,
+        lambda leaf: macko_jax.decompress(leaf).T if _is_matrix(leaf) else leaf,
+        tree,
         is_leaf=_is_matrix,
-    )  # fmt: skip
+    )
 
 
 def _is_matrix(leaf):
@@ -436,10 +440,7 @@ def abstract_model(config, *, dtype, param_dtype):
 # config.json.
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_ROPE_FIELDS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}  # fmt: skip
+_ROPE_FIELDS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 
 
 def load_config(directory):
@@ -465,9 +466,14 @@ def config_from_json(described):
     if described.get("attention_bias", False):
         raise ValueError("attention_bias=True is not supported: the output projection has no bias")
     required = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "max_position_embeddings", "rms_norm_eps",
-    )  # fmt: skip
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+    )
     if absent := [field for field in required if field not in described]:
         raise ValueError(f"config.json lacks {', '.join(absent)}")
     layers, heads = described["num_hidden_layers"], described["num_attention_heads"]
@@ -545,12 +551,21 @@ def config_to_json(config):
             names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
             fields["rope_scaling"] |= {name: getattr(scaling, name) for name in names}
     same = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-        "rms_norm_eps", "rope_theta", "tie_word_embeddings",
-    )  # fmt: skip
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "tie_word_embeddings",
+    )
     described = {
-        "architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind,
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
         "hidden_act": "silu",
-    }  # fmt: skip
+    }
     return described | {field: getattr(config, field) for field in same} | fields

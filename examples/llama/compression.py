@@ -17,17 +17,17 @@ import pathlib
 import shutil
 import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
 import dsf_jax
+import macko_jax
+import macko_jax.flax_nnx
 from dsf_jax import export
 from dsf_jax.problem import check_density
 from dsf_jax.solve import check_method
-from flax import nnx
-import jax
-import jax.numpy as jnp
-import macko_jax
-import macko_jax.flax_nnx
-import numpy as np
-
 from examples.llama import checkpoint
 from examples.llama import model as llama
 from examples.records import write_json
@@ -36,8 +36,12 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 LAYERS_OF_BLOCK = 4  # qkv, out, gate_up, down
 # What macko_jax, safetensors and dsf_jax call a file while they write it.
 UNFINISHED = (
-    ".packed-*.tmp", "*.json.*.tmp", ".tmp??????", "work/*/*.unfinished", "work/*/.tmp??????",
-)  # fmt: skip
+    ".packed-*.tmp",
+    "*.json.*.tmp",
+    ".tmp??????",
+    "work/*/*.unfinished",
+    "work/*/.tmp??????",
+)
 
 
 def calibration_windows(tokens, length, count):
@@ -58,7 +62,15 @@ def calibration_batches(tokens, length, count, batch):
 
 
 def compress_checkpoint(
-    source, out, windows, *, method, density, dtype=jnp.float32, batch=4, encoding=None,
+    source,
+    out,
+    windows,
+    *,
+    method,
+    density,
+    dtype=jnp.float32,
+    batch=4,
+    encoding=None,
     callback=None,
 ):
     """Prunes or factorizes a dense checkpoint and writes it packed.
@@ -93,14 +105,23 @@ def compress_checkpoint(
     stored = _open_source(source, out)
     out.mkdir(parents=True, exist_ok=True)
     with _alone_in(out):
-        record = _Record(out / "report.json", {
-            "checkpoint": str(stored.directory),
-            "files": {path.name: path.stat().st_size for path in sorted(stored.directory.iterdir())
-                      if path.suffix in (".safetensors", ".json")},
-            "method": method, "density": density, "dtype": jnp.dtype(dtype).name,
-            "encoding": encoding, "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
-            "windows": list(windows.shape),
-        })  # fmt: skip
+        record = _Record(
+            out / "report.json",
+            {
+                "checkpoint": str(stored.directory),
+                "files": {
+                    path.name: path.stat().st_size
+                    for path in sorted(stored.directory.iterdir())
+                    if path.suffix in (".safetensors", ".json")
+                },
+                "method": method,
+                "density": density,
+                "dtype": jnp.dtype(dtype).name,
+                "encoding": encoding,
+                "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
+                "windows": list(windows.shape),
+            },
+        )
         _remove_unfinished(out)
         record.begin()
         progress = _Progress(stored.config, callback)
@@ -114,8 +135,18 @@ def compress_checkpoint(
                 for layer in record.block(i):
                     progress.add(layer)
             else:
-                _compress_block(out, stored, abstract, i, hidden, record, progress,
-                                method=method, density=density, encoding=encoding)  # fmt: skip
+                _compress_block(
+                    out,
+                    stored,
+                    abstract,
+                    i,
+                    hidden,
+                    record,
+                    progress,
+                    method=method,
+                    density=density,
+                    encoding=encoding,
+                )
             if i + 1 < len(model.layers):
                 block = checkpoint.load_block(out, i, abstract, unpack=True)
                 hidden = [_advance(block, stored.config, part) for part in hidden]
@@ -125,9 +156,7 @@ def compress_checkpoint(
             if (stored.directory / name).is_file():
                 shutil.copy(stored.directory / name, out)
         shutil.rmtree(out / "work", ignore_errors=True)
-        write_json(
-            out / "config.json", json.loads((stored.directory / "config.json").read_text())
-        )
+        write_json(out / "config.json", json.loads((stored.directory / "config.json").read_text()))
         return record.report(time.perf_counter() - began)
 
 
@@ -192,10 +221,14 @@ def _compress_block(out, stored, abstract, index, hidden, record, progress, *, e
     stored.fill(block, ("layers", str(index)))
     try:
         compressed = dsf_jax.compress_model(
-            block, hidden, forward=functools.partial(_forward, stored.config),
-            keep_activations="host", work_dir=out / "work" / str(index),
-            callback=lambda step: progress.add(_renamed(step.layer, prefix)), **asked,
-        )  # fmt: skip
+            block,
+            hidden,
+            forward=functools.partial(_forward, stored.config),
+            keep_activations="host",
+            work_dir=out / "work" / str(index),
+            callback=lambda step: progress.add(_renamed(step.layer, prefix)),
+            **asked,
+        )
     except ValueError as error:
         raise ValueError(f"block {index}: {error}") from error
     del block
@@ -297,9 +330,11 @@ class _Progress:
         hidden, inner = config.hidden_size, config.intermediate_size
         # Multiplications of each layer's problem: out * in^2, up to a common factor.
         self.left = config.num_hidden_layers * (
-            heads * config.head_dim * hidden**2 + hidden * mixed**2 + 2 * inner * hidden**2
+            heads * config.head_dim * hidden**2
+            + hidden * mixed**2
+            + 2 * inner * hidden**2
             + hidden * inner**2
-        )  # fmt: skip
+        )
         self.done = 0
 
     def add(self, layer):

@@ -137,16 +137,20 @@ def attend(rows, rotation, cache, positions, *, heads, window, blanks=0):
     batch, kv_heads, slots = cache.shape[:3]
     plan = Plan(batch, heads, kv_heads, slots, window, cache.dtype, blanks)
     (mixed, blank), [changed] = lanes.run(
-        "decode_attention", lambda ops: program(ops, plan),
+        "decode_attention",
+        lambda ops: program(ops, plan),
         ("rows", "cos", "sin", "position", "cache", "out", "blank"),
         [operand.reshape(-1) for operand in (rows, *rotation, positions)],
         [
             jax.ShapeDtypeStruct((batch * heads * HEAD_DIM,), rows.dtype),
             jax.ShapeDtypeStruct((max(blanks, CHUNK),), jnp.uint16),
         ],
-        blocks=plan.blocks, warps=WARPS, shared_slots=plan.shared_slots, cluster=plan.splits,
+        blocks=plan.blocks,
+        warps=WARPS,
+        shared_slots=plan.shared_slots,
+        cluster=plan.splits,
         changed=[cache.reshape(-1)],
-    )  # fmt: skip
+    )
     return mixed.reshape(batch, -1), changed.reshape(cache.shape), blank[:blanks]
 
 
@@ -266,6 +270,7 @@ def program(ops, plan: Plan):
 
 def _clear(ops, plan, thread):
     """Fills the array `blank`; `thread` is counted over all blocks."""
+
     def store(piece):
         ops.store_words("blank", piece, [ops.integer(BLANKS)] * 4, piece < plan.blanks // CHUNK)
         return piece + plan.blocks * WARPS * lanes.WARP
@@ -300,10 +305,10 @@ def _join_warps(ops, plan, thread, block):
             row = j + warp * plan.group
             return ops.load_shared((row * plan.width + offset) * 4, 1)[0]
 
-        largest, weight, mixed = _join(ops, [
-            [at(warp, offset) for offset in (HEAD_DIM, HEAD_DIM + 1, d)]
-            for warp in range(WARPS)
-        ])  # fmt: skip
+        largest, weight, mixed = _join(
+            ops,
+            [[at(warp, offset) for offset in (HEAD_DIM, HEAD_DIM + 1, d)] for warp in range(WARPS)],
+        )
         if plan.splits == 1:
             out = block * elements + element
             ops.store_real("out", out, mixed * ops.reciprocal(weight), inside)
@@ -322,10 +327,13 @@ def _join_blocks(ops, plan, thread, heads, split):
     j, d = element >> 7, element & (HEAD_DIM - 1)
     base = (j + WARPS * plan.group) * plan.width
     ops.cluster_barrier()
-    _, weight, mixed = _join(ops, [
-        [ops.load_peer((base + offset) * 4, peer) for offset in (HEAD_DIM, HEAD_DIM + 1, d)]
-        for peer in range(plan.splits)
-    ])  # fmt: skip
+    _, weight, mixed = _join(
+        ops,
+        [
+            [ops.load_peer((base + offset) * 4, peer) for offset in (HEAD_DIM, HEAD_DIM + 1, d)]
+            for peer in range(plan.splits)
+        ],
+    )
     out = heads * (plan.group * HEAD_DIM) + element
     ops.store_real("out", out, mixed * ops.reciprocal(weight), inside)
     ops.cluster_barrier()  # whose shared memory is being read must not end

@@ -3,10 +3,10 @@
 import functools
 import math
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 
 def window_length(asked, config):

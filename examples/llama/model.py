@@ -15,13 +15,14 @@ import functools
 import itertools
 import math
 
-from dsf_jax.layers import FactorPair
-from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsf_jax.layers import FactorPair
 from macko_jax import Step, flax_nnx
 from macko_jax.fused import blanks, in_turn, rms_norm, swiglu
-import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +129,14 @@ class Attention(nnx.Module):
             if self.query_norm is not None:
                 qkv = jnp.concatenate([query, key, value], axis=2)
             mixed, layer_cache, blank = _decode_kernel().attend(
-                qkv.reshape(batch, -1), rotary, layer_cache, positions[:, 0], heads=self.heads,
-                window=self.window, blanks=blanks,
-            )  # fmt: skip
+                qkv.reshape(batch, -1),
+                rotary,
+                layer_cache,
+                positions[:, 0],
+                heads=self.heads,
+                window=self.window,
+                blanks=blanks,
+            )
         else:
             query, key = _rotate(query, rotary), _rotate(key, rotary)
             new = jnp.stack([key, value], axis=3).swapaxes(1, 2)
@@ -247,15 +253,23 @@ class Llama(nnx.Module):
     def __init__(self, config, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs):
         init = nnx.initializers.normal(0.02)
         linear = functools.partial(
-            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, kernel_init=init,
+            nnx.Linear,
+            use_bias=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=init,
             rngs=rngs,
         )
         windows = config.sliding_windows or (None,) * config.num_hidden_layers
         self.config = config
         self.dtype = dtype
         self.embed = nnx.Embed(
-            config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype,
-            embedding_init=init, rngs=rngs,
+            config.vocab_size,
+            config.hidden_size,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            embedding_init=init,
+            rngs=rngs,
         )
         self.layers = nnx.List([Block(config, window, linear, param_dtype) for window in windows])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
@@ -566,9 +580,8 @@ class Parts:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["token", "cache", "key", "drawn"],
-    meta_fields=[],
-)  # fmt: skip
+    jax.tree_util.register_dataclass, data_fields=["token", "cache", "key", "drawn"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """Where a generation stands.

@@ -4,6 +4,7 @@ As `strips.Walk`, but a lane's next group lies where the lanes before it that st
 off: a ballot and two population counts for each group. In return every lane gathers from its own
 bank of shared memory.
 """
+
 from typing import Any, NamedTuple
 
 from macko_jax.banked import LANES
@@ -20,6 +21,7 @@ class Strip(NamedTuple):
       cursor: memory index of the first group, of any lane, that is not read yet.
       place: the next column that an element may have, times the walk's scale.
     """
+
     row: Any
     step: Any
     count: Any

@@ -3,6 +3,7 @@
 It walks the strips as the product does, and writes as many bytes as a read of the values takes. It
 reads them only where they tell which slots are padding.
 """
+
 import dataclasses
 
 import jax
@@ -21,12 +22,17 @@ class Plan(config.Plan):
     Attributes:
       masked: whether slots get zero where the array `values` is zero.
     """
+
     masked: bool = False
 
     @property
     def y(self) -> Share:
-        return Share(rows=self.matrix.shape[0], blocks=self.settings.blocks,
-                     count=self.settings.vectors, batch=self.batch)
+        return Share(
+            rows=self.matrix.shape[0],
+            blocks=self.settings.blocks,
+            count=self.settings.vectors,
+            batch=self.batch,
+        )
 
     @property
     def shared_slots(self) -> int:
@@ -41,8 +47,16 @@ def program(ops, plan: Plan) -> None:
     matrix, settings, [x], y = plan.matrix, plan.settings, plan.planes, plan.y
     end, threads = matrix.shape[1] * x.scale, settings.warps * WARP
     walk = walks.make(
-        ops, matrix, block=ops.block(), blocks=settings.blocks, warps=settings.warps,
-        unroll=settings.unroll, scale=x.scale, chooses=x.twice, read_values=plan.masked)
+        ops,
+        matrix,
+        block=ops.block(),
+        blocks=settings.blocks,
+        warps=settings.warps,
+        unroll=settings.unroll,
+        scale=x.scale,
+        chooses=x.twice,
+        read_values=plan.masked,
+    )
 
     def outer(state, groups):
         [group] = groups
@@ -88,7 +102,7 @@ def _store_group(ops, index, reals, dtype, where) -> None:
         words = [ops.pack(a, b, dtype) for a, b in zip(reals[::2], reals[1::2])]
     pieces = len(words) // 4
     for i in range(pieces):
-        ops.store_words("gradient", index * pieces + i, words[4 * i:4 * i + 4], where)
+        ops.store_words("gradient", index * pieces + i, words[4 * i : 4 * i + 4], where)
 
 
 def plan(matrix: strips.Matrix, x_dtype, batch: int) -> Plan | None:
@@ -106,7 +120,8 @@ def why_not(matrix: strips.Matrix, x_dtype, batch: int) -> str | None:
 
 
 def spmv_values(
-        x, y, codes, row_offsets, starts, pattern, *, shape, encoding, lanes, stored, out_dtype):
+    x, y, codes, row_offsets, starts, pattern, *, shape, encoding, lanes, stored, out_dtype
+):
     """As `reference.spmv_values`, on the GPU; a gradient and its pattern have one type."""
     matrix = strips.Matrix(shape, encoding, lanes, stored, jnp.dtype(out_dtype))
     masked = pattern.size > 0
@@ -118,6 +133,12 @@ def run(plan: Plan, *operands):
     """The gradient by a given plan, of codes, row_offsets, starts, x, y and, if masked, values."""
     names = "codes", "row_offsets", "starts", "x", "y", *["values"] * plan.masked, "gradient"
     return lanes.run(
-        "macko_spmv_values", lambda ops: program(ops, plan), names, operands,
+        "macko_spmv_values",
+        lambda ops: program(ops, plan),
+        names,
+        operands,
         jax.ShapeDtypeStruct((plan.matrix.stored,), plan.matrix.dtype),
-        blocks=plan.settings.blocks, warps=plan.settings.warps, shared_slots=plan.shared_slots)
+        blocks=plan.settings.blocks,
+        warps=plan.settings.warps,
+        shared_slots=plan.shared_slots,
+    )

@@ -7,6 +7,7 @@ is all `BLANK` at first, and reads the whole vector again until no element of it
 meeting takes a write and a read or two of the L2 cache, and no barrier of the grid, no counter and
 no start of a kernel. (The protocol "LL" of NCCL sends a flag with every word in the same manner.)
 """
+
 import dataclasses
 import functools
 import itertools
@@ -32,6 +33,7 @@ class Step:
         that nothing is.
       kept: whether the result is one of the chain's results; the last step's always is.
     """
+
     matrix: strips.Matrix
     fusion: spmv.Fusion
     added: int | None = None
@@ -46,6 +48,7 @@ class Plan:
       dtype: of x and of all results, a 16-bit type.
       blocks: all of them, which must run at once.
     """
+
     steps: tuple[Step, ...]
     dtype: object
     blocks: int
@@ -55,9 +58,16 @@ class Plan:
         step = self.steps[i]
         done = i > 0 and self.gates(i - 1)  # what comes before it, by those who publish it
         return Vectors(
-            self.dtype, length=step.matrix.shape[1], slack=step.matrix.slack, count=1, batch=1,
-            staged=True, before=None if done else step.fusion.before, first_slot=self.slot("x", i),
-            twice=self.twice(i))
+            self.dtype,
+            length=step.matrix.shape[1],
+            slack=step.matrix.slack,
+            count=1,
+            batch=1,
+            staged=True,
+            before=None if done else step.fusion.before,
+            first_slot=self.slot("x", i),
+            twice=self.twice(i),
+        )
 
     def twice(self, i: int) -> bool:
         """Whether the vector of step i lies in shared memory twice, see `choice.py`."""
@@ -155,27 +165,41 @@ class Plan:
     @property
     def kept(self) -> list[int]:
         """Steps whose results are the chain's, in this order; named y and the step's number."""
-        return [i for i, step in enumerate(self.steps)
-                if step.kept or i == len(self.steps) - 1]
+        return [i for i, step in enumerate(self.steps) if step.kept or i == len(self.steps) - 1]
 
 
 def program(ops, plan: Plan) -> None:
     """Computes the results on the arrays of `plan.names`, exchange, and one for each result."""
     xs = [plan.x(i) for i in range(len(plan.steps))]
-    ways = [walks.make(
-        ops, step.matrix, block=ops.block(), blocks=plan.blocks,
-        warps=config.busy_warps(step.matrix, plan.blocks),
-        unroll=config.groups_ahead(step.matrix, plan.blocks), scale=x.scale, chooses=x.twice,
-        paired=plan.gates(i), suffix=str(i))
-        for i, (step, x) in enumerate(zip(plan.steps, xs))]
+    ways = [
+        walks.make(
+            ops,
+            step.matrix,
+            block=ops.block(),
+            blocks=plan.blocks,
+            warps=config.busy_warps(step.matrix, plan.blocks),
+            unroll=config.groups_ahead(step.matrix, plan.blocks),
+            scale=x.scale,
+            chooses=x.twice,
+            paired=plan.gates(i),
+            suffix=str(i),
+        )
+        for i, (step, x) in enumerate(zip(plan.steps, xs))
+    ]
     for i, (step, walk, x) in enumerate(zip(plan.steps, ways, xs)):
         matrix, fusion = step.matrix, step.fusion
         add = plan.share(i) if fusion.add and step.added is None else None
         if i == 0:
             x.begin(ops, "x", ops.integer(0), THREADS, scale="scale0")
         if add:
-            add.begin(ops, f"add{i}", walk, first_vector=ops.integer(0),
-                      first_slot=plan.slot("add", i), threads=THREADS)
+            add.begin(
+                ops,
+                f"add{i}",
+                walk,
+                first_vector=ops.integer(0),
+                first_slot=plan.slot("add", i),
+                threads=THREADS,
+            )
         if i == 0:
             started = walk.start()
             squares = x.finish()
@@ -195,9 +219,14 @@ def program(ops, plan: Plan) -> None:
         ops.barrier()
         if fusion.eps is not None:
             inverse = spmv.inverse_norm(
-                ops, plan.slot("squares", i), WARPS, matrix.shape[1], fusion.eps)
-        walk.run(started, lambda: [ops.real(0)], functools.partial(spmv.multiply, ops, matrix, x),
-                 functools.partial(_finish, ops, plan, i, walk, inverse))
+                ops, plan.slot("squares", i), WARPS, matrix.shape[1], fusion.eps
+            )
+        walk.run(
+            started,
+            lambda: [ops.real(0)],
+            functools.partial(spmv.multiply, ops, matrix, x),
+            functools.partial(_finish, ops, plan, i, walk, inverse),
+        )
         if i < len(plan.steps) - 1:
             if plan.early(i):
                 started = ways[i + 1].start()
@@ -266,10 +295,19 @@ def why_not(plan: Plan) -> str | None:
 
 def run(plan: Plan, exchange, *operands) -> list:
     """The results, each [rows]; operands as `plan.names`."""
-    results = [jax.ShapeDtypeStruct((plan.steps[i].matrix.shape[0],), plan.dtype)
-               for i in plan.kept]
+    results = [
+        jax.ShapeDtypeStruct((plan.steps[i].matrix.shape[0],), plan.dtype) for i in plan.kept
+    ]
     names = [*plan.names, "exchange", *(f"y{i}" for i in plan.kept)]
     out, _ = lanes.run(
-        "macko_chain", lambda ops: program(ops, plan), names, operands, results,
-        blocks=plan.blocks, warps=WARPS, shared_slots=plan.shared_slots, changed=[exchange])
+        "macko_chain",
+        lambda ops: program(ops, plan),
+        names,
+        operands,
+        results,
+        blocks=plan.blocks,
+        warps=WARPS,
+        shared_slots=plan.shared_slots,
+        changed=[exchange],
+    )
     return out

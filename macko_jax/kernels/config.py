@@ -1,4 +1,5 @@
 """How a product is laid out on a device: a rule of shape and batch."""
+
 import dataclasses
 import functools
 import math
@@ -27,7 +28,10 @@ PASS = 5
 COSTS = {
     "spmv": {"16 bits": (0.13, 15.1), "16 bits, banked": (0.1, 17.5), "32 bits": (0.3, 40)},
     "spmv_transposed": {
-        "16 bits": (0.6, 14.5), "16 bits, banked": (0.6, 14.5), "32 bits": (0.6, 8.5)},
+        "16 bits": (0.6, 14.5),
+        "16 bits, banked": (0.6, 14.5),
+        "32 bits": (0.6, 8.5),
+    },
 }
 LARGE = 64 << 20
 
@@ -45,6 +49,7 @@ class Settings:
       tensor_cores: whether they multiply, staged vectors of 16 bits; see `tensor_cores.py`.
       twice: whether x lies in shared memory twice, for an encoding that chooses; see `choice.py`.
     """
+
     blocks: int
     warps: int
     unroll: int
@@ -69,6 +74,7 @@ class Plan:
     Attributes:
       matrix: a `strips.Matrix`.
     """
+
     matrix: object
     x_dtype: object
     batch: int
@@ -81,9 +87,16 @@ class Plan:
         """The vectors of a pass, one after the other in shared memory if they are staged."""
         count = min(tensor_cores.VECTORS, self.settings.vectors)
         make = functools.partial(
-            Vectors, self.x_dtype, length=self.matrix.shape[1], slack=self.matrix.slack,
-            count=count, batch=self.batch, staged=self.settings.stage_x, before=self.before,
-            twice=self.settings.twice)
+            Vectors,
+            self.x_dtype,
+            length=self.matrix.shape[1],
+            slack=self.matrix.slack,
+            count=count,
+            batch=self.batch,
+            staged=self.settings.stage_x,
+            before=self.before,
+            twice=self.settings.twice,
+        )
         return [make(first_slot=i * make().slots) for i in range(self.settings.vectors // count)]
 
     @property
@@ -127,8 +140,9 @@ def row_blocks(rows: int) -> int:
     return min(multiprocessors(), rows)
 
 
-def row_buffers(matrix, buffer_bytes: int, other_bytes: int = 0, most: int = 32
-                ) -> tuple[int, int] | None:
+def row_buffers(
+    matrix, buffer_bytes: int, other_bytes: int = 0, most: int = 32
+) -> tuple[int, int] | None:
     """Warps, and rows that each works on at a time, where every such row needs a shared buffer.
 
     No more warps than the rows of a block keep busy, nor than `most`. None if not even one row for
@@ -163,9 +177,14 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
     # The sums of 8 vectors leave the 64 registers of a lane of 32 warps no room to load ahead.
     warps = min(busy_warps(matrix, blocks), WARPS_FOR_MANY if vectors >= 8 else 32)
     return Settings(
-        blocks=blocks, warps=warps, unroll=groups_ahead(matrix, blocks, vectors), vectors=vectors,
-        stage_x=_fits(matrix, x_dtype, vectors), tensor_cores=by_tensor_cores and vectors >= 8,
-        twice=_chooses(matrix, x_dtype, vectors))
+        blocks=blocks,
+        warps=warps,
+        unroll=groups_ahead(matrix, blocks, vectors),
+        vectors=vectors,
+        stage_x=_fits(matrix, x_dtype, vectors),
+        tensor_cores=by_tensor_cores and vectors >= 8,
+        twice=_chooses(matrix, x_dtype, vectors),
+    )
 
 
 def by_passes(product: str, matrix, x_dtype, batch: int) -> bool:
@@ -227,8 +246,7 @@ def _chooses(matrix, x_dtype, vectors: int) -> bool:
 
 
 def _fits(matrix, x_dtype, vectors: int, twice: bool = False) -> bool:
-    settings = Settings(
-        blocks=1, warps=4, unroll=1, vectors=vectors, stage_x=True, twice=twice)
+    settings = Settings(blocks=1, warps=4, unroll=1, vectors=vectors, stage_x=True, twice=twice)
     plan = Plan(matrix, x_dtype, vectors, settings)
     weights = tensor_cores.BUFFER * WARPS_FOR_MANY if vectors >= 8 else 0
     return 4 * (plan.x_slots + weights) <= shared_bytes()

@@ -5,6 +5,7 @@ Values of 8 bits become those of the vectors' type, which represents them exactl
 A warp scatters the elements of a row into a buffer of its own in shared memory, then writes the
 row out in 16-byte pieces, so that global memory sees whole sectors only.
 """
+
 import dataclasses
 from typing import Any
 
@@ -21,6 +22,7 @@ WARPS = 16  # at most; more are slower
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How one matrix is decoded."""
+
     matrix: strips.Matrix
     dtype: Any  # of the dense matrix
     blocks: int
@@ -49,15 +51,24 @@ def program(ops, plan: Plan) -> None:
     matrix, size = plan.matrix, jnp.dtype(plan.dtype).itemsize
     row_bytes = matrix.shape[1] * size
     walk = walks.make(
-        ops, matrix, block=ops.block(), blocks=plan.blocks, warps=plan.warps,
-        unroll=config.unroll(plan.warps), scale=size, rows_per_warp=plan.rows_per_warp,
-        together=TOGETHER, spread=True)
+        ops,
+        matrix,
+        block=ops.block(),
+        blocks=plan.blocks,
+        warps=plan.warps,
+        unroll=config.unroll(plan.warps),
+        scale=size,
+        rows_per_warp=plan.rows_per_warp,
+        together=TOGETHER,
+        spread=True,
+    )
     bytes_each, part = buffer_bytes(matrix, plan.dtype), walk.part
     buffer, mine = walk.buffer * bytes_each, walk.busy
     zeros = [ops.integer(0)] * (PIECE // 4)
 
     def pieces(visit):
         """Calls visit(byte offset in the row) for the lane's pieces of its row buffer."""
+
         def step(offset):
             visit(offset)
             return offset + matrix.lanes * PIECE
@@ -130,7 +141,12 @@ def decode(values, codes, row_offsets, starts, *, shape, encoding, lanes, stored
 def run(plan: Plan, *operands):
     """The dense matrix by a given plan, of the arrays values, codes, row_offsets and starts."""
     return lanes.run(
-        "macko_decode", lambda ops: program(ops, plan),
-        ("values", "codes", "row_offsets", "starts", "y"), operands,
+        "macko_decode",
+        lambda ops: program(ops, plan),
+        ("values", "codes", "row_offsets", "starts", "y"),
+        operands,
         jax.ShapeDtypeStruct(plan.matrix.shape, plan.dtype),
-        blocks=plan.blocks, warps=plan.warps, shared_slots=plan.shared_slots)
+        blocks=plan.blocks,
+        warps=plan.warps,
+        shared_slots=plan.shared_slots,
+    )

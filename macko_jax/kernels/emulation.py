@@ -4,6 +4,7 @@ It runs the very program that `lanes.py` emits, so that a machine without a GPU 
 arithmetic, control flow and addresses: a load or store outside an array, or of a shared slot that
 nothing wrote, is an error. It does not model races within a block.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,17 +27,25 @@ class NumpyLanes:
         self._blocks, self._threads, self._cluster = blocks, threads, cluster
         self._shared = np.zeros((blocks, 2 * shared_slots), np.uint16)
         self._written = np.zeros(self._shared.shape, bool)
-        self._rings = {name: np.zeros((blocks, size), np.uint8)
-                       for name, size in (rings or {}).items()}
+        self._rings = {
+            name: np.zeros((blocks, size), np.uint8) for name, size in (rings or {}).items()
+        }
         self._active = np.ones(blocks * threads, bool)
         self._lane_block = np.repeat(np.arange(blocks, dtype=np.uint32), threads)
 
     # Registers
 
-    def block(self): return self._lane_block.copy()
-    def thread(self): return np.tile(np.arange(self._threads, dtype=np.uint32), self._blocks)
-    def integer(self, number): return np.full(self._active.size, number, np.uint32)
-    def real(self, number): return np.full(self._active.size, number, np.float32)
+    def block(self):
+        return self._lane_block.copy()
+
+    def thread(self):
+        return np.tile(np.arange(self._threads, dtype=np.uint32), self._blocks)
+
+    def integer(self, number):
+        return np.full(self._active.size, number, np.uint32)
+
+    def real(self, number):
+        return np.full(self._active.size, number, np.float32)
 
     def select(self, condition, yes, no):
         return jax.tree.map(lambda a, b: np.where(condition, a, b), yes, no)
@@ -45,10 +54,17 @@ class NumpyLanes:
         with np.errstate(all="ignore"):
             return (a.astype(np.float64) * b + c).astype(np.float32)
 
-    def maximum(self, a, b): return np.maximum(a, b)
-    def exp2(self, a): return np.exp2(a)
-    def reciprocal(self, a): return 1 / a
-    def reciprocal_sqrt(self, a): return (1 / np.sqrt(a)).astype(np.float32)
+    def maximum(self, a, b):
+        return np.maximum(a, b)
+
+    def exp2(self, a):
+        return np.exp2(a)
+
+    def reciprocal(self, a):
+        return 1 / a
+
+    def reciprocal_sqrt(self, a):
+        return (1 / np.sqrt(a)).astype(np.float32)
 
     def add_byte(self, word, number, scale, total):
         return total + scale * ((word >> (8 * number)) & 0xFF)
@@ -56,7 +72,8 @@ class NumpyLanes:
     def trailing_zeros(self, word):
         return np.bitwise_count(~word & (word - np.uint32(1))).astype(np.uint32)
 
-    def population(self, word): return np.bitwise_count(word).astype(np.uint32)
+    def population(self, word):
+        return np.bitwise_count(word).astype(np.uint32)
 
     def pair(self, word, dtype):
         halves = np.ascontiguousarray(word).view(jnp.dtype(dtype)).astype(np.float32)
@@ -70,13 +87,19 @@ class NumpyLanes:
         rounded = np.stack([low, high], axis=-1).astype(jnp.dtype(dtype))
         return rounded.view(np.uint32).reshape(-1)
 
-    def as_real(self, word): return word.view(np.float32)
-    def as_word(self, real): return real.view(np.uint32)
+    def as_real(self, word):
+        return word.view(np.float32)
+
+    def as_word(self, real):
+        return real.view(np.uint32)
 
     # Warp
 
-    def all(self, condition): return self._vote(condition | ~self._active, np.all)
-    def any(self, condition): return self._vote(condition & self._active, np.any)
+    def all(self, condition):
+        return self._vote(condition | ~self._active, np.all)
+
+    def any(self, condition):
+        return self._vote(condition & self._active, np.any)
 
     def ballot(self, condition):
         votes = (condition & self._active).reshape(-1, WARP).astype(np.uint32)
@@ -98,7 +121,8 @@ class NumpyLanes:
 
     # Cluster: its blocks are in step, too
 
-    def cluster_barrier(self): self.barrier()
+    def cluster_barrier(self):
+        self.barrier()
 
     def load_peer(self, offset, peer):
         assert peer < self._cluster, f"block {peer} of a cluster of {self._cluster}"
@@ -112,11 +136,20 @@ class NumpyLanes:
 
     # Barriers open at once: no thread waits for another one of its block here
 
-    def wait(self, name, index, parity): pass
-    def publish_shared(self): pass
-    def end_copies(self): pass
-    def wait_for_copies(self, but): pass
-    def arrive_expecting(self, name, index, size, where): self._whole_warps()
+    def wait(self, name, index, parity):
+        pass
+
+    def publish_shared(self):
+        pass
+
+    def end_copies(self):
+        pass
+
+    def wait_for_copies(self, but):
+        pass
+
+    def arrive_expecting(self, name, index, size, where):
+        self._whole_warps()
 
     def send(self, offset, size, name, index, peer, where):
         where = where & self._active
@@ -149,10 +182,12 @@ class NumpyLanes:
     def load_words(self, name, index, count, where, *, fill=0, how=None):
         del how
         array, where = self.arrays[name].view(np.uint8), where & self._active
-        words = array[:array.size // 4 * 4].view(np.uint32)
+        words = array[: array.size // 4 * 4].view(np.uint32)
         at = self._in_range(name, index.astype(np.int64) * count, where, words.size - count + 1)
-        return [np.where(where, words[at + i] if words.size else 0, fill).astype(np.uint32)
-                for i in range(count)]
+        return [
+            np.where(where, words[at + i] if words.size else 0, fill).astype(np.uint32)
+            for i in range(count)
+        ]
 
     def load_integer(self, name, index):
         array = self.arrays[name]
@@ -161,7 +196,7 @@ class NumpyLanes:
 
     def load_small(self, name, offset, size, where):
         array, where = self.arrays[name].view(np.uint8), where & self._active
-        array = array[:array.size // size * size].view(f"u{size}")
+        array = array[: array.size // size * size].view(f"u{size}")
         assert (offset % size == 0)[where].all(), f"misaligned load of {name}"
         at = self._in_range(name, offset.astype(np.int64) // size, where, array.size)
         return np.where(where, array[at], 0).astype(np.uint32)
@@ -222,8 +257,9 @@ class NumpyLanes:
     def multiply_add(self, a, b, sums, dtype):
         self._whole_warps()
         wide_a, wide_b, total = (
-            np.zeros((self._active.size // WARP, rows, cols)) for rows, cols in
-            ((16, 16), (16, 8), (16, 8)))
+            np.zeros((self._active.size // WARP, rows, cols))
+            for rows, cols in ((16, 16), (16, 8), (16, 8))
+        )
         place = lambda i: (slice(None), QUAD + 8 * (i // 2), 2 * WITHIN + i % 2)
         for i, word in enumerate(a):
             for j, half in enumerate(self.pair(word, dtype)):
@@ -257,7 +293,8 @@ class NumpyLanes:
     def _shared_at(self, offset, size, where):
         assert (offset % size == 0)[where].all(), "misaligned access of shared memory"
         return self._in_range(
-            "shared", offset.astype(np.int64) // 2, where, self._shared.shape[1] - size // 2 + 1)
+            "shared", offset.astype(np.int64) // 2, where, self._shared.shape[1] - size // 2 + 1
+        )
 
     @staticmethod
     def _in_range(name, index, where, size):

@@ -5,6 +5,7 @@ one shared array of float32, warp votes and shuffles, and structured control flo
 unsigned. Control flow may differ between warps, and where no vote, shuffle or barrier is inside,
 between lanes. Carried state is any pytree of registers.
 """
+
 import functools
 
 import jax
@@ -59,27 +60,54 @@ class Register:
             return Register(self.base, self.offset + other)
         return self._apply(other, arith.addi, arith.addf)
 
-    def __sub__(self, other): return self._apply(other, arith.subi, arith.subf)
+    def __sub__(self, other):
+        return self._apply(other, arith.subi, arith.subf)
+
     def __mul__(self, other):
         if isinstance(other, int) and self.offset:
             return Register(self.base) * other + self.offset * other
         return self._apply(other, arith.muli, arith.mulf)
 
-    def __floordiv__(self, other): return self._apply(other, arith.divui)
-    def __and__(self, other): return self._apply(other, arith.andi)
-    def __or__(self, other): return self._apply(other, arith.ori)
-    def __xor__(self, other): return self._apply(other, arith.xori)
-    def __lshift__(self, other): return self._apply(other, arith.shli)
-    def __rshift__(self, other): return self._apply(other, arith.shrui)
-    def __lt__(self, other): return self._compare("ult", other)
-    def __ge__(self, other): return self._compare("uge", other)
-    def __eq__(self, other): return self._compare("eq", other)
+    def __floordiv__(self, other):
+        return self._apply(other, arith.divui)
+
+    def __and__(self, other):
+        return self._apply(other, arith.andi)
+
+    def __or__(self, other):
+        return self._apply(other, arith.ori)
+
+    def __xor__(self, other):
+        return self._apply(other, arith.xori)
+
+    def __lshift__(self, other):
+        return self._apply(other, arith.shli)
+
+    def __rshift__(self, other):
+        return self._apply(other, arith.shrui)
+
+    def __lt__(self, other):
+        return self._compare("ult", other)
+
+    def __ge__(self, other):
+        return self._compare("uge", other)
+
+    def __eq__(self, other):
+        return self._compare("eq", other)
+
     __hash__ = None
 
 
-def _i1(): return ir.IntegerType.get_signless(1)
-def _i16(): return ir.IntegerType.get_signless(16)
-def _i32(): return ir.IntegerType.get_signless(32)
+def _i1():
+    return ir.IntegerType.get_signless(1)
+
+
+def _i16():
+    return ir.IntegerType.get_signless(16)
+
+
+def _i32():
+    return ir.IntegerType.get_signless(32)
 
 
 def _constant(kind: ir.Type, number) -> ir.Value:
@@ -106,15 +134,23 @@ class MosaicLanes:
 
     # Registers
 
-    def block(self): return self._block
-    def thread(self): return Register(mosaic.thread_idx()) - self._first_thread
-    def integer(self, number): return Register(_constant(_i32(), number))
-    def real(self, number): return Register(_constant(ir.F32Type.get(), number))
+    def block(self):
+        return self._block
+
+    def thread(self):
+        return Register(mosaic.thread_idx()) - self._first_thread
+
+    def integer(self, number):
+        return Register(_constant(_i32(), number))
+
+    def real(self, number):
+        return Register(_constant(ir.F32Type.get(), number))
 
     def select(self, condition, yes, no):
         """Of two pytrees of registers, the first where the condition holds."""
         return jax.tree.map(
-            lambda a, b: Register(arith.select(condition.value, a.value, b.value)), yes, no)
+            lambda a, b: Register(arith.select(condition.value, a.value, b.value)), yes, no
+        )
 
     def fma(self, a, b, c):
         return Register(llvm.intr_fma(a.value, b.value, c.value))
@@ -136,17 +172,30 @@ class MosaicLanes:
 
     @staticmethod
     def _special(instruction, a):
-        return Register(llvm.inline_asm(
-            ir.F32Type.get(), [a.value], f"{instruction} $0, $1;", "=f,f", has_side_effects=False))
+        return Register(
+            llvm.inline_asm(
+                ir.F32Type.get(),
+                [a.value],
+                f"{instruction} $0, $1;",
+                "=f,f",
+                has_side_effects=False,
+            )
+        )
 
     def add_byte(self, word, number, scale, total):
         """total + scale * (byte `number` of word), one instruction where `scale` is at most 255."""
         if scale > 255:
             return ((word >> (8 * number)) & 0xFF) * scale + total
         weights = _constant(_i32(), scale << (8 * number))
-        return Register(llvm.inline_asm(
-            _i32(), [word.value, weights, total.value], "dp4a.u32.u32 $0, $1, $2, $3;",
-            "=r,r,r,r", has_side_effects=False))
+        return Register(
+            llvm.inline_asm(
+                _i32(),
+                [word.value, weights, total.value],
+                "dp4a.u32.u32 $0, $1, $2, $3;",
+                "=r,r,r,r",
+                has_side_effects=False,
+            )
+        )
 
     def trailing_zeros(self, word):
         """Index of the lowest set bit; 32 for zero."""
@@ -161,9 +210,11 @@ class MosaicLanes:
         if dtype == jnp.float16:
             halves = llvm.bitcast(ir.VectorType.get((2,), ir.F16Type.get()), word.value)
             return tuple(
-                Register(arith.extf(ir.F32Type.get(), llvm.extractelement(
-                    halves, _constant(_i32(), i))))
-                for i in (0, 1))
+                Register(
+                    arith.extf(ir.F32Type.get(), llvm.extractelement(halves, _constant(_i32(), i)))
+                )
+                for i in (0, 1)
+            )
         return self.as_real(word << 16), self.as_real(word & 0xFFFF0000)
 
     def four(self, word, dtype):
@@ -176,23 +227,35 @@ class MosaicLanes:
         biased, out = word ^ 0x80808080, []
         for i in range(4):
             bits = llvm.inline_asm(
-                _i32(), [biased.value], f"prmt.b32 $0, $1, 0x4B000000, {0x7440 + i:#x};", "=r,r",
-                has_side_effects=False)
+                _i32(),
+                [biased.value],
+                f"prmt.b32 $0, $1, 0x4B000000, {0x7440 + i:#x};",
+                "=r,r",
+                has_side_effects=False,
+            )
             out.append(self.as_real(Register(bits)) - (2.0**23 + 128))
         return out
 
     @staticmethod
     def _narrow(word):
         """Two float8_e4m3fn in the lower half of a word as two float16."""
-        return Register(llvm.inline_asm(
-            _i32(), [arith.trunci(_i16(), word.value)], "cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h",
-            has_side_effects=False))
+        return Register(
+            llvm.inline_asm(
+                _i32(),
+                [arith.trunci(_i16(), word.value)],
+                "cvt.rn.f16x2.e4m3x2 $0, $1;",
+                "=r,h",
+                has_side_effects=False,
+            )
+        )
 
     def pack(self, low, high, dtype):
         """The 32-bit word of two float32 rounded to a 16-bit type."""
         kind = _float_type(dtype)
-        halves = [arith.extui(_i32(), arith.bitcast(_i16(), arith.truncf(kind, a.value)))
-                  for a in (low, high)]
+        halves = [
+            arith.extui(_i32(), arith.bitcast(_i16(), arith.truncf(kind, a.value)))
+            for a in (low, high)
+        ]
         return Register(halves[0]) | (Register(halves[1]) << 16)
 
     def as_word(self, real):
@@ -205,14 +268,18 @@ class MosaicLanes:
 
     # Warp
 
-    def all(self, condition): return self._vote(condition, nvvm.VoteSyncKind.all)
-    def any(self, condition): return self._vote(condition, nvvm.VoteSyncKind.any)
+    def all(self, condition):
+        return self._vote(condition, nvvm.VoteSyncKind.all)
+
+    def any(self, condition):
+        return self._vote(condition, nvvm.VoteSyncKind.any)
 
     def ballot(self, condition):
         """A word whose bit l says whether the condition holds in lane l of the warp."""
         mask = _constant(_i32(), FULL_WARP)
-        return Register(nvvm.vote_sync(
-            mask, condition.value, nvvm.VoteSyncKind.ballot, results=[_i32()]))
+        return Register(
+            nvvm.vote_sync(mask, condition.value, nvvm.VoteSyncKind.ballot, results=[_i32()])
+        )
 
     def _vote(self, condition, kind):
         mask = _constant(_i32(), FULL_WARP)
@@ -220,12 +287,21 @@ class MosaicLanes:
 
     def exchange(self, value, distance):
         """The value of the lane whose index differs by the bit `distance`."""
-        return Register(nvvm.shfl_sync(
-            _constant(_i32(), FULL_WARP), value.value, _constant(_i32(), distance),
-            _constant(_i32(), WARP - 1), nvvm.ShflKind.bfly))
+        return Register(
+            nvvm.shfl_sync(
+                _constant(_i32(), FULL_WARP),
+                value.value,
+                _constant(_i32(), distance),
+                _constant(_i32(), WARP - 1),
+                nvvm.ShflKind.bfly,
+            )
+        )
 
-    def barrier(self): gpu.barrier()
-    def warp_barrier(self): nvvm.bar_warp_sync(_constant(_i32(), FULL_WARP))
+    def barrier(self):
+        gpu.barrier()
+
+    def warp_barrier(self):
+        nvvm.bar_warp_sync(_constant(_i32(), FULL_WARP))
 
     def multiply_add(self, a, b, sums, dtype):
         """sums + a b by the tensor cores of the warp: a [16, 16], b [16, 8], of a 16-bit `dtype`.
@@ -237,34 +313,53 @@ class MosaicLanes:
         kind = {"float16": "f16", "bfloat16": "bf16"}[jnp.dtype(dtype).name]
         out, f32 = "{$0, $1, $2, $3}", ir.F32Type.get()
         total = llvm.inline_asm(
-            llvm.StructType.get_literal([f32] * 4), [r.value for r in (*a, *b, *sums)],
+            llvm.StructType.get_literal([f32] * 4),
+            [r.value for r in (*a, *b, *sums)],
             f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {out}, {{$4, $5, $6, $7}},"
-            " {$8, $9}, {$10, $11, $12, $13};", ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4),
-            has_side_effects=True)
+            " {$8, $9}, {$10, $11, $12, $13};",
+            ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4),
+            has_side_effects=True,
+        )
         return [Register(llvm.extractvalue(f32, total, [i])) for i in range(4)]
 
     # Barriers of 8 bytes in an array in shared memory
 
     def make_barrier(self, name, index, arrivals: int, where):
         """Makes a barrier that opens after so many arrivals, again and again."""
-        self._act("@p mbarrier.init.shared::cta.b64 [$0], $1; fence.mbarrier_init.release.cluster;",
-                  self._barrier(name, index), _constant(_i32(), arrivals), where=where)
+        self._act(
+            "@p mbarrier.init.shared::cta.b64 [$0], $1; fence.mbarrier_init.release.cluster;",
+            self._barrier(name, index),
+            _constant(_i32(), arrivals),
+            where=where,
+        )
 
     def arrive(self, name, index, peer, where):
         """Arrives at the barrier of block `peer` of the cluster."""
-        self._act("{.reg .b32 a; mapa.shared::cluster.u32 a, $0, $1;"
-                  " @p mbarrier.arrive.shared::cluster.b64 _, [a];}",
-                  self._barrier(name, index), peer.value, where=where)
+        self._act(
+            "{.reg .b32 a; mapa.shared::cluster.u32 a, $0, $1;"
+            " @p mbarrier.arrive.shared::cluster.b64 _, [a];}",
+            self._barrier(name, index),
+            peer.value,
+            where=where,
+        )
 
     def arrive_expecting(self, name, index, size: int, where):
         """Arrives at the block's barrier, which then waits for so many bytes, too (see `send`)."""
-        self._act("@p mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;",
-                  self._barrier(name, index), _constant(_i32(), size), where=where)
+        self._act(
+            "@p mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;",
+            self._barrier(name, index),
+            _constant(_i32(), size),
+            where=where,
+        )
 
     def wait(self, name, index, parity):
         """Waits until the barrier has opened, for parity 0 (1) an odd (even) number of times."""
-        self._act("{again${:uid}: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;"
-                  " @!p bra again${:uid};}", self._barrier(name, index), parity.value)
+        self._act(
+            "{again${:uid}: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;"
+            " @!p bra again${:uid};}",
+            self._barrier(name, index),
+            parity.value,
+        )
 
     def publish_shared(self):
         """Lets tensor cores and bulk copies see what the thread has written to shared memory."""
@@ -273,11 +368,16 @@ class MosaicLanes:
     def send(self, offset, size: int, name, index, peer, where):
         """Copies bytes to the same place of block `peer`, and counts them at its barrier."""
         place = llvm.ptrtoint(_i32(), self._shared_at(offset))
-        self._act("{.reg .b32 a, b; mapa.shared::cluster.u32 a, $0, $3;"
-                  " mapa.shared::cluster.u32 b, $1, $3; @p cp.async.bulk.shared::cluster"
-                  ".shared::cta.mbarrier::complete_tx::bytes [a], [$0], $2, [b];}",
-                  place, self._barrier(name, index), _constant(_i32(), size), peer.value,
-                  where=where)
+        self._act(
+            "{.reg .b32 a, b; mapa.shared::cluster.u32 a, $0, $3;"
+            " mapa.shared::cluster.u32 b, $1, $3; @p cp.async.bulk.shared::cluster"
+            ".shared::cta.mbarrier::complete_tx::bytes [a], [$0], $2, [b];}",
+            place,
+            self._barrier(name, index),
+            _constant(_i32(), size),
+            peer.value,
+            where=where,
+        )
 
     def _barrier(self, name, index):
         return self._in_shared(name, index, ir.IntegerType.get_signless(64))
@@ -298,9 +398,12 @@ class MosaicLanes:
         What lies beyond its first bytes that are `there` is not read, and is zero.
         """
         kind = ir.VectorType.get((size // 4,), _i32()) if size > 4 else _i32()
-        self._act(f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global [$0], [$1], {size}, $2;",
-                  self._in_shared(to, place, ir.IntegerType.get_signless(8)),
-                  self._address(self._pointers[name], index, kind), there.value)
+        self._act(
+            f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global [$0], [$1], {size}, $2;",
+            self._in_shared(to, place, ir.IntegerType.get_signless(8)),
+            self._address(self._pointers[name], index, kind),
+            there.value,
+        )
 
     def end_copies(self):
         """Makes a group of the thread's copies since the last one."""
@@ -324,10 +427,15 @@ class MosaicLanes:
     def load_peer(self, offset, peer):
         """The float32 at a byte offset in the shared memory of block `peer` of the cluster."""
         address = llvm.ptrtoint(_i32(), self._shared_at(offset))
-        return Register(llvm.inline_asm(
-            ir.F32Type.get(), [address, _constant(_i32(), peer)],
-            "{.reg .u32 a; mapa.shared::cluster.u32 a, $1, $2; ld.shared::cluster.f32 $0, [a];}",
-            "=f,r,r,~{memory}", has_side_effects=True))
+        return Register(
+            llvm.inline_asm(
+                ir.F32Type.get(),
+                [address, _constant(_i32(), peer)],
+                "{.reg .u32 a; mapa.shared::cluster.u32 a, $1, $2; ld.shared::cluster.f32 $0, [a];}",
+                "=f,r,r,~{memory}",
+                has_side_effects=True,
+            )
+        )
 
     # Memory
 
@@ -342,13 +450,19 @@ class MosaicLanes:
         form, outs = (f".v{count}", [f"${i}" for i in range(count)]) if count > 1 else ("", ["$0"])
         listed = "{" + ",".join(outs) + "}" if count > 1 else "$0"
         preset = "".join(f"mov.u32 {out}, {fill:#x};" for out in outs)
-        asm = (f"{{.reg .pred p; setp.ne.u32 p, ${count + 1}, 0; {preset}"
-               f" @p ld{how}{form}.b32 {listed}, [${count}];}}")
+        asm = (
+            f"{{.reg .pred p; setp.ne.u32 p, ${count + 1}, 0; {preset}"
+            f" @p ld{how}{form}.b32 {listed}, [${count}];}}"
+        )
         kinds = [_i32()] * count
         result = kinds[0] if count == 1 else llvm.StructType.get_literal(kinds)
         out = llvm.inline_asm(
-            result, [address, self._flag(where)], asm, ",".join(["=r"] * count + ["l", "r"]),
-            has_side_effects=True)
+            result,
+            [address, self._flag(where)],
+            asm,
+            ",".join(["=r"] * count + ["l", "r"]),
+            has_side_effects=True,
+        )
         if count == 1:
             return [Register(out)]
         return [Register(llvm.extractvalue(_i32(), out, [i])) for i in range(count)]
@@ -362,21 +476,29 @@ class MosaicLanes:
     def load_small(self, name, offset, size, where):
         """1 or 2 bytes, read once, at a byte offset of whole `size`s; 0 where not `where`."""
         address = self._address(self._pointers[name], offset, ir.IntegerType.get_signless(8))
-        asm = ("{.reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0;"
-               f" @p ld.global.cs.u{8 * size} $0, [$1];}}")
-        return Register(llvm.inline_asm(
-            _i32(), [address, self._flag(where)], asm, "=r,l,r", has_side_effects=True))
+        asm = (
+            "{.reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0;"
+            f" @p ld.global.cs.u{8 * size} $0, [$1];}}"
+        )
+        return Register(
+            llvm.inline_asm(
+                _i32(), [address, self._flag(where)], asm, "=r,l,r", has_side_effects=True
+            )
+        )
 
     def load_real(self, name, index, where):
         """One element of a float array as float32; 0 where not `where`."""
         kind = _float_type(self._dtypes[name])
         address, flag = self._address(self._pointers[name], index, kind), self._flag(where)
         bits = self._dtypes[name].itemsize * 8
-        asm = (f"{{.reg .pred p; setp.ne.u32 p, $2, 0; mov.b{bits} $0, 0;"
-               f" @p ld.global.b{bits} $0, [$1];}}")
+        asm = (
+            f"{{.reg .pred p; setp.ne.u32 p, $2, 0; mov.b{bits} $0, 0;"
+            f" @p ld.global.b{bits} $0, [$1];}}"
+        )
         word = _i32() if bits == 32 else _i16()
         loaded = llvm.inline_asm(
-            word, [address, flag], asm, f"={'r' if bits == 32 else 'h'},l,r", has_side_effects=True)
+            word, [address, flag], asm, f"={'r' if bits == 32 else 'h'},l,r", has_side_effects=True
+        )
         value = arith.bitcast(kind, loaded)
         return Register(value if bits == 32 else arith.extf(ir.F32Type.get(), value))
 
@@ -396,31 +518,39 @@ class MosaicLanes:
         word = arith.minui(word, arith.constant(_i16(), -2))
         address = self._address(self._pointers[name], index, _i16())
         llvm.inline_asm(
-            ir.Type.parse("!llvm.void"), [address, word, self._flag(where)],
+            ir.Type.parse("!llvm.void"),
+            [address, word, self._flag(where)],
             "{.reg .pred p; setp.ne.u32 p, $2, 0; @p st.relaxed.gpu.global.b16 [$0], $1;}",
-            "l,h,r,~{memory}", has_side_effects=True)
+            "l,h,r,~{memory}",
+            has_side_effects=True,
+        )
 
     def store_words(self, name, index, words, where):
         """Writes consecutive 32-bit words at word index `index * len(words)`, where told."""
         value, kind = self._vector(words)
         with mosaic.when(where.value):
-            llvm.store(value, self._address(self._pointers[name], index, kind),
-                       alignment=4 * len(words))
+            llvm.store(
+                value, self._address(self._pointers[name], index, kind), alignment=4 * len(words)
+            )
 
     def store_half(self, name, index, word, where):
         """Writes the lower 16 bits of `word` as element `index` of a 16-bit array."""
         with mosaic.when(where.value):
-            llvm.store(arith.trunci(_i16(), word.value),
-                       self._address(self._pointers[name], index, _i16()))
+            llvm.store(
+                arith.trunci(_i16(), word.value), self._address(self._pointers[name], index, _i16())
+            )
 
     def prefetch(self, name, index, where):
         """Asks for an element of an array to be brought to the L2 cache, and does not wait."""
         kind = ir.IntegerType.get_signless(8 * self._dtypes[name].itemsize)
         address = self._address(self._pointers[name], index, kind)
         llvm.inline_asm(
-            ir.Type.parse("!llvm.void"), [address, self._flag(where)],
-            "{.reg .pred p; setp.ne.u32 p, $1, 0; @p prefetch.global.L2 [$0];}", "l,r",
-            has_side_effects=True)
+            ir.Type.parse("!llvm.void"),
+            [address, self._flag(where)],
+            "{.reg .pred p; setp.ne.u32 p, $1, 0; @p prefetch.global.L2 [$0];}",
+            "l,r",
+            has_side_effects=True,
+        )
 
     # Shared memory, by byte offsets
 
@@ -443,9 +573,13 @@ class MosaicLanes:
         """
         base = llvm.ptrtoint(_i32(), self._shared_at(Register(offset.base)))
         fragments = llvm.inline_asm(
-            llvm.StructType.get_literal([_i32()] * 4), [base],
+            llvm.StructType.get_literal([_i32()] * 4),
+            [base],
             "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3},"
-            f" [$4+{offset.offset}];", "=r,=r,=r,=r,r,~{memory}", has_side_effects=True)
+            f" [$4+{offset.offset}];",
+            "=r,=r,=r,=r,r,~{memory}",
+            has_side_effects=True,
+        )
         return [Register(llvm.extractvalue(_i32(), fragments, [i])) for i in range(4)]
 
     def store_shared_words(self, offset, words, where):
@@ -518,14 +652,20 @@ class MosaicLanes:
 def act(asm: str, *operands: ir.Value) -> None:
     """An instruction without a result, whose operands are 32-bit integers and pointers."""
     constraints = ["r" if isinstance(a.type, ir.IntegerType) else "l" for a in operands]
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), asm,
-                    ",".join([*constraints, "~{memory}"]), has_side_effects=True)
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        list(operands),
+        asm,
+        ",".join([*constraints, "~{memory}"]),
+        has_side_effects=True,
+    )
 
 
 def address(pointer: ir.Value, index: Register, kind: ir.Type) -> ir.Value:
     """Of element `index` of an array of the given kind."""
-    at = functools.partial(llvm.getelementptr, pointer.type, elem_type=kind,
-                           no_wrap_flags=llvm.GEPNoWrapFlags.none)
+    at = functools.partial(
+        llvm.getelementptr, pointer.type, elem_type=kind, no_wrap_flags=llvm.GEPNoWrapFlags.none
+    )
     first = at(pointer, [index.base], [mosaic.DYNAMIC32])
     return at(first, [], [index.offset]) if index.offset else first
 
@@ -541,7 +681,8 @@ def _load(address, kind: ir.Type, count: int) -> list:
 
 def _float_type(dtype) -> ir.Type:
     return {"float16": ir.F16Type, "bfloat16": ir.BF16Type, "float32": ir.F32Type}[
-        jnp.dtype(dtype).name].get()
+        jnp.dtype(dtype).name
+    ].get()
 
 
 def sum_over_lanes(ops, values: list, count: int) -> list:
@@ -573,8 +714,8 @@ def emit(program, arrays, shared, block, first_thread: int = 0, layout=()) -> No
     refs = [ref for ref, _ in arrays.values()]
 
     @plgpu.inline_mgpu(
-        arg_types=(*[plgpu.RefType()] * len(refs), plgpu.RefType(layout),
-                   plgpu.Layout.WG_SPLAT(())))
+        arg_types=(*[plgpu.RefType()] * len(refs), plgpu.RefType(layout), plgpu.Layout.WG_SPLAT(()))
+    )
     def inline(_, *arguments):
         *memory, shared, index = arguments
         typed = {name: (ref, dtype) for ref, (name, (_, dtype)) in zip(memory, arrays.items())}
@@ -583,8 +724,19 @@ def emit(program, arrays, shared, block, first_thread: int = 0, layout=()) -> No
     inline(*refs, shared, block)
 
 
-def run(name, program, names, operands, result, *, blocks: int, warps: int, shared_slots: int,
-        cluster: int = 1, changed=()):
+def run(
+    name,
+    program,
+    names,
+    operands,
+    result,
+    *,
+    blocks: int,
+    warps: int,
+    shared_slots: int,
+    cluster: int = 1,
+    changed=(),
+):
     """Runs a lane program on a grid of `blocks` blocks of `warps` warps.
 
     Args:
@@ -613,14 +765,19 @@ def run(name, program, names, operands, result, *, blocks: int, warps: int, shar
             emit(program, arrays, shared, block)
 
         pl.run_scoped(
-            with_shared, plgpu.SMEM((shared_slots,), jnp.float32), collective_axes="warpgroup")
+            with_shared, plgpu.SMEM((shared_slots,), jnp.float32), collective_axes="warpgroup"
+        )
 
     mesh = plgpu.Mesh(
-        grid=(blocks // cluster,), grid_names=("block",), num_threads=warps // WARPGROUP,
+        grid=(blocks // cluster,),
+        grid_names=("block",),
+        num_threads=warps // WARPGROUP,
         thread_name="warpgroup",
-        **({"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}))
+        **({"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}),
+    )
     params = plgpu.CompilerParams(
-        lowering_semantics=mosaic_gpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True)
+        lowering_semantics=mosaic_gpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+    )
     result = results(result, operands[0])
     changed = [jax.new_ref(array) for array in changed]
     kernel = pl.kernel(body, out_type=result, mesh=mesh, compiler_params=params, name=name)
@@ -632,4 +789,5 @@ def results(of, operand):
     """The types of a kernel's results, which inside `shard_map` vary as all its operands do."""
     varying = jax.typeof(operand).manual_axis_type
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varying), of)
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varying), of
+    )

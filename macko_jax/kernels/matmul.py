@@ -8,6 +8,7 @@ All steps of all tiles, in a row, are cut into equal pieces, one for each cluste
 several clusters work on is added up by the one that has its first step, which is the last that this
 cluster does; the others have theirs done before.
 """
+
 import dataclasses
 import functools
 
@@ -43,6 +44,7 @@ FASTER_BYTES = 24 << 20  # of those lines
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """One product of a matrix with `vectors` vectors, by so many clusters."""
+
     matrix: strips.Matrix
     vectors: int
     clusters: int
@@ -89,8 +91,10 @@ def why_not(matrix: strips.Matrix) -> str | None:
     """None if the kernel multiplies by the matrix, or the reason why it does not."""
     rows, cols = matrix.shape
     if (capability := config.compute_capability()) != config.HOPPER:
-        return (f"its instructions for tensor cores are those of compute capability "
-                f"{config.HOPPER}, not {capability}")
+        return (
+            f"its instructions for tensor cores are those of compute capability "
+            f"{config.HOPPER}, not {capability}"
+        )
     if jnp.dtype(matrix.dtype).name not in ("float16", "bfloat16"):
         return f"its tensor cores take values of 16 bits, not {jnp.dtype(matrix.dtype).name}"
     if matrix.encoding not in strips.DELTA_BITS:
@@ -107,8 +111,11 @@ def is_faster(matrix: strips.Matrix, vectors: int) -> bool:
     # A strip's groups have a line of values each, and one of codes, which 32 of the row's share.
     groups = matrix.stored / (rows * matrix.lanes * GROUP)
     lines = groups * (1 + matrix.lanes / 32)
-    return (vectors in FASTER_VECTORS and at_work * lines * lanes.LINE <= FASTER_BYTES
-            and matrix.stored <= FASTER_DENSITY[min(rows // at_work, 2)] * rows * cols)
+    return (
+        vectors in FASTER_VECTORS
+        and at_work * lines * lanes.LINE <= FASTER_BYTES
+        and matrix.stored <= FASTER_DENSITY[min(rows // at_work, 2)] * rows * cols
+    )
 
 
 def matmul(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, stored):
@@ -131,17 +138,27 @@ def run(plan: Plan, x, values, codes, row_offsets, starts) -> jax.Array:
         _body(plan, x, memory, parts, done, y)
 
     mesh = plgpu.Mesh(
-        grid=(plan.clusters,), grid_names=("cluster",), cluster=(PEERS,), cluster_names=("peer",),
-        num_threads=MULTIPLYING + DECODING, thread_name="warpgroup")
+        grid=(plan.clusters,),
+        grid_names=("cluster",),
+        cluster=(PEERS,),
+        cluster_names=("peer",),
+        num_threads=MULTIPLYING + DECODING,
+        thread_name="warpgroup",
+    )
     params = plgpu.CompilerParams(lowering_semantics=mosaic_gpu.LoweringSemantics.Lane)
-    y, parts = lanes.results([
-        jax.ShapeDtypeStruct((-(-plan.vectors // 8) * 8, plan.matrix.shape[0]), x.dtype),
-        jax.ShapeDtypeStruct((blocks * ROWS * VECTORS,), jnp.float32)], x)
+    y, parts = lanes.results(
+        [
+            jax.ShapeDtypeStruct((-(-plan.vectors // 8) * 8, plan.matrix.shape[0]), x.dtype),
+            jax.ShapeDtypeStruct((blocks * ROWS * VECTORS,), jnp.float32),
+        ],
+        x,
+    )
     # Zeros that vary as the operands do.
     done = jax.new_ref(jnp.broadcast_to(row_offsets[0], (blocks * MULTIPLYING,)) & 0)
     kernel = pl.kernel(
-        body, out_type=[y, parts], mesh=mesh, compiler_params=params, name="macko_matmul")
-    return kernel(x, *operands.values(), done)[0][:plan.vectors]
+        body, out_type=[y, parts], mesh=mesh, compiler_params=params, name="macko_matmul"
+    )
+    return kernel(x, *operands.values(), done)[0][: plan.vectors]
 
 
 def _body(plan: Plan, x, memory, parts, done, y) -> None:
@@ -153,16 +170,19 @@ def _body(plan: Plan, x, memory, parts, done, y) -> None:
 
     def place(tile):
         """The block's first vector and row."""
-        return ((jax.lax.rem(tile, plan.across) * PEERS + peer) * VECTORS,
-                jax.lax.div(tile, plan.across) * ROWS)
+        return (
+            (jax.lax.rem(tile, plan.across) * PEERS + peer) * VECTORS,
+            jax.lax.div(tile, plan.across) * ROWS,
+        )
 
     def with_memory(xs, ws, out, ring, barriers, full, empty):
         arrays = {**memory, "ring": (ring, jnp.float32), "barriers": (barriers, jnp.float32)}
 
         def emit(program, number=cluster, first_thread=0):
             """A lane program, which is called with the vocabulary and a number."""
-            lanes.emit(lambda ops: program(ops, ops.block()), arrays, ws, number, first_thread,
-                       swizzled)
+            lanes.emit(
+                lambda ops: program(ops, ops.block()), arrays, ws, number, first_thread, swizzled
+            )
 
         def load(step):
             """Brings the vectors of the step."""
@@ -171,10 +191,12 @@ def _body(plan: Plan, x, memory, parts, done, y) -> None:
             slot = jax.lax.rem(step - begin, X_STEPS)
             columns = pl.ds(plan.column(step - tile * depth), COLUMNS)
             plgpu.copy_gmem_to_smem(
-                x.at[pl.ds(first, VECTORS), columns], xs.at[slot], full.at[slot])
+                x.at[pl.ds(first, VECTORS), columns], xs.at[slot], full.at[slot]
+            )
 
         def add_up(sums, tile, low, high):
             """Adds the products of some of the tile's steps."""
+
             def one(k, _):
                 step = tile * depth + k
                 number = step - begin
@@ -205,7 +227,8 @@ def _body(plan: Plan, x, memory, parts, done, y) -> None:
             high = jnp.minimum(end - tile * depth, depth)
             sums = pl.run_scoped(
                 functools.partial(add_up, tile=tile, low=low, high=high),
-                plgpu.ACC((rows, VECTORS), jnp.float32))
+                plgpu.ACC((rows, VECTORS), jnp.float32),
+            )
 
             def part(of):
                 return (of * PEERS + peer) * MULTIPLYING + warpgroup
@@ -217,8 +240,11 @@ def _body(plan: Plan, x, memory, parts, done, y) -> None:
             @pl.when(low == 0)
             def _():
                 total = jax.lax.fori_loop(
-                    cluster + 1, plan.last_cluster(tile) + 1,
-                    lambda of, sums: _add_part(sums, parts, done, part(of)), sums)
+                    cluster + 1,
+                    plan.last_cluster(tile) + 1,
+                    lambda of, sums: _add_part(sums, parts, done, part(of)),
+                    sums,
+                )
                 store(total.astype(y.dtype), tile)
 
         def store(sums, tile):
@@ -232,7 +258,8 @@ def _body(plan: Plan, x, memory, parts, done, y) -> None:
                     _transpose(sums, at, out, warpgroup, swizzled)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(
-                        out.at[warpgroup], y.at[pl.ds(vector + at, OUT), pl.ds(row, rows)])
+                        out.at[warpgroup], y.at[pl.ds(vector + at, OUT), pl.ds(row, rows)]
+                    )
 
         @emit
         def _(ops, _):
@@ -254,8 +281,11 @@ def _body(plan: Plan, x, memory, parts, done, y) -> None:
         @pl.when(warpgroup == MULTIPLYING)
         def _():
             plgpu.set_max_registers(REGISTERS["decode"], action="decrease")
-            emit(lambda ops, _: tiles.program(ops, plan), cluster * PEERS + peer,
-                 MULTIPLYING * THREADS)
+            emit(
+                lambda ops, _: tiles.program(ops, plan),
+                cluster * PEERS + peer,
+                MULTIPLYING * THREADS,
+            )
 
         emit(lambda ops, _: ops.cluster_barrier())  # the other block may still send
 
@@ -268,7 +298,8 @@ def _body(plan: Plan, x, memory, parts, done, y) -> None:
         plgpu.SMEM((2 * tiles.BARRIERS,), jnp.float32),
         plgpu.Barrier(num_arrivals=1, num_barriers=X_STEPS),
         plgpu.Barrier(num_arrivals=MULTIPLYING, num_barriers=X_STEPS),
-        collective_axes="warpgroup")
+        collective_axes="warpgroup",
+    )
 
 
 # What the threads of a warpgroup do with the registers that hold its sums.
@@ -294,6 +325,7 @@ def _flag(done, index: Register):
 
 def _put_part(sums, parts, done, index) -> None:
     """Writes a warpgroup's sums for the cluster that adds them up, and says so."""
+
     @plgpu.inline_mgpu(arg_types=(SUMS, *_PART))
     def put(_, sums, parts, done, index):
         index, pairs = Register(index.registers.item()), list(sums.registers.flat)
@@ -303,21 +335,28 @@ def _put_part(sums, parts, done, index) -> None:
         act("fence.acq_rel.gpu;")
         mosaic.warpgroup_barrier()
         with mosaic.when(((_thread() & (THREADS - 1)) == 0).value):
-            act("{.reg .b32 a; mov.b32 a, 1; st.release.gpu.global.b32 [$0], a;}",
-                _flag(done, index))
+            act(
+                "{.reg .b32 a; mov.b32 a, 1; st.release.gpu.global.b32 [$0], a;}",
+                _flag(done, index),
+            )
 
     put(sums, parts, done, index)
 
 
 def _add_part(sums, parts, done, index) -> jax.Array:
     """The sums and those that another cluster has put there, as soon as it has."""
+
     @plgpu.inline_mgpu(
         arg_types=(SUMS, *_PART),
-        return_type=plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout=SUMS))
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout=SUMS),
+    )
     def add(_, sums, parts, done, index):
         index = Register(index.registers.item())
-        act("{.reg .b32 a; .reg .pred p; again${:uid}: ld.acquire.gpu.global.b32 a, [$0];"
-            " setp.eq.u32 p, a, 0; @p bra again${:uid};}", _flag(done, index))
+        act(
+            "{.reg .b32 a; .reg .pred p; again${:uid}: ld.acquire.gpu.global.b32 a, [$0];"
+            " setp.eq.u32 p, a, 0; @p bra again${:uid};}",
+            _flag(done, index),
+        )
         pairs = sums.registers.copy()
         kind, addresses = _pieces(parts, index, pairs.size // 2)
         for i, place in enumerate(addresses):
@@ -325,8 +364,7 @@ def _add_part(sums, parts, done, index) -> jax.Array:
             for j in (0, 1):
                 two = vector.shuffle(four, four, [2 * j, 2 * j + 1])
                 pairs.flat[2 * i + j] = arith.addf(pairs.flat[2 * i + j], two)
-        return mosaic_gpu.FragmentedArray(
-            _registers=pairs, _layout=sums.layout, _is_signed=None)
+        return mosaic_gpu.FragmentedArray(_registers=pairs, _layout=sums.layout, _is_signed=None)
 
     return add(sums, parts, done, index)
 
@@ -347,8 +385,8 @@ def _transpose(sums, first: int, out, warpgroup, swizzled) -> None:
     A register pair holds element [l / 4, 2 (l mod 4)] and the next of an 8 x 8 matrix in lane l;
     `stmatrix` writes four of them transposed.
     """
-    @plgpu.inline_mgpu(
-        arg_types=(SUMS, plgpu.RefType(swizzled), plgpu.Layout.WG_SPLAT(())))
+
+    @plgpu.inline_mgpu(arg_types=(SUMS, plgpu.RefType(swizzled), plgpu.Layout.WG_SPLAT(())))
     def put(_, sums, out, warpgroup):
         i32 = ir.IntegerType.get_signless(32)
         pairs = [llvm.bitcast(i32, pair) for pair in sums.registers.flat]
@@ -356,7 +394,11 @@ def _transpose(sums, first: int, out, warpgroup, swizzled) -> None:
         base = arith.addi(llvm.ptrtoint(i32, mosaic.memref_ptr(out)), place.value)
         for block in range(0, OUT // 8, 2):
             at = 2 * (first // 8 + block)
-            act("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
-                f" [$0+{block * 8 * ROW_BYTES}], {{$1, $2, $3, $4}};", base, *pairs[at:at + 4])
+            act(
+                "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
+                f" [$0+{block * 8 * ROW_BYTES}], {{$1, $2, $3, $4}};",
+                base,
+                *pairs[at : at + 4],
+            )
 
     put(sums, out, warpgroup)

@@ -1,12 +1,12 @@
 """Which kernel computes which product of a `dispatch.Problem`; functions as in `reference.py`."""
+
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from macko_jax import quantization
-from macko_jax.kernels import (
-    by_values, chain, config, decode, matmul, spmv, strips, transposed)
+from macko_jax.kernels import by_values, chain, config, decode, matmul, spmv, strips, transposed
 from macko_jax.layout import words_per_row
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -81,7 +81,8 @@ def _matrix(problem) -> strips.Matrix:
     """What the kernels know of the problem's matrix; its values are an operand or the result."""
     dtype = problem.out_dtype if problem.product == "spmv_values" else problem.dtypes[0]
     return strips.Matrix(
-        problem.shape, problem.encoding, problem.lanes, problem.stored, jnp.dtype(dtype))
+        problem.shape, problem.encoding, problem.lanes, problem.stored, jnp.dtype(dtype)
+    )
 
 
 def _spmv_by_decode(values, x, codes, row_offsets, starts, *, out_dtype, **static):

@@ -1,4 +1,5 @@
 """A kernel that only reads: the floor that the products are measured against."""
+
 import jax
 import jax.numpy as jnp
 
@@ -16,8 +17,13 @@ def program(ops, chunks: int, blocks: int) -> None:
 
     def step(state):
         chunk, total = state
-        words = [word for i in range(AHEAD) for word in ops.load_words(
-            "x", chunk + i * stride, 4, chunk + i * stride < chunks, how=lanes.STREAM)]
+        words = [
+            word
+            for i in range(AHEAD)
+            for word in ops.load_words(
+                "x", chunk + i * stride, 4, chunk + i * stride < chunks, how=lanes.STREAM
+            )
+        ]
         for word in words:
             total = total + word
         return chunk + AHEAD * stride, total
@@ -33,5 +39,12 @@ def read(x: jax.Array) -> jax.Array:
     blocks = BLOCKS_PER_MULTIPROCESSOR * config.multiprocessors()
     chunks = x.size * x.dtype.itemsize // 16
     return lanes.run(
-        "macko_read", lambda ops: program(ops, chunks, blocks), ("x", "y"), [x],
-        jax.ShapeDtypeStruct((1,), jnp.float32), blocks=blocks, warps=WARPS, shared_slots=1)
+        "macko_read",
+        lambda ops: program(ops, chunks, blocks),
+        ("x", "y"),
+        [x],
+        jax.ShapeDtypeStruct((1,), jnp.float32),
+        blocks=blocks,
+        warps=WARPS,
+        shared_slots=1,
+    )

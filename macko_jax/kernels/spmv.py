@@ -7,6 +7,7 @@ The budget: at 4.3 TB/s an H200's multiprocessor gets about 17 bytes a clock, 6.
 bytes, and can issue 128 lane instructions and 32 shared words in that clock. The gather of x from
 random banks takes about 3.6 turns for 32 lanes, so shared memory is nearly as tight as DRAM.
 """
+
 import dataclasses
 import functools
 
@@ -27,6 +28,7 @@ class Fusion:
       add: whether `add` is an operand.
       scaled: whether `row_scales`, those of 8-bit values, are an operand.
     """
+
     eps: float | None = None
     gated: bool = False
     add: bool = False
@@ -47,6 +49,7 @@ class Fusion:
 @dataclasses.dataclass(frozen=True)
 class Plan(config.Plan):
     """How one product is computed."""
+
     fusion: Fusion = Fusion()
 
     @property
@@ -83,14 +86,26 @@ def program(ops, plan: Plan) -> None:
     Sums are in float32 in a fixed order, so that results are equal from run to run.
     """
     matrix, settings, planes, fusion, added = (
-        plan.matrix, plan.settings, plan.planes, plan.fusion, plan.added)
+        plan.matrix,
+        plan.settings,
+        plan.planes,
+        plan.fusion,
+        plan.added,
+    )
     rows, threads = matrix.shape[0], settings.warps * WARP
 
     block, first_vector = deal_blocks(ops, plan.passes, settings.vectors)
     walk = walks.make(
-        ops, matrix, block=block, blocks=settings.blocks, warps=settings.warps,
-        unroll=settings.unroll, scale=planes[0].scale, chooses=settings.twice,
-        spread=not fusion.add)
+        ops,
+        matrix,
+        block=block,
+        blocks=settings.blocks,
+        warps=settings.warps,
+        unroll=settings.unroll,
+        scale=planes[0].scale,
+        chooses=settings.twice,
+        spread=not fusion.add,
+    )
 
     if settings.tensor_cores:
         begin_row = functools.partial(tensor_cores.zeros, ops, planes)
@@ -101,7 +116,8 @@ def program(ops, plan: Plan) -> None:
         visit = functools.partial(multiply, ops, matrix, *planes)
         totals = lambda sums: [
             (k, total, walk.part == 0)
-            for k, total in enumerate(lanes.sum_over_lanes(ops, sums, matrix.lanes))]
+            for k, total in enumerate(lanes.sum_over_lanes(ops, sums, matrix.lanes))
+        ]
 
     def finish(row, sums):
         inside = row < walk.end_row
@@ -115,15 +131,20 @@ def program(ops, plan: Plan) -> None:
                 total = total * inverse
             if fusion.add:
                 total = total + added.at(row, inside)[number]
-            ops.store_real("y", vector * rows + row, total,
-                           writes & inside & (vector < plan.batch))
+            ops.store_real("y", vector * rows + row, total, writes & inside & (vector < plan.batch))
 
     # All loads that depend on nothing come first: the start of a kernel is a chain of latencies.
     for i, x in enumerate(planes):
         x.begin(ops, "x", first_vector + i * x.count, threads)
     if fusion.add:
-        added.begin(ops, "add", walk, first_vector=ops.integer(0),
-                    first_slot=plan.shared_slots - added.slots, threads=threads)
+        added.begin(
+            ops,
+            "add",
+            walk,
+            first_vector=ops.integer(0),
+            first_slot=plan.shared_slots - added.slots,
+            threads=threads,
+        )
     started = walk.start()
     squares, *_ = [x.finish() for x in planes]  # of the only one, if there is a norm
     if fusion.add:
@@ -188,6 +209,12 @@ def run(plan: Plan, out_dtype, *operands):
     """The product by a given plan, of values, codes, row_offsets, starts, x and what is around."""
     names = "values", "codes", "row_offsets", "starts", "x", *plan.fusion.names, "y"
     return lanes.run(
-        "macko_spmv", lambda ops: program(ops, plan), names, operands,
+        "macko_spmv",
+        lambda ops: program(ops, plan),
+        names,
+        operands,
         jax.ShapeDtypeStruct((plan.batch, plan.matrix.shape[0]), out_dtype),
-        blocks=plan.blocks, warps=plan.settings.warps, shared_slots=plan.shared_slots)
+        blocks=plan.blocks,
+        warps=plan.settings.warps,
+        shared_slots=plan.shared_slots,
+    )

@@ -6,6 +6,7 @@ is stored, which spares a prefix sum over the lanes. It reads its strip in steps
 of eight elements; the loads of a step are issued before the arithmetic of the step before it, also
 across rows.
 """
+
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -14,12 +15,21 @@ import jax.numpy as jnp
 from macko_jax import choice
 from macko_jax.kernels.lanes import STREAM, WARP, prefetch_range
 from macko_jax.layout import (
-    DELTA_BITS, GROUP, PLANES, WORD, join_units, prefix_bytes, start_dtype, words_per_row)
+    DELTA_BITS,
+    GROUP,
+    PLANES,
+    WORD,
+    join_units,
+    prefix_bytes,
+    start_dtype,
+    words_per_row,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
     """What a program knows of a matrix when it is compiled; see `format.MackoMatrix`."""
+
     shape: tuple[int, int]
     encoding: str
     lanes: int
@@ -41,6 +51,7 @@ class Strip(NamedTuple):
       end: memory index after the row's last group.
       place: the decoder's position in the row.
     """
+
     row: Any
     group: Any
     end: Any
@@ -57,6 +68,7 @@ class Group(NamedTuple):
       values: the words of its eight values, zero if they are not read.
       columns: its eight columns times the walk's scale.
     """
+
     row: Any
     index: Any
     live: Any
@@ -88,8 +100,11 @@ def add_up(ops, prefixes, base, step: int, unit: int | None = None) -> list:
       prefixes: bytes of elements 0, 2, 4, 6 and of 1, 3, 5, 7, as from `layout.prefix_bytes`.
       unit: `step` by default, so that bytes and places both count columns.
     """
-    return [ops.add_byte(prefix, j, unit or step, base) + (2 * j + half) * step
-            for j in range(GROUP // 2) for half, prefix in enumerate(prefixes)]
+    return [
+        ops.add_byte(prefix, j, unit or step, base) + (2 * j + half) * step
+        for j in range(GROUP // 2)
+        for half, prefix in enumerate(prefixes)
+    ]
 
 
 def pass_group(ops, prefixes, base, step: int):
@@ -135,6 +150,7 @@ class Bits(NamedTuple):
       ahead: the word after it.
       end: index after the row's last word.
     """
+
     word: Any
     column: Any
     current: Any
@@ -168,8 +184,13 @@ class Bitmask:
     def _advance(self, place):
         inside = place.word < place.end
         step = self.ops.select(inside, self.ops.integer(1), self.ops.integer(0))
-        return Bits(place.word + step, place.column + step * WORD, place.ahead,
-                    self._load(place.word + 2, place.end), place.end)
+        return Bits(
+            place.word + step,
+            place.column + step * WORD,
+            place.ahead,
+            self._load(place.word + 2, place.end),
+            place.end,
+        )
 
     def columns(self, code, place):
         del code
@@ -204,10 +225,24 @@ class RowWalk:
       buffer: which of the rows that the block works on at a time is the lane's, if it is busy.
     """
 
-    def __init__(self, ops, matrix: Matrix, *, block, blocks: int, warps: int, unroll: int,
-                 scale: int = 1, read_values: bool = True, rows_per_warp: int | None = None,
-                 together: int = 1, paired: bool = False, spread: bool = False,
-                 chooses: bool = False, suffix: str = ""):
+    def __init__(
+        self,
+        ops,
+        matrix: Matrix,
+        *,
+        block,
+        blocks: int,
+        warps: int,
+        unroll: int,
+        scale: int = 1,
+        read_values: bool = True,
+        rows_per_warp: int | None = None,
+        together: int = 1,
+        paired: bool = False,
+        spread: bool = False,
+        chooses: bool = False,
+        suffix: str = "",
+    ):
         """`block` of `blocks` is the lane's share of the rows; columns come multiplied by `scale`.
 
         The first `warps` of the block work. A warp works on `rows_per_warp` rows at a time, by
@@ -243,8 +278,13 @@ class RowWalk:
 
     def _values(self, group, live) -> list:
         """Issues the loads of the words of a group's values."""
-        return [word for i, words in enumerate(self.loads) for word in self.ops.load_words(
-            "values" + self.suffix, group * len(self.loads) + i, words, live, how=STREAM)]
+        return [
+            word
+            for i, words in enumerate(self.loads)
+            for word in self.ops.load_words(
+                "values" + self.suffix, group * len(self.loads) + i, words, live, how=STREAM
+            )
+        ]
 
     def start(self):
         """Issues the first loads; what `run` begins with."""
@@ -263,7 +303,9 @@ class RowWalk:
         for half in range(self._halves):
             first = self.index(self.first_row + half)
             for name, size, each in (
-                    ("row_offsets", 4, 1), ("starts", start_bytes, self.matrix.lanes)):
+                ("row_offsets", 4, 1),
+                ("starts", start_bytes, self.matrix.lanes),
+            ):
                 name = name + self.suffix
                 prefetch_range(self.ops, name, first * each, (first + rows) * each, size)
 
@@ -296,7 +338,10 @@ class RowWalk:
             next_data, moved = self._read(ops.select(done, upcoming, after))
             place, loaded = strip.place, self._loaded(strip, data)
             for first in range(0, self.unroll, self.together):
-                def visit_some(some=loaded[first:first + self.together], place=place, state=state):
+
+                def visit_some(
+                    some=loaded[first : first + self.together], place=place, state=state
+                ):
                     groups = []
                     for index, live, code, values in some:
                         columns, place = self._columns(code, place, live)
@@ -304,20 +349,27 @@ class RowWalk:
                     return place, visit(state, groups)
 
                 # Rows rarely fill the last steps.
-                place, state = visit_some() if first == 0 else ops.branch(
-                    ops.any(loaded[first][1]), visit_some, (place, state))
+                place, state = (
+                    visit_some()
+                    if first == 0
+                    else ops.branch(ops.any(loaded[first][1]), visit_some, (place, state))
+                )
 
             def next_row():
                 end_row(strip.row, state)
                 return upcoming, self._open(upcoming.row + self._stride), begin_row()
 
             strip, upcoming, state = ops.branch(
-                done, next_row, (after._replace(place=place), upcoming, state))
+                done, next_row, (after._replace(place=place), upcoming, state)
+            )
             return strip._replace(**moved), upcoming, next_data, state
 
         # One step a turn: with two, no loaded register is copied, but the longer loop is slower.
-        ops.loop(lambda carried: ops.any(carried[0].row < self.end_row), step,
-                 (strip, upcoming, data, begin_row()))
+        ops.loop(
+            lambda carried: ops.any(carried[0].row < self.end_row),
+            step,
+            (strip, upcoming, data, begin_row()),
+        )
 
 
 class Walk(RowWalk):
@@ -326,7 +378,8 @@ class Walk(RowWalk):
     def __init__(self, ops, matrix: Matrix, **options):
         super().__init__(ops, matrix, **options)
         self.decoder = DECODERS[matrix.encoding](
-            ops, matrix, "codes" + self.suffix, self.scale, self.chooses)
+            ops, matrix, "codes" + self.suffix, self.scale, self.chooses
+        )
 
     def _open(self, row) -> Strip:
         ops, lanes = self.ops, self.matrix.lanes
@@ -339,8 +392,10 @@ class Walk(RowWalk):
         return after, after.group >= after.end
 
     def _read(self, strip: Strip):
-        return [(self.decoder.read(group, live), self._values(group, live))
-                for group, live in self._groups(strip)], {}
+        return [
+            (self.decoder.read(group, live), self._values(group, live))
+            for group, live in self._groups(strip)
+        ], {}
 
     def _loaded(self, strip: Strip, data):
         return [(*group, *loaded) for group, loaded in zip(self._groups(strip), data)]

@@ -7,6 +7,7 @@ column are such a row. So for one element of every lane, at 32 columns, it bring
 memory. Their product has the sums of every element's vectors with the weights of every element; of
 these the ones of an element with its own weights are used.
 """
+
 from macko_jax.kernels.lanes import WARP, sum_over_lanes
 from macko_jax.kernels.strips import convert
 from macko_jax.layout import GROUP
@@ -42,11 +43,13 @@ def multiply(ops, planes: list, first_slot: int, dtype, sums: list, groups: list
         first, second = (ops.load_fragments(x.place(group.columns[2 * pair + i])) for i in (0, 1))
         for half in (0, 2):  # of the lanes
             a = first[half], second[half], first[half + 1], second[half + 1]
-            total = ops.multiply_add(a, weights[half:half + 2], total, kind)
+            total = ops.multiply_add(a, weights[half : half + 2], total, kind)
         return total
 
-    return [[add(x, pair, total) for pair, total in enumerate(totals)]
-            for x, totals in zip(planes, sums)]
+    return [
+        [add(x, pair, total) for pair, total in enumerate(totals)]
+        for x, totals in zip(planes, sums)
+    ]
 
 
 def totals(ops, sums: list) -> list:

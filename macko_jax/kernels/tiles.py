@@ -10,6 +10,7 @@ through a group that crosses the end of a step's columns once more for the next 
 it will need into a ring in shared memory, since a register cannot wait for a load while a lane
 beside it goes on to another group.
 """
+
 from macko_jax.kernels import lanes, strips
 from macko_jax.layout import GROUP, PLANES, code_bytes
 
@@ -86,8 +87,9 @@ def program(ops, plan) -> None:
             ops.send(row, WARP_BYTES, "barriers", slot + THERE, peer ^ 1, leader)
             return k + PARTS, state
 
-        ops.loop(lambda carried: carried[0] < high, one_step,
-                 (first, reader.start(plan.column(first))))
+        ops.loop(
+            lambda carried: carried[0] < high, one_step, (first, reader.start(plan.column(first)))
+        )
         ops.wait_for_copies(0)
         return tile * steps + high
 
@@ -124,15 +126,22 @@ class Ring:
     def put(self, ops, number, group, live) -> None:
         """Begins to copy the group at a memory index, as the `number`th one of the thread."""
         at, nothing = self._at(ops, number), ops.integer(0)
-        ops.copy_ahead("values", group, 16, "ring", at * 16,
-                       ops.select(live, ops.integer(16), nothing))
+        ops.copy_ahead(
+            "values", group, 16, "ring", at * 16, ops.select(live, ops.integer(16), nothing)
+        )
         for plane, copied, begin in self._planes:
             index, there = self._byte(plane, group) // copied, ops.integer(copied)
             pieces, rest = divmod(self._code_bytes, copied)
             if rest:  # of the last piece
                 there = ops.select(index < pieces, there, ops.integer(rest))
-            ops.copy_ahead("codes", index, copied, "ring", at * copied + begin,
-                           ops.select(live, there, nothing))
+            ops.copy_ahead(
+                "codes",
+                index,
+                copied,
+                "ring",
+                at * copied + begin,
+                ops.select(live, there, nothing),
+            )
         ops.end_copies()
 
     def take(self, ops, number, group):

@@ -7,6 +7,7 @@ columns of a block's warps are added up; one row a block goes to memory.
 The budget: an element costs a shared load and a store at random banks, 3.6 turns each for 32 lanes,
 so shared memory limits it to 4.2 elements a clock, 1.6 times the time of the forward product.
 """
+
 import dataclasses
 import functools
 
@@ -24,6 +25,7 @@ TOGETHER = 4  # groups that a lane visits at a time; most of their time is the l
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How one product is computed."""
+
     matrix: strips.Matrix
     batch: int
     share: int  # blocks that share the rows
@@ -69,9 +71,16 @@ def program(ops, plan: Plan) -> None:
     thread = ops.thread()
     block, vector = deal_blocks(ops, plan.batch, 1)
     walk = walks.make(
-        ops, matrix, block=block, blocks=plan.share, warps=plan.warps,
-        unroll=config.unroll(plan.warps), scale=4, rows_per_warp=plan.rows_per_warp,
-        together=TOGETHER)
+        ops,
+        matrix,
+        block=block,
+        blocks=plan.share,
+        warps=plan.warps,
+        unroll=config.unroll(plan.warps),
+        scale=4,
+        rows_per_warp=plan.rows_per_warp,
+        together=TOGETHER,
+    )
     columns = ops.select(walk.busy, walk.buffer, ops.integer(0)) * (4 * plan.columns)
     y, sums_end = plan.y, plan.buffers * plan.columns
 
@@ -91,8 +100,10 @@ def program(ops, plan: Plan) -> None:
         # Columns of a row are distinct, so that all loads may come before the stores. A lane that
         # has no such group must not read: it would name columns that another lane is adding to.
         [element] = y.at(groups[0].row, groups[0].live)
-        sums = [ops.branch(group.live, functools.partial(load, group.columns), nothing)
-                for group in groups]
+        sums = [
+            ops.branch(group.live, functools.partial(load, group.columns), nothing)
+            for group in groups
+        ]
         for group, totals in zip(groups, sums):
             weights = strips.unpack(ops, group.values, matrix.dtype)
             for column, weight, total in zip(group.columns, weights, totals):
@@ -133,7 +144,8 @@ def why_not(matrix: strips.Matrix, batch: int) -> str | None:
 
 
 def spmv_transposed(
-        values, y, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype):
+    values, y, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype
+):
     """x = y A, [batch, rows] -> [batch, cols], on the GPU; as `reference.spmv_transposed`."""
     matrix = strips.Matrix(shape, encoding, lanes, stored, values.dtype)
     partial = run(plan(matrix, y.shape[0]), values, codes, row_offsets, starts, y)
@@ -144,7 +156,12 @@ def run(plan: Plan, *operands):
     """Partial sums [batch, share, cols] from values, codes, row_offsets, starts and y."""
     shape = plan.batch, plan.share, plan.matrix.shape[1]
     return lanes.run(
-        "macko_spmv_transposed", lambda ops: program(ops, plan),
-        ("values", "codes", "row_offsets", "starts", "y", "x"), operands,
+        "macko_spmv_transposed",
+        lambda ops: program(ops, plan),
+        ("values", "codes", "row_offsets", "starts", "y", "x"),
+        operands,
         jax.ShapeDtypeStruct(shape, jnp.float32),
-        blocks=plan.blocks, warps=plan.warps, shared_slots=plan.shared_slots)
+        blocks=plan.blocks,
+        warps=plan.warps,
+        shared_slots=plan.shared_slots,
+    )

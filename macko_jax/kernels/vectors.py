@@ -1,4 +1,5 @@
 """Vectors in the shared memory of a block: x, gathered by column, and the block's share of y."""
+
 import functools
 import math
 
@@ -57,8 +58,19 @@ class Vectors:
       slots: 32-bit words of shared memory that they take.
     """
 
-    def __init__(self, dtype, *, length: int, slack: int, count: int, batch: int, staged: bool,
-                 before: str | None = None, first_slot: int = 0, twice: bool = False):
+    def __init__(
+        self,
+        dtype,
+        *,
+        length: int,
+        slack: int,
+        count: int,
+        batch: int,
+        staged: bool,
+        before: str | None = None,
+        first_slot: int = 0,
+        twice: bool = False,
+    ):
         if before and not staged:
             raise ValueError(f"{before!r} comes before vectors that are staged, these are not")
         self.dtype, self.length, self.count, self.batch = jnp.dtype(dtype), length, count, batch
@@ -111,9 +123,14 @@ class Vectors:
             return [half for word in words for half in ops.pair(word, self.dtype)]
         if self.staged:
             return ops.load_shared(self.place(column), self.count)
-        return [ops.load_real(self.name, (self.first + k) * self.length + column,
-                              (column < self.length) & (self.first + k < self.batch))
-                for k in range(self.count)]
+        return [
+            ops.load_real(
+                self.name,
+                (self.first + k) * self.length + column,
+                (column < self.length) & (self.first + k < self.batch),
+            )
+            for k in range(self.count)
+        ]
 
     def place(self, column):
         """Where in shared memory the elements at a column times `scale` lie."""
@@ -144,6 +161,7 @@ class Vectors:
 
     def _loads(self, k: int, at) -> list:
         """What has to be read for the element of vector k at a column."""
+
         def load(name, index):
             where = (at < self.length) & (self.first + k < self.batch)
             return self.ops.load_real(name, index, where)
@@ -177,7 +195,7 @@ class Vectors:
         words = [word for column in columns for word in column * self._times]
         each = 4 if len(words) % 4 == 0 else 2
         for i in range(0, len(words), each):
-            self.ops.store_shared_words(place + 4 * i, words[i:i + each], where)
+            self.ops.store_shared_words(place + 4 * i, words[i : i + each], where)
 
     def _write_pair(self, pair, words):
         """Stages two columns of all vectors, of each of which `words` has both elements."""
@@ -196,8 +214,7 @@ class Vectors:
         other = (ops.thread() & 4) == 4
         shift = ops.select(other, ops.integer(self.scale), ops.integer(0))
         ops.store_shared_words(place + shift, ops.select(other, second, first), inside)
-        ops.store_shared_words(
-            place + self.scale - shift, ops.select(other, first, second), inside)
+        ops.store_shared_words(place + self.scale - shift, ops.select(other, first, second), inside)
 
     def receive(self, ops, name, first: int, scale, threads: int) -> list:
         """Fills shared memory with a vector as soon as the blocks that compute it have written it.
@@ -218,16 +235,20 @@ class Vectors:
 
         def look(where):
             """The words of all pieces, of each part one after the other; zero where not `where`."""
-            return [[ops.load_words(name, *at, how=FRESH) for at in self._at(pieces, part, where)]
-                    for part in firsts]
+            return [
+                [ops.load_words(name, *at, how=FRESH) for at in self._at(pieces, part, where)]
+                for part in firsts
+            ]
 
         def missing(parts):
             return [_any(_has_blank(w) for words in piece for w in words) for piece in zip(*parts)]
 
         def look_again(parts):
             gone = missing(parts)
-            return [[ops.select(where, new, old) for where, new, old in zip(gone, news, olds)]
-                    for news, olds in zip(look(gone), parts)]
+            return [
+                [ops.select(where, new, old) for where, new, old in zip(gone, news, olds)]
+                for news, olds in zip(look(gone), parts)
+            ]
 
         parts = ops.loop(lambda parts: _any(missing(parts)), look_again, look(whole))
         squares = [ops.real(0)] if normed else []
@@ -236,8 +257,9 @@ class Vectors:
             for x in rows[0]:
                 squares = [ops.fma(x, x, total) for total in squares]
             staged = [[ops.as_word(self._element(*loads))] for loads in zip(*rows)]
-            self._store(piece * (PIECE * self.scale) + self._base, staged,
-                        piece < self._columns // PIECE)
+            self._store(
+                piece * (PIECE * self.scale) + self._base, staged, piece < self._columns // PIECE
+            )
         return squares
 
     @staticmethod
@@ -275,21 +297,26 @@ class Share:
 
     def finish(self):
         """Fills shared memory; the block's barrier has to follow."""
+
         def copy(index):
             self._write(index, self._read(index))
             return index + self.threads
 
         self._write(self.ops.thread(), self._head)
         if self.size > self.threads:
-            self.ops.loop(
-                lambda index: index < self.size, copy, self.ops.thread() + self.threads)
+            self.ops.loop(lambda index: index < self.size, copy, self.ops.thread() + self.threads)
 
     def _read(self, index) -> list:
         row = self.walk.first_row + index
         vectors = [self.first_vector + k for k in range(self.count)]
-        return [self.ops.load_real(
-            self.name, vector * self.rows + row,
-            (row < self.walk.end_row) & (vector < self.batch)) for vector in vectors]
+        return [
+            self.ops.load_real(
+                self.name,
+                vector * self.rows + row,
+                (row < self.walk.end_row) & (vector < self.batch),
+            )
+            for vector in vectors
+        ]
 
     def _write(self, index, values: list) -> None:
         for k, value in enumerate(values):
@@ -299,5 +326,7 @@ class Share:
     def at(self, row, where) -> list:
         """The elements of all vectors at a row of the block; anything where not `where`."""
         index = self.ops.select(where, row - self.walk.first_row, self.ops.integer(0))
-        return [self.ops.load_shared((index + (self.first_slot + k * self.size)) * 4, 1)[0]
-                for k in range(self.count)]
+        return [
+            self.ops.load_shared((index + (self.first_slot + k * self.size)) * 4, 1)[0]
+            for k in range(self.count)
+        ]

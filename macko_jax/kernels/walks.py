@@ -1,4 +1,5 @@
 """Which walk reads which encoding."""
+
 from macko_jax.kernels import banks, strips
 
 WALKS = dict.fromkeys(strips.DECODERS, strips.Walk) | {"banked": banks.Walk}
