@@ -1,14 +1,16 @@
 """Double Sparse Factorization and pruning of Flax models, on JAX."""
 
-from dsf_jax.calibration import gram_matrices
-from dsf_jax.factorize import Factorization, Options, factorize, factorize_stack
-from dsf_jax.finetune import keep_sparsity
-from dsf_jax.layers import FactorizedKernel, FactorPair, factorized_kernels
-from dsf_jax.pipeline import Compressed, compress_model
-from dsf_jax.problem import relative_output_error
-from dsf_jax.pruners import prune
-from dsf_jax.report import LayerReport, Progress, Report, print_progress
-from dsf_jax.rules import Rule
+import importlib
+
+from dsf_jax.nn.finetune import keep_sparsity
+from dsf_jax.nn.layers import FactorizedKernel, FactorPair, factorized_kernels
+from dsf_jax.pipeline.report import LayerReport, Progress, Report, print_progress
+from dsf_jax.pipeline.rules import Rule
+from dsf_jax.pipeline.run import Compressed, compress_model
+from dsf_jax.solvers.factorize import Factorization, Options, factorize, factorize_stack
+from dsf_jax.solvers.problem import relative_output_error
+from dsf_jax.solvers.pruners import prune
+from dsf_jax.trace.calibration import gram_matrices
 
 __all__ = [
     "Compressed",
@@ -21,6 +23,7 @@ __all__ = [
     "Report",
     "Rule",
     "compress_model",
+    "export",
     "factorize",
     "factorize_stack",
     "factorized_kernels",
@@ -30,3 +33,14 @@ __all__ = [
     "prune",
     "relative_output_error",
 ]
+
+
+def __getattr__(name: str):
+    # Packing is imported only where it is used.
+    if name == "export":
+        return importlib.import_module("dsf_jax.nn.export")
+    raise AttributeError(f"module 'dsf_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

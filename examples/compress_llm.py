@@ -4,7 +4,7 @@
 
 Memory holds one block at a time, so the checkpoint may be larger than it. A run that was killed
 goes on where it was when the same command is given again. PACKED serves examples.generate,
-examples.evaluate and examples.benchmark_decode as DIR does; its report.json says what became of
+examples.evaluate and examples.benchmarks.benchmark_decode as DIR does; its report.json says what became of
 each layer.
 """
 
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from absl import app, flags
 
 import dsf_jax
-from dsf_jax.solve import METHODS
+from dsf_jax.pipeline.solve import METHODS
 from examples import stdlib_text
 from examples.llama import checkpoint, compression, evaluation
 from examples.llama import tokenizer as tokenizers
-from macko_jax.format import ENCODINGS
+from macko_jax.format.matrix import ENCODINGS
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",

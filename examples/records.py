@@ -2,7 +2,7 @@
 
 import json
 
-from macko_jax.checkpoint import replacing
+from macko_jax.io.checkpoint import replacing
 
 
 def write_text(path, text):

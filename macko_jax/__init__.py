@@ -2,18 +2,13 @@
 
 import importlib
 
-import jax
-
-from macko_jax.compatibility import check_jax
-
-check_jax(jax.__version__)
-
-from macko_jax.api import spmv  # noqa: E402  (after the check, so that it is seen if an import fails)
-from macko_jax.checkpoint import load, save  # noqa: E402
-from macko_jax.format import MackoMatrix, compress, decompress, validate  # noqa: E402
-from macko_jax.fused import Step, fused_chain, fused_spmv  # noqa: E402
-from macko_jax.interop import from_macko_spmv, to_macko_spmv  # noqa: E402
-from macko_jax.rules import Rule  # noqa: E402
+from macko_jax import _compatibility  # noqa: F401 (first: it warns before an import fails)
+from macko_jax.format.matrix import MackoMatrix, compress, decompress, validate
+from macko_jax.io.checkpoint import load, save
+from macko_jax.io.macko_spmv import from_macko_spmv, to_macko_spmv
+from macko_jax.nn.rules import Rule
+from macko_jax.ops.api import spmv
+from macko_jax.ops.fused import Step, fused_chain, fused_spmv
 
 __all__ = [
     "MackoMatrix",
@@ -39,3 +34,7 @@ def __getattr__(name: str):
     if name in ("flax_linen", "flax_nnx"):
         return importlib.import_module(f"macko_jax.{name}")
     raise AttributeError(f"module 'macko_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -265,7 +265,7 @@ def pack_as_paper(weight: np.ndarray):
 
 
 def static_of(matrix, out_dtype):
-    """What a product's functions take beside arrays; see `macko_jax.reference`."""
+    """What a product's functions take beside arrays; see `macko_jax.ops.reference`."""
     return dict(
         shape=matrix.shape,
         encoding=matrix.encoding,

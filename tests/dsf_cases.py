@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples import compare_on_layers
+from examples.benchmarks import compare_on_layers
 
 DATA = Path(__file__).parent / "data" / "dsf_layers"
 

@@ -20,7 +20,12 @@ from absl import app, flags
 
 import macko_jax
 from examples.llama import decode_attention
-from macko_jax.kernels import by_values, config, decode, spmv, strips, transposed
+from macko_jax.gpu import densify as decode
+from macko_jax.gpu import row_walk as strips
+from macko_jax.gpu import sddmm as by_values
+from macko_jax.gpu import spmv
+from macko_jax.gpu import spmv_transposed as transposed
+from macko_jax.gpu import tuning as config
 from tests import test_chain, test_fused, test_matmul
 from tests import test_llama_decode_attention as attention
 from tests.test_kernels import ENCODINGS

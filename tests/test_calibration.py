@@ -7,9 +7,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from dsf_jax import dataflow, stages
-from dsf_jax.calibration import gram_matrices
-from dsf_jax.network import read_network
+from dsf_jax.trace import dataflow, stages
+from dsf_jax.trace.calibration import gram_matrices
+from dsf_jax.trace.network import read_network
 
 
 def draw(seed, *shape):

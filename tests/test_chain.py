@@ -10,8 +10,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import macko_jax
-from macko_jax.kernels import chain, config, emulation, spmv
-from macko_jax.kernels.vectors import BLANK
+from macko_jax.gpu import chain, spmv
+from macko_jax.gpu import tuning as config
+from macko_jax.gpu.staging import BLANK
+from macko_jax.lanes import interpreter as emulation
 from tests.test_kernels import STORED, abstract, needs_gpu, sparse, vectors
 
 EPS = 1e-5

@@ -13,7 +13,8 @@ import safetensors
 import safetensors.numpy
 
 import macko_jax
-from macko_jax import MackoMatrix, checkpoint
+from macko_jax import MackoMatrix
+from macko_jax.io import checkpoint
 from tests.cases import LAYOUTS
 
 

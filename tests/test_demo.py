@@ -147,7 +147,7 @@ def test_demo(byte_model, text, tmp_path):
 def test_compare_methods(byte_model, text, tmp_path):
     out = tmp_path / "methods.json"
     run(
-        "compare_methods",
+        "benchmarks.compare_methods",
         f"--checkpoint={byte_model}",
         f"--text={text}",
         "--windows=2",
@@ -195,7 +195,7 @@ def test_generate_reads_a_tokenizer_and_batches(tmp_path):
 def test_benchmark_spmv_and_its_figure(tmp_path):
     out = tmp_path / "spmv"
     run(
-        "benchmark_spmv",
+        "benchmarks.benchmark_spmv",
         "--shapes=64x96",
         "--densities=0.5,0.1",
         "--batches=1,3",
@@ -207,7 +207,7 @@ def test_benchmark_spmv_and_its_figure(tmp_path):
     assert len(records) == 16 and all(r["speedup"] > 0 for r in records)
     assert out.with_suffix(".csv").read_text().count("\n") == 17
     figure = tmp_path / "spmv.png"
-    run("plot_results", f"--record={out}.json", f"--out={figure}")
+    run("benchmarks.plot_results", f"--record={out}.json", f"--out={figure}")
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
@@ -215,7 +215,7 @@ def test_benchmark_spmv_and_its_figure(tmp_path):
 def test_benchmark_decode(tmp_path):
     out = tmp_path / "record.json"
     done = run(
-        "benchmark_decode",
+        "benchmarks.benchmark_decode",
         "--config=tiny",
         "--density=1",
         "--density=0.5",
@@ -235,7 +235,7 @@ def test_benchmark_decode(tmp_path):
 
 def test_benchmark_decode_names_checkpoints(byte_model, tmp_path):
     done = run(
-        "benchmark_decode",
+        "benchmarks.benchmark_decode",
         f"--checkpoint={byte_model}",
         "--new_tokens=4",
         "--chunk=4",
@@ -305,7 +305,11 @@ def test_training_learns_and_records(tmp_path):
         ("demo", [f"--checkpoint={DATA / 'llama3'}"], "96 tokens"),
         ("evaluate", ["--windows=0"], "windows"),
         ("evaluate", ["--length=0"], "length"),
-        ("benchmark_decode", ["--prompt=900", "--new_tokens=256"], "1024 positions of tiny"),
+        (
+            "benchmarks.benchmark_decode",
+            ["--prompt=900", "--new_tokens=256"],
+            "1024 positions of tiny",
+        ),
     ],
 )
 def test_scripts_refuse(script, arguments, message):

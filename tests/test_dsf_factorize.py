@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsf_jax
-from dsf_jax import budget, problem
-from dsf_jax.admm import Schedule, improve_factor, refit_coupled, refit_rows, solve_rows
-from dsf_jax.factorize import _factorize, _Numbers, choose_options
+from dsf_jax.solvers import budget, problem
+from dsf_jax.solvers.admm import Schedule, improve_factor, refit_coupled, refit_rows, solve_rows
+from dsf_jax.solvers.factorize import _factorize, _Numbers, choose_options
 from tests.dsf_cases import hard_layers, real_layer, reference, small_layer
 
 # Enough to exercise every step where the error itself is not the point. One width and mostly one

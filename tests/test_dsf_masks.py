@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsf_jax import masks
+from dsf_jax.solvers import masks
 
 
 def expected_mask(scores, k):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsf_jax
-from dsf_jax import pruners
+from dsf_jax.solvers import pruners
 from tests.dsf_cases import hard_layers, real_layer, reference, small_layer
 
 METHODS = list(pruners.METHODS)

@@ -13,13 +13,13 @@ from dsf_jax import (
     FactorPair,
     Rule,
     compress_model,
-    dataflow,
     export,
     factorized_kernels,
     keep_sparsity,
 )
-from dsf_jax.layers import become_pair
-from dsf_jax.network import read_network
+from dsf_jax.nn.layers import become_pair
+from dsf_jax.trace import dataflow
+from dsf_jax.trace.network import read_network
 from tests.test_calibration import Stack
 from tests.test_pipeline import MIXED, PAIR, Net, token_batches
 

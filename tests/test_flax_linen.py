@@ -14,7 +14,7 @@ from flax.training.train_state import TrainState
 
 import macko_jax
 from macko_jax import MackoMatrix, flax_linen
-from macko_jax.rules import Rule
+from macko_jax.nn.rules import Rule
 
 
 class Block(nn.Module):

@@ -10,7 +10,7 @@ from flax import nnx
 
 import macko_jax
 from macko_jax.flax_nnx import MackoIndex, MackoLinear, from_pure_dict, substitute, to_pure_dict
-from macko_jax.rules import Rule
+from macko_jax.nn.rules import Rule
 
 # Kernels are filled by NumPy, because the default initializer compiles for long.
 ZEROS = nnx.initializers.zeros_init()

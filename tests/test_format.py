@@ -11,7 +11,9 @@ import pytest
 from hypothesis import strategies as st
 
 import macko_jax
-from macko_jax import layout, packing, packing_banked, packing_jax, positions
+from macko_jax.format import layout, packing_banked, packing_jax
+from macko_jax.format import pack as packing
+from macko_jax.format import unpack as positions
 from tests.cases import BITS, CASES, LAYOUTS, pack_as_paper, pack_slowly
 
 FIELDS = ("values", "codes", "row_offsets", "starts")

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 import macko_jax
-from macko_jax.kernels import config
-from macko_jax.kernels import spmv as kernel
+from macko_jax.gpu import spmv as kernel
+from macko_jax.gpu import tuning as config
 from tests.test_kernels import STORED, abstract, arrays_of, execute, needs_gpu, sparse, vectors
 
 EPS = 1e-5

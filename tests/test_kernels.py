@@ -12,9 +12,15 @@ import numpy as np
 import pytest
 
 import macko_jax
-from macko_jax import dispatch, quantization, reference
-from macko_jax.kernels import by_values, config, decode, emulation, strips, transposed
-from macko_jax.kernels import spmv as kernel
+from macko_jax.format import quantization
+from macko_jax.gpu import densify as decode
+from macko_jax.gpu import row_walk as strips
+from macko_jax.gpu import sddmm as by_values
+from macko_jax.gpu import spmv as kernel
+from macko_jax.gpu import spmv_transposed as transposed
+from macko_jax.gpu import tuning as config
+from macko_jax.lanes import interpreter as emulation
+from macko_jax.ops import dispatch, reference
 from tests.cases import BITS, static_of
 
 ENCODINGS = [*BITS, "banked"]

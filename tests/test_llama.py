@@ -13,10 +13,10 @@ from flax import nnx
 
 import macko_jax.flax_nnx
 from dsf_jax import export
-from dsf_jax.layers import become_pair
+from dsf_jax.nn.layers import become_pair
 from examples.llama import checkpoint, evaluation
 from examples.llama import model as llama
-from macko_jax.rules import Rule
+from macko_jax.nn.rules import Rule
 
 CONFIG = llama.Config(
     vocab_size=61,

@@ -11,10 +11,11 @@ from flax import nnx
 import macko_jax
 import macko_jax.flax_nnx
 from dsf_jax import export
-from dsf_jax.layers import become_pair
+from dsf_jax.nn.layers import become_pair
 from examples.llama import decode_attention
 from examples.llama import model as llama
-from macko_jax.kernels import emulation, vectors
+from macko_jax.gpu import staging as vectors
+from macko_jax.lanes import interpreter as emulation
 
 HAS_GPU = any(device.platform == "gpu" for device in jax.local_devices())
 # heads, key-value heads, slots, live tokens of each sequence, window; fewer slots than two blocks

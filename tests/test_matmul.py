@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import macko_jax
-from macko_jax.kernels import emulation, matmul, strips, tiles
+from macko_jax.gpu import matmul, tiles
+from macko_jax.gpu import row_walk as strips
+from macko_jax.lanes import interpreter as emulation
 from tests.test_kernels import abstract, arrays_of, needs_gpu, sparse, vectors
 
 PLANNED = st.builds(

@@ -15,8 +15,8 @@ from flax import linen as nn
 from flax import nnx
 
 from dsf_jax import Rule, compress_model, gram_matrices, prune, relative_output_error
-from dsf_jax.allocation import allocate_densities
-from dsf_jax.report import format_seconds
+from dsf_jax.pipeline.allocation import allocate_densities
+from dsf_jax.pipeline.report import format_seconds
 
 # Factorizations compile for seconds per shape, so the tests have them of 16 x 32 matrices only, and
 # of few rounds: how good they are is tested elsewhere.

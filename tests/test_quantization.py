@@ -15,8 +15,8 @@ from hypothesis.extra import numpy as st_numpy
 from jax.sharding import PartitionSpec as P
 
 import macko_jax
-from macko_jax import quantization
-from macko_jax.format import validate
+from macko_jax.format import quantization
+from macko_jax.format.matrix import validate
 
 DTYPES = ("int8", "float8_e4m3fn")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from macko_jax.rules import LayerReport, Report, Rule, assign_rules
+from macko_jax.nn.rules import LayerReport, Report, Rule, assign_rules
 
 PATHS = ["embed", "layers/0/up", "layers/0/down", "layers/1/up", "layers/1/down", "head"]
 

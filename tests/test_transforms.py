@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import macko_jax
-from macko_jax import primitive
+from macko_jax.ops import primitive
 from tests.cases import CASES
 
 PAIR = (CASES[6], CASES[8])  # 33 x 301: bitmask float16 on 8 lanes, delta4 float32 on 2

@@ -26,8 +26,8 @@ import dsf_jax
 import macko_jax
 import macko_jax.flax_nnx
 from dsf_jax import export
-from dsf_jax.problem import check_density
-from dsf_jax.solve import check_method
+from dsf_jax.pipeline.solve import check_method
+from dsf_jax.solvers.problem import check_density
 from examples.llama import checkpoint
 from examples.llama import model as llama
 from examples.records import write_json
@@ -233,7 +233,7 @@ def _compress_block(out, stored, abstract, index, hidden, record, progress, *, e
         raise ValueError(f"block {index}: {error}") from error
     del block
     record.add(index, [_renamed(layer, prefix) for layer in compressed.report.layers])
-    packed, _ = export.pack(compressed.model, macko_jax.rules.Rule(".*", encoding=encoding))
+    packed, _ = export.pack(compressed.model, macko_jax.Rule(".*", encoding=encoding))
     macko_jax.save(checkpoint.part_file(out, index), macko_jax.flax_nnx.to_pure_dict(packed))
     shutil.rmtree(out / "work" / str(index))
 

@@ -16,7 +16,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from macko_jax.kernels import config, lanes, vectors
+from macko_jax.gpu import staging as vectors
+from macko_jax.gpu import tuning as config
+from macko_jax.lanes import mosaic as lanes
 
 HEAD_DIM = 128
 LANES = 8  # that share a slot

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsf_jax.layers import FactorPair
+from dsf_jax.nn.layers import FactorPair
 from macko_jax import Step, flax_nnx
-from macko_jax.fused import blanks, in_turn, rms_norm, swiglu
+from macko_jax.ops.fused import blanks, in_turn, rms_norm, swiglu
 
 
 @dataclasses.dataclass(frozen=True)

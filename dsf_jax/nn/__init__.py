@@ -1,0 +1,1 @@
+"""Factor pairs as Flax layers, packing and training them."""

@@ -1,0 +1,110 @@
+"""Finished layers on disk, so that a run that was killed goes on where it stopped."""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import tempfile
+import warnings
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dsf_jax.pipeline.solve import Solution
+
+
+def fingerprint(settings: dict, *trees) -> str:
+    """SHA-256 of settings (as JSON) and of every array in some pytrees."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
+    for leaf in jax.tree.leaves(trees):
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.asarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()
+
+
+class WorkDirectory:
+    """A directory with one safetensors file per finished layer.
+
+    Files are written to a temporary name and renamed, so that a file which exists is whole. Each
+    carries the fingerprint of the run; results of another model, other batches or other settings
+    are refused, never mixed in.
+
+    Args:
+      path: The directory; it is made if there is none.
+      mark: The run's fingerprint.
+
+    Raises:
+      ValueError: The directory holds results of another run.
+    """
+
+    def __init__(self, path, mark: str):
+        self.path, self.mark = pathlib.Path(path), mark
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in sorted(self.path.glob("*.safetensors")):
+            found = _metadata(file)
+            if found is not None and found.get("fingerprint") != mark:
+                raise ValueError(
+                    f"{self.path} holds results of another run ({file.name}): its model, "
+                    "batches, method or density were different. Give another work_dir, or empty "
+                    "this one"
+                )
+
+    def file(self, layer: str) -> pathlib.Path:
+        # The hash keeps paths apart that differ only in what a file name cannot hold.
+        name = re.sub(r"[^A-Za-z0-9._-]+", ".", layer)[-100:]
+        return self.path / f"{name}-{hashlib.sha256(layer.encode()).hexdigest()[:8]}.safetensors"
+
+    def load(self, layer: str) -> Solution | None:
+        """The finished solution of a layer; None if there is none, or only a damaged file."""
+        file = self.file(layer)
+        metadata = _metadata(file) if file.exists() else None
+        if metadata is None:
+            return None
+        with safe_open(file, framework="numpy") as arrays:
+            values = {name: arrays.get_tensor(name) for name in arrays.keys()}
+        return Solution(
+            product=values["product"],
+            left=values.get("left"),
+            right=values.get("right"),
+            method=metadata["method"],
+            nonzeros=int(metadata["nonzeros"]),
+            error=float(metadata["error"]),
+            seconds=float(metadata["seconds"]),
+        )
+
+    def save(self, layer: str, solution: Solution):
+        """Writes a finished solution."""
+        names = ("product", "left", "right")
+        arrays = {n: getattr(solution, n) for n in names if getattr(solution, n) is not None}
+        metadata = {
+            "fingerprint": self.mark,
+            "layer": layer,
+            "method": solution.method,
+            "nonzeros": str(solution.nonzeros),
+            "error": repr(solution.error),
+            "seconds": repr(solution.seconds),
+        }
+        handle, temporary = tempfile.mkstemp(dir=self.path, suffix=".unfinished")
+        os.close(handle)
+        try:
+            save_file(arrays, temporary, metadata)
+            os.replace(temporary, self.file(layer))
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def _metadata(file) -> dict | None:
+    """A file's metadata; None, with a warning, where it is damaged and will be redone."""
+    try:
+        with safe_open(file, framework="numpy") as arrays:
+            return arrays.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        warnings.warn(f"{file} is damaged and its layer is solved again: {error}", stacklevel=3)
+        return None

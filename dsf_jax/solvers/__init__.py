@@ -1,0 +1,1 @@
+"""One layer: its problem, the pruners, and the factorization."""

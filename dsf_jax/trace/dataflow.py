@@ -1,0 +1,404 @@
+"""A traced forward pass as one flat list of operations, and the layers found in it.
+
+A layer, here, is a product of an activation with a matrix that is a view (slice, transpose,
+reshape, cast) of one parameter: Linear, Dense, DenseGeneral, Einsum, attention projections,
+convolutions, expert stacks, and whatever a user writes with `jnp.einsum` on a parameter. Reading
+layers off the trace needs no hook in the model, and shows exactly which layer's weights can
+change which other layer's inputs; `stages` runs the pass in pieces along those lines.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+from dsf_jax.trace.contractions import Convolution, matmul_matrix
+
+# A scan over stacked layers is unrolled, so that each slice of the stack is a layer of its own.
+MAX_UNROLL = 256
+
+# Primitives that only wrap another program, and the parameter that holds it.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+# Primitives that rearrange or select entries; a cast counts, since it changes no position.
+_VIEWS = frozenset(["reshape", "transpose", "squeeze", "rev", "slice", "split", "broadcast_in_dim"])
+_CASTS = frozenset(["convert_element_type", "copy", "copy_p", "sharding_constraint"])
+_PRODUCTS = frozenset(["dot_general", "conv_general_dilated"])
+
+
+class Op(NamedTuple):
+    """One operation: `run(*values)` gives the list of its outputs; values have integer names."""
+
+    run: Callable
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+class View(NamedTuple):
+    """A value that is a rearranged part of parameter `leaf`: `steps` are (key, function)."""
+
+    leaf: int
+    steps: tuple[tuple[str, Callable], ...] = ()
+
+    def then(self, key, run):
+        return View(self.leaf, (*self.steps, (key, run)))
+
+    def keys(self):
+        return tuple(key for key, _ in self.steps)
+
+    def read(self, leaf):
+        for _, run in self.steps:
+            leaf = run(leaf)
+        return leaf
+
+
+class Use(NamedTuple):
+    """One place where a layer is applied.
+
+    Attributes:
+      activation: Name of the value the layer reads.
+      rows: Turns that value into the matrix's input vectors, `[groups, n, in]`.
+      key: Hashable description of `rows`: equal keys mean equal Gram matrices.
+      output: Name of the product.
+    """
+
+    activation: int
+    rows: Callable
+    key: tuple
+    output: int
+
+
+@dataclasses.dataclass
+class Layer:
+    """A parameter, or slice of a stacked one, seen as `groups` matrices `[out, in]`.
+
+    Attributes:
+      path: Module path, such as "layers/0/attention/qkv"; "[i]" is appended for slice i of
+        parameters stacked for a scan.
+      leaf: Index of the parameter among the model's leaves.
+      kind: "linear", "conv" or "embedding".
+      groups, rows, cols: groups of a grouped convolution or experts of a stack (else 1), out, in.
+      view: The matrices `[groups, out, in]` as a view of the parameter.
+      uses: Where it is applied, in order; an embedding may have none (look-ups only).
+      lookups: Names of values looked up in it (embeddings).
+    """
+
+    path: str
+    leaf: int
+    kind: str
+    groups: int
+    rows: int
+    cols: int
+    view: View
+    uses: list[Use] = dataclasses.field(default_factory=list)
+    lookups: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return self.groups * self.rows * self.cols
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Which slice of a stacked parameter it is; () where the parameter is not stacked."""
+        return tuple(int(key[1:-1]) for key in self.view.keys() if key.startswith("["))
+
+    def read(self, leaf: jax.Array) -> jax.Array:
+        """The matrices `[groups, out, in]` held by the parameter."""
+        return self.view.read(leaf)
+
+    def write(self, leaf: jax.Array, matrices: jax.Array) -> jax.Array:
+        """The parameter with its matrices replaced; entries outside the view stay."""
+        # A view picks entries, each once, so that its transpose puts them back.
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        put = jax.linear_transpose(self.view.read, shape)
+        (inside,) = put(jnp.ones(matrices.shape, leaf.dtype))
+        (new,) = put(matrices.astype(leaf.dtype))
+        return jnp.where(inside > 0, new, leaf)
+
+
+@dataclasses.dataclass
+class Dataflow:
+    """A forward pass: operations in order, with the layers among them.
+
+    Attributes:
+      ops: Operations in a valid order.
+      batch: Names of the batch's leaves.
+      leaves: Names of the model's leaves.
+      constants: Arrays that the trace closed over, by name.
+      shapes: Shape and dtype of every value, by name.
+      layers: The layers, in order of first application.
+      views: Values that are views of a parameter, recomputed wherever they are needed.
+      notes: For parameters that are used as matrices where no layer could be made: the reason.
+    """
+
+    ops: list[Op] = dataclasses.field(default_factory=list)
+    batch: list[int] = dataclasses.field(default_factory=list)
+    leaves: list[int] = dataclasses.field(default_factory=list)
+    constants: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+    shapes: list[jax.ShapeDtypeStruct] = dataclasses.field(default_factory=list)
+    layers: list[Layer] = dataclasses.field(default_factory=list)
+    views: dict[int, View] = dataclasses.field(default_factory=dict)
+    notes: dict[int, str] = dataclasses.field(default_factory=dict)
+
+
+def trace(network, batch) -> Dataflow:
+    """Traces the forward pass of a network on a batch and finds its layers.
+
+    Args:
+      network: A `network.Network`.
+      batch: A pytree of arrays; only shapes and dtypes matter.
+
+    Returns:
+      The `Dataflow`.
+    """
+    closed = jax.make_jaxpr(network.apply)(network.leaves, batch)
+    return _Tracer(network, closed, len(network.leaves)).flow
+
+
+class _Tracer:
+    """Flattens a program into a `Dataflow`."""
+
+    def __init__(self, network, closed, leaves):
+        self.flow = Dataflow()
+        self.network = network
+        self.found = {}
+        names = [self.name(v.aval) for v in closed.jaxpr.invars]
+        self.flow.leaves, self.flow.batch = names[:leaves], names[leaves:]
+        for i, name in enumerate(self.flow.leaves):
+            if network.trainable[i]:
+                self.flow.views[name] = View(i)
+        constants = [self.constant(c) for c in closed.consts]
+        self.flatten(closed.jaxpr, constants, names)
+        self.settle_overlaps()
+
+    def name(self, aval):
+        self.flow.shapes.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+        return len(self.flow.shapes) - 1
+
+    def constant(self, value):
+        value = jnp.asarray(value)
+        name = self.name(value)
+        self.flow.constants[name] = value
+        return name
+
+    def op(self, run, inputs, avals):
+        outputs = tuple(self.name(aval) for aval in avals)
+        self.flow.ops.append(Op(run, tuple(inputs), outputs))
+        return outputs
+
+    def flatten(self, jaxpr, constants, arguments):
+        """Adds the operations of `jaxpr` applied to named values; returns its outputs' names."""
+        names = dict(zip(jaxpr.constvars, constants)) | dict(zip(jaxpr.invars, arguments))
+
+        def read(atom):
+            return self.constant(atom.val) if isinstance(atom, Literal) else names[atom]
+
+        for eqn in jaxpr.eqns:
+            kind, inputs = eqn.primitive.name, [read(atom) for atom in eqn.invars]
+            inner = eqn.params.get(_CALLS.get(kind))
+            if inner is not None:
+                outputs = self.call(inner, inputs)
+            elif kind == "scan" and self.is_layer_stack(eqn, inputs):
+                outputs = self.unroll(eqn, inputs)
+            else:
+                outputs = self.apply(eqn, inputs)
+            names.update(zip(eqn.outvars, outputs))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def call(self, inner, inputs):
+        jaxpr = getattr(inner, "jaxpr", inner)  # closed or not
+        return self.flatten(jaxpr, [self.constant(c) for c in getattr(inner, "consts", ())], inputs)
+
+    def apply(self, eqn, inputs):
+        run = functools.partial(_bind, eqn)
+        outputs = self.op(run, inputs, [v.aval for v in eqn.outvars])
+        kind, views = eqn.primitive.name, self.flow.views
+        view = views.get(inputs[0]) if inputs else None
+        if kind in _PRODUCTS:
+            self.add_product(eqn, inputs, outputs[0])
+        elif kind == "gather" and view and len(self.flow.shapes[inputs[0]].shape) == 2:
+            self.add_lookup(inputs[0], outputs[0])
+        elif view and kind in _CASTS:
+            views[outputs[0]] = view
+        elif view and kind in _VIEWS and self.picks_entries(eqn):
+            key = f"{kind}{sorted(eqn.params.items(), key=lambda item: item[0])}"
+            for i, output in enumerate(outputs):
+                views[output] = view.then(f"{key}#{i}", lambda x, i=i: run(x)[i])
+        elif _programs(eqn):
+            self.note_hidden(eqn, inputs)
+        return outputs
+
+    @staticmethod
+    def picks_entries(eqn):
+        """Whether no entry is repeated: a broadcast that only adds axes of length 1 is a view."""
+        sizes = [math.prod(v.aval.shape) for v in (eqn.invars[0], *eqn.outvars)]
+        return eqn.primitive.name != "broadcast_in_dim" or sizes[0] == sizes[1]
+
+    def note_hidden(self, eqn, inputs):
+        for name in inputs:
+            view = self.flow.views.get(name)
+            if view and len(self.flow.shapes[name].shape) > 1:
+                self.flow.notes.setdefault(
+                    view.leaf, f"used inside a {eqn.primitive.name}, which cannot be looked into"
+                )
+
+    def is_layer_stack(self, eqn, inputs):
+        matrices = [
+            name
+            for name in inputs
+            if name in self.flow.views and len(self.flow.shapes[name].shape) > 1
+        ]
+        return (
+            bool(matrices)
+            and eqn.params["length"] <= MAX_UNROLL
+            and _holds_product(eqn.params["jaxpr"])
+        )
+
+    def unroll(self, eqn, inputs):
+        params = eqn.params
+        consts, carries = _scan_layout(params)
+        fixed, carry = inputs[:consts], list(inputs[consts : consts + carries])
+        stacked = inputs[consts + carries :]
+        steps = range(params["length"])
+        collected = {}
+        for step in reversed(steps) if params["reverse"] else steps:
+            slices = [self.index(name, step) for name in stacked]
+            outputs = self.call(params["jaxpr"], [*fixed, *carry, *slices])
+            carry, collected[step] = list(outputs[:carries]), outputs[carries:]
+        results = list(carry)
+        for i, var in enumerate(eqn.outvars[carries:]):
+            parts = [collected[step][i] for step in steps]
+            results += self.op(lambda *parts: [jnp.stack(parts)], parts, [var.aval])
+        return results
+
+    def index(self, name, step):
+        shape = self.flow.shapes[name]
+        aval = jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype)
+        (output,) = self.op(lambda x: [x[step]], [name], [aval])
+        view = self.flow.views.get(name)
+        if view:
+            self.flow.views[output] = view.then(f"[{step}]", lambda x: x[step])
+        return output
+
+    def add_product(self, eqn, inputs, output):
+        views = [self.flow.views.get(name) for name in inputs]
+        if (views[0] is None) == (views[1] is None):
+            if views[0] is not None:
+                for view in views:
+                    self.flow.notes.setdefault(view.leaf, "multiplied with another parameter")
+            return
+        side = 1 if views[1] is not None else 0
+        activation, view = inputs[1 - side], views[side]
+        if eqn.primitive.name == "dot_general":
+            kind = "linear"
+            contract, batch = eqn.params["dimension_numbers"]
+            # In the kernel's order, whichever order the product names its dimensions in.
+            pairs = sorted(zip(contract[side], contract[1 - side]))
+            kernel_dims = (tuple(k for k, _ in pairs), tuple(batch[side]))
+            input_dims = (tuple(x for _, x in pairs), tuple(batch[1 - side]))
+            matrix = functools.partial(matmul_matrix, dims=kernel_dims)
+            rows = functools.partial(matmul_matrix, dims=input_dims)
+            key = (activation, "linear", input_dims)
+            layout = f"matmul{kernel_dims}"
+        else:
+            kind = "conv"
+            geometry = Convolution.of(eqn, self.flow.shapes[inputs[1]].shape)
+            if side == 0 or eqn.params["batch_group_count"] != 1:
+                self.flow.notes.setdefault(view.leaf, "the input of a convolution, not its kernel")
+                return
+            matrix, rows = geometry.matrix, geometry.rows
+            key = (activation, "conv", geometry)
+            layout = f"conv{geometry.kernel_spec, geometry.groups}"
+        layer = self.layer(view.then(layout, matrix), kind)
+        if layer is not None:
+            layer.uses.append(Use(activation, rows, key, output))
+
+    def add_lookup(self, name, output):
+        view = self.flow.views[name].then("matmul((1,), ())", lambda x: x[None])
+        layer = self.layer(view, "embedding")
+        if layer is not None:
+            layer.kind = "embedding"
+            layer.lookups.append(output)
+
+    def layer(self, view, kind):
+        """The layer of a view of a parameter; None where it is no matrix."""
+        key = (view.leaf, view.keys())
+        if key not in self.found:
+            leaf = self.flow.shapes[self.flow.leaves[view.leaf]]
+            if len(leaf.shape) < 2:
+                return None
+            groups, rows, cols = jax.eval_shape(view.read, leaf).shape
+            if cols < 2:
+                return None
+            layer = Layer("", view.leaf, kind, groups, rows, cols, view)
+            stack = "".join(f"[{i}]" for i in layer.stack)
+            layer.path = self.network.module_path(view.leaf) + stack
+            self.found[key] = layer
+            self.flow.layers.append(layer)
+        return self.found[key]
+
+    def settle_overlaps(self):
+        """Names the parts of a parameter that is used in pieces, drops clashing views of one."""
+        by_leaf = {}
+        for layer in self.flow.layers:
+            by_leaf.setdefault((layer.leaf, layer.path), []).append(layer)
+        dropped = set()
+        for (leaf, path), layers in by_leaf.items():
+            if len(layers) == 1:
+                continue
+            shape = self.flow.shapes[self.flow.leaves[leaf]].shape
+            positions = np.arange(math.prod(shape)).reshape(shape)
+            parts = [np.asarray(layer.read(positions)).ravel() for layer in layers]
+            if len(np.unique(np.concatenate(parts))) < sum(part.size for part in parts):
+                dropped.update(id(layer) for layer in layers)
+                self.flow.notes[leaf] = "used in several ways (as a matrix and as its transpose?)"
+            else:
+                for i, layer in enumerate(layers):
+                    layer.path = f"{path}#{i}"
+        self.flow.layers = [layer for layer in self.flow.layers if id(layer) not in dropped]
+
+
+def _bind(eqn, *values):
+    with eqn.ctx.manager:
+        outputs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def _programs(eqn):
+    """The programs that an operation holds: a loop's body, the branches of a conditional."""
+    values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple) else (p,))]
+    return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+
+
+def _holds_product(program):
+    """Whether a program, or one inside it, multiplies matrices."""
+    jaxpr = getattr(program, "jaxpr", program)
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _PRODUCTS:
+            return True
+        if any(_holds_product(inner) for inner in _programs(eqn)):
+            return True
+    return False
+
+
+def _scan_layout(params):
+    """Numbers of constants and of carried values of a scan."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carries, _ = params["ft_in"].unpack()  # jax 0.11 and newer
+    return len(consts), len(carries)

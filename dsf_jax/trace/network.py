@@ -1,0 +1,157 @@
+"""A Flax model as a flat list of leaves and a function of them, for NNX and linen alike."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+from dsf_jax.nn.layers import FactorizedKernel, become_pair
+
+
+@dataclasses.dataclass
+class Network:
+    """A model taken apart.
+
+    Attributes:
+      paths: Path of each leaf, such as ("layers", "0", "mlp", "down", "kernel").
+      leaves: The arrays.
+      trainable: Whether each leaf is a parameter (not a statistic, cache or random state).
+      apply: `apply(leaves, batch)` is the forward pass, in evaluation mode.
+      substitute: `substitute(leaves, factors)` is a new model (linen: variables) with other arrays,
+        and with pairs of factors (left, right) in the place of some kernels, by index of leaf.
+      modules: Flax modules by path; linen's are known once `apply` has been traced.
+    """
+
+    paths: list[tuple[str, ...]]
+    leaves: list[jax.Array]
+    trainable: list[bool]
+    apply: Callable
+    substitute: Callable
+    modules: dict[str, Any]
+
+    def module_path(self, leaf: int) -> str:
+        """Path of the module whose kernel or embedding a leaf is; of other leaves their own."""
+        path = self.paths[leaf]
+        return "/".join(path[:-1] if path[-1] in ("kernel", "embedding") else path)
+
+
+def read_network(model, variables=None, forward: Callable | None = None) -> Network:
+    """Takes a Flax model apart.
+
+    Args:
+      model: An `nnx.Module`, or a linen module together with `variables`.
+      variables: The linen module's variables.
+      forward: `forward(model, batch)` runs the forward pass; the default is `model(batch)`,
+        `model(*batch)` for a tuple and `model(**batch)` for a dict. For linen, `model` is the
+        bound module.
+
+    Returns:
+      The `Network`.
+
+    Raises:
+      TypeError: The model is neither an NNX nor a linen module.
+      ValueError: A linen module without variables, or an NNX model with some.
+    """
+    forward = forward or _call
+    if isinstance(model, nnx.Module):
+        if variables is not None:
+            raise ValueError("variables belong to a linen module; an nnx.Module holds its own")
+        return _read_nnx(model, forward)
+    if isinstance(model, nn.Module):
+        if variables is None:
+            raise ValueError("give a linen module's variables as well: variables={'params': ...}")
+        return _read_linen(model, variables, forward)
+    raise TypeError(f"expected a flax.nnx.Module or a flax.linen.Module, got {type(model)}")
+
+
+def _call(model, batch):
+    if isinstance(batch, tuple):
+        return model(*batch)
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(batch)
+
+
+def _read_nnx(model, forward):
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+    with_paths, tree = jax.tree_util.tree_flatten_with_path((parameters, rest))
+    paths = [_names(path[1:]) for path, _ in with_paths]
+    first = len(jax.tree.leaves(parameters))
+
+    def rebuild(leaves):
+        return nnx.merge(graph, *jax.tree.unflatten(tree, leaves))
+
+    def apply(leaves, batch):
+        copy = rebuild(leaves)  # new modules: neither eval() nor the pass touches the model
+        copy.eval()
+        return _arrays(forward(copy, batch))
+
+    def substitute(leaves, factors):
+        new = rebuild(leaves)
+        modules = _modules(new)
+        for leaf, (left, right) in factors.items():
+            become_pair(modules["/".join(paths[leaf][:-1])], left, right)
+        return new
+
+    return Network(
+        paths,
+        [leaf for _, leaf in with_paths],
+        [i < first for i in range(len(paths))],
+        apply,
+        substitute,
+        _modules(model),
+    )
+
+
+def _modules(model):
+    return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+
+
+def _read_linen(module, variables, forward):
+    with_paths, tree = jax.tree_util.tree_flatten_with_path(variables)
+    paths = [_names(path) for path, _ in with_paths]
+
+    modules = {}
+
+    def record(next_function, args, kwargs, context):
+        path = "/".join(context.module.path)
+        if path not in modules:
+            modules[path] = context.module.clone(parent=None)
+        return next_function(*args, **kwargs)
+
+    def apply(leaves, batch):
+        bound = module.bind(jax.tree.unflatten(tree, leaves))
+        with nn.intercept_methods(record):
+            return _arrays(forward(bound, batch))
+
+    def substitute(leaves, factors):
+        leaves = list(leaves)
+        for leaf, (left, right) in factors.items():
+            dtype = leaves[leaf].dtype
+            leaves[leaf] = FactorizedKernel(left.astype(dtype), right.astype(dtype))
+        return jax.tree.unflatten(tree, leaves)
+
+    return Network(
+        [path[1:] for path in paths],
+        [leaf for _, leaf in with_paths],
+        [path[0] == "params" for path in paths],
+        apply,
+        substitute,
+        modules,
+    )
+
+
+def _names(path):
+    """Key path to names. A last attribute key is a Variable's or a box's own and names nothing."""
+    if isinstance(path[-1], jax.tree_util.GetAttrKey):
+        path = path[:-1]
+    return tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def _arrays(tree):
+    """The array leaves of a forward pass's result; the rest does not matter here."""
+    return [x for x in jax.tree.leaves(tree) if isinstance(x, (jax.Array, np.ndarray))]

@@ -1,0 +1,176 @@
+"""A forward pass in stages: which layers can be worked on together, and running it piecewise."""
+
+import functools
+import hashlib
+from typing import NamedTuple
+
+import jax
+
+from dsf_jax.trace.dataflow import Dataflow
+
+
+class Stages(NamedTuple):
+    """The order in which layers are worked on.
+
+    Attributes:
+      groups: Lists of layer indices. Layers of one group read inputs that none of the group can
+        change, except within a block that was asked for (or a layer applied more than once).
+      of_value: For each value, how many groups must be done before it is final; views have 0.
+    """
+
+    groups: list[list[int]]
+    of_value: list[int]
+
+
+def order_layers(flow: Dataflow, layers: list[int], blocks: list[list[int]] = ()) -> Stages:
+    """Sorts layers into groups by what their inputs depend on.
+
+    The set of layers whose weights reach a value is followed through the whole pass, so that a
+    layer comes as early as its inputs are final: q, k and v, or a shortcut beside a convolution,
+    are one group, with no list of names.
+
+    Args:
+      flow: The traced pass.
+      layers: Indices of the layers that will change.
+      blocks: Indices to be kept together in one group, even where one feeds another.
+
+    Returns:
+      The `Stages`.
+    """
+    bit = {layer: 1 << i for i, layer in enumerate(layers)}
+    source = {}
+    leaf_bits = {}
+    for layer in layers:
+        record = flow.layers[layer]
+        leaf_bits[record.leaf] = leaf_bits.get(record.leaf, 0) | bit[layer]
+        for output in (*(use.output for use in record.uses), *record.lookups):
+            source[output] = source.get(output, 0) | bit[layer]
+    accounted = flow.views.keys() | {
+        output
+        for layer in flow.layers
+        for output in (*(use.output for use in layer.uses), *layer.lookups)
+    }
+    reach = [0] * len(flow.shapes)
+    for op in flow.ops:
+        mask = 0
+        for name in op.inputs:
+            mask |= reach[name]
+            # A parameter used outside its layers (a norm of it, say) is followed all the same.
+            if name in flow.views and not accounted.issuperset(op.outputs):
+                mask |= leaf_bits.get(flow.views[name].leaf, 0)
+        for name in op.outputs:
+            reach[name] = mask | source.get(name, 0)
+
+    unit = {layer: layer for layer in layers}
+    for block in blocks:
+        for layer in block:
+            unit[layer] = unit[block[0]]
+    before = {layer: 0 for layer in layers}
+    for layer in layers:
+        for use in flow.layers[layer].uses:
+            before[layer] |= reach[use.activation]
+    level = _levels(layers, unit, before, bit)
+    groups = [[] for _ in range(max(level.values(), default=0))]
+    for layer in layers:
+        groups[level[layer] - 1].append(layer)
+    bits = [(bit[layer], level[layer]) for layer in layers]
+    known = {}
+
+    def final(mask):
+        if mask not in known:
+            known[mask] = max((at for b, at in bits if mask & b), default=0)
+        return known[mask]
+
+    return Stages(groups, [final(mask) for mask in reach])
+
+
+def _levels(layers, unit, before, bit):
+    """Longest path to each layer, counted in units; units that feed each other become one."""
+    while True:
+        members = {}
+        for layer in layers:
+            members.setdefault(unit[layer], []).append(layer)
+        own = {u: sum(bit[layer] for layer in group) for u, group in members.items()}
+        needs = {}
+        for u, group in members.items():
+            mask = functools.reduce(lambda a, b: a | b, (before[layer] for layer in group), 0)
+            needs[u] = {v for v in members if v != u and mask & own[v]}
+        level, waiting = {}, dict(needs)
+        while waiting:
+            ready = [u for u, need in waiting.items() if all(v in level for v in need)]
+            if not ready:
+                break
+            for u in ready:
+                level[u] = 1 + max((level[v] for v in waiting.pop(u)), default=0)
+        if not waiting:
+            return {layer: level[unit[layer]] for layer in layers}
+        first, second = _cycle_edge(waiting, level)
+        for layer in layers:
+            if unit[layer] == second:
+                unit[layer] = first
+
+
+def _cycle_edge(waiting, level):
+    """Two units of a cycle: follow unmet needs until a unit comes round again."""
+    seen, u = [], next(iter(waiting))
+    while u not in seen:
+        seen.append(u)
+        u = next(v for v in waiting[u] if v not in level)
+    return u, seen[-1]
+
+
+class Segment:
+    """A part of a pass, from given values to wanted ones, compiled.
+
+    Segments whose lowered programs read the same (the blocks of a transformer) share one
+    compiled executable.
+
+    Args:
+      flow: The pass.
+      sources: Names of the values given.
+      targets: Names of the values wanted.
+      finish: Applied to the tuple of wanted values inside the program; default: nothing.
+    """
+
+    _executables: dict = {}
+
+    def __init__(self, flow, sources, targets, finish=lambda values: values):
+        given, needed, ops = set(sources), set(targets), []
+        for op in reversed(flow.ops):
+            if any(name in needed and name not in given for name in op.outputs):
+                ops.append(op)
+                needed.update(op.inputs)
+        self.ops = ops[::-1]
+        self.sources = sorted(needed & given)
+        self.leaves = [i for i, name in enumerate(flow.leaves) if name in needed]
+        self.constants = sorted(needed & flow.constants.keys())
+        self.flow, self.targets, self.finish = flow, tuple(targets), finish
+        self.compiled = {}
+
+    def _run(self, given, leaves, constants):
+        values = dict(zip(self.sources, given)) | dict(zip(self.constants, constants))
+        values |= {self.flow.leaves[i]: leaf for i, leaf in zip(self.leaves, leaves)}
+        for op in self.ops:
+            outputs = op.run(*(values[name] for name in op.inputs))
+            for name, output in zip(op.outputs, outputs):
+                values.setdefault(name, output)  # what was given stays, should its op run again
+        return self.finish(tuple(values[name] for name in self.targets))
+
+    def __call__(self, given: dict[int, jax.Array], leaves: list[jax.Array], device):
+        """Runs it on `device` with the values named in `given` and the model's leaves."""
+        arguments = jax.device_put(
+            (
+                [given[name] for name in self.sources],
+                [leaves[i] for i in self.leaves],
+                [self.flow.constants[name] for name in self.constants],
+            ),
+            device,
+        )
+        if device not in self.compiled:
+            lowered = jax.jit(self._run).lower(*arguments)
+            text = hashlib.sha256(lowered.as_text().encode()).digest()
+            key = (text, device, jax.tree.structure(lowered.out_info))
+            if key not in self._executables:
+                self._executables[key] = lowered.compile()
+            self.compiled[device] = self._executables[key]
+        return self.compiled[device](*arguments)

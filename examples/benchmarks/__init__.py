@@ -1,0 +1,1 @@
+"""Benchmarks, tuners, comparisons and plots."""

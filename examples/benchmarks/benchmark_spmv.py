@@ -1,0 +1,238 @@
+"""Times the sparse matrix-vector product against what a user would have without it.
+
+    python -m examples.benchmarks.benchmark_spmv --shapes=4096x4096,11008x4096 --densities=0.5,0.1
+
+Every implementation is checked against float64 first. Matrices are rotated so that none comes from
+a cache; printed and saved are medians and percentiles. With --read_floor, on a GPU, a kernel that
+only reads as many bytes shows what memory allows.
+"""
+
+import csv
+import dataclasses
+import importlib.metadata
+import importlib.util
+import itertools
+import sys
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.experimental import sparse
+
+import macko_jax
+from examples.benchmarks import timing as benchmark
+from examples.records import replacing, write_json
+from macko_jax.format.pack import ENCODINGS
+
+SHAPES = flags.DEFINE_list("shapes", ["4096x4096"], "Matrices, rows x cols.")
+DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.3", "0.1"], "Shares of non-zeros.")
+DTYPES = flags.DEFINE_list("dtypes", ["float16"], "Of matrix and vector.")
+PRODUCT = flags.DEFINE_enum(
+    "product",
+    "forward",
+    ["forward", "transposed", "by_values"],
+    "y = A x, or one of its derivatives: x = A^T y, and y x^T where A has values.",
+)
+BATCHES = flags.DEFINE_list("batches", ["1"], "Numbers of vectors.")
+IMPLEMENTATIONS = flags.DEFINE_list(
+    "implementations",
+    ["macko", "dense"],
+    "Of macko, which may end in an encoding and a type (macko_delta3, macko_int8, "
+    "macko_banked_fp8), macko_xla, dense, bcsr, bcoo, torch (cuBLAS, where torch is).",
+)
+REPEATS = flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)
+READ_FLOOR = flags.DEFINE_bool("read_floor", True, "Time a plain read of the same bytes (GPU).")
+OUT = flags.DEFINE_string("out", "runs/spmv", "Records go to <out>.json and <out>.csv.")
+
+# Of rounding the result, and of rivals that sum in 16 bits.
+TOLERANCE = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 5e-2}
+
+
+def macko(implementation=None, **options):
+    def make(dense):
+        product = lambda m, x: macko_jax.spmv(m, x, implementation=implementation)
+        return macko_jax.compress(dense, **options), product
+
+    return make
+
+
+def jax_sparse(kind):
+    return lambda dense: (kind.fromdense(dense), lambda m, x: (m @ x.T).T)
+
+
+# name -> function of the dense matrix that gives (matrix, product of matrix and vectors)
+MAKERS = {
+    **{
+        "_".join(filter(None, ("macko", encoding, short))): macko(encoding=encoding, dtype=dtype)
+        for encoding in (None, *ENCODINGS)
+        for short, dtype in ((None, None), ("int8", "int8"), ("fp8", "float8_e4m3fn"))
+    },
+    "macko_xla": macko(implementation="xla"),
+    "dense": lambda dense: (dense, lambda m, x: x @ m.T if x.ndim > 1 else m @ x),
+    "bcsr": jax_sparse(sparse.BCSR),
+    "bcoo": jax_sparse(sparse.BCOO),
+}
+
+
+# product name -> from the forward product, a function of (matrix, x, y)
+PRODUCTS = {
+    "forward": lambda product: lambda m, x, y: product(m, x),
+    "transposed": lambda product: lambda m, x, y: jax.vjp(lambda x: product(m, x), x)[1](y)[0],
+    "by_values": lambda product: (
+        lambda m, x, y: values_of(jax.vjp(lambda m: product(m, x), m)[1](y)[0])
+    ),
+}
+
+
+def values_of(matrix):
+    """Of the gradient of a matrix, the part that is not about positions."""
+    return matrix.values if isinstance(matrix, macko_jax.MackoMatrix) else matrix
+
+
+def error_of(result, dense, x, y, matrix) -> float:
+    """Relative error of a result against float64, apart from the rounding of 8-bit values."""
+    if isinstance(matrix, macko_jax.MackoMatrix):
+        dense = macko_jax.decompress(matrix)
+    if PRODUCT.value == "forward":
+        return benchmark.relative_error(result, dense, x)
+    if PRODUCT.value == "transposed":
+        return benchmark.relative_error(result, dense.T, y)
+    kept = np.asarray(dense) != 0
+    if isinstance(matrix, macko_jax.MackoMatrix):
+        result = macko_jax.decompress(dataclasses.replace(matrix, values=result))
+    exact = np.atleast_2d(y).astype(np.float64).T @ np.atleast_2d(x).astype(np.float64) * kept
+    difference = np.asarray(result, np.float64) * kept - exact
+    return float(np.linalg.norm(difference) / np.linalg.norm(exact))
+
+
+def time_torch(dense, x):
+    """(bytes, result, timing) of cuBLAS through torch, in a CUDA graph."""
+    import torch
+
+    kind = getattr(torch, x.dtype.name)
+    as_torch = lambda a: torch.tensor(np.asarray(a, np.float32), device="cuda").to(kind)
+    matrices = [as_torch(dense) for _ in range(benchmark.copies(dense.nbytes))]
+    vectors = as_torch(x).T.contiguous() if x.ndim > 1 else as_torch(x)
+    result = (matrices[0] @ vectors).float().cpu().numpy()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for m in matrices:
+            m @ vectors
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        kept = [m @ vectors for m in matrices]
+    seconds = []
+    for _ in range(REPEATS.value + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3 / len(matrices))
+    del kept
+    timing = benchmark.Timing(*np.percentile(seconds[1:], [10, 50, 90]).tolist())
+    return dense.nbytes, result.T if x.ndim > 1 else result, timing
+
+
+def time_read(count: int) -> float:
+    """Median seconds that a kernel takes to read `count` bytes."""
+    from examples.benchmarks import read_floor as read
+
+    size = max(1, count // 16) * 8
+    array = benchmark.random_sparse(1, size, 1.0, "float16").reshape(-1)
+    arrays = benchmark.distinct(array)
+    return benchmark.time_products(read.read, arrays, repeats=REPEATS.value).median
+
+
+def measure(name, dense, x, y) -> dict:
+    """Checks one implementation, then times it."""
+    if name == "torch":
+        matrix, (size, result, timing) = None, time_torch(dense, x)
+    else:
+        matrix, product = MAKERS[name](dense)
+        product = PRODUCTS[PRODUCT.value](product)
+        size, result = benchmark.nbytes(matrix), jax.jit(product)(matrix, x, y)
+        matrices = benchmark.distinct(matrix)
+        timing = benchmark.time_products(product, matrices, x, y, repeats=REPEATS.value)
+    error = error_of(result, dense, x, y, matrix)
+    if not error < TOLERANCE[x.dtype.name]:
+        raise AssertionError(f"{name} is wrong: relative error {error:.1e}")
+    record = {
+        "implementation": name,
+        "bytes": size,
+        "relative_error": error,
+        "microseconds": 1e6 * timing.median,
+        "microseconds_p10": 1e6 * timing.p10,
+        "microseconds_p90": 1e6 * timing.p90,
+        "gigabytes_per_second": size / timing.median / 1e9,
+    }
+    if READ_FLOOR.value and jax.default_backend() == "gpu":
+        floor = time_read(size)
+        record |= {"read_floor_microseconds": 1e6 * floor, "of_read_floor": floor / timing.median}
+    return record
+
+
+def save(out: str, records: list) -> None:
+    """Writes all records so far, as JSON with the environment and as a table."""
+    command = " ".join(["python -m examples.benchmarks.benchmark_spmv", *sys.argv[1:]])
+    environment = benchmark.environment()
+    if "torch" in IMPLEMENTATIONS.value:
+        environment["versions"]["torch"] = importlib.metadata.version("torch")
+    whole = {"command": command, **environment, "records": records}
+    write_json(f"{out}.json", whole)
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    with replacing(f"{out}.csv") as table, table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def main(_):
+    unknown = set(IMPLEMENTATIONS.value) - set(MAKERS) - {"torch"}
+    if unknown:
+        raise app.UsageError(
+            f"unknown --implementations {sorted(unknown)}; choose of {[*MAKERS, 'torch']}"
+        )
+    if "torch" in IMPLEMENTATIONS.value and importlib.util.find_spec("torch") is None:
+        raise app.UsageError("torch is not installed; leave it out of --implementations")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    header = (
+        f"{'rows x cols':>15} {'density':>7} {'dtype':>9} {'batch':>5} {'':14} "
+        f"{'us':>9} {'GB/s':>6} {'speed-up':>8} {'of floor':>8}"
+    )
+    print(header, flush=True)
+    records = []
+    cases = itertools.product(SHAPES.value, DENSITIES.value, DTYPES.value, BATCHES.value)
+    for shape, density, dtype, batch in cases:
+        rows, cols = map(int, shape.split("x"))
+        dense = benchmark.random_sparse(rows, cols, float(density), dtype)
+        x = jax.random.normal(jax.random.key(1), (int(batch), cols), dtype)
+        y = jax.random.normal(jax.random.key(2), (int(batch), rows), dtype)
+        x, y = (x[0], y[0]) if batch == "1" else (x, y)
+        case = {
+            "rows": rows,
+            "cols": cols,
+            "density": float(density),
+            "dtype": dtype,
+            "batch": int(batch),
+            "product": PRODUCT.value,
+        }
+        group = [case | measure(name, dense, x, y) for name in IMPLEMENTATIONS.value]
+        rivals = [r["microseconds"] for r in group if r["implementation"] in ("dense", "torch")]
+        for record in group:
+            if rivals:
+                record["speedup"] = min(rivals) / record["microseconds"]
+            print(
+                f"{rows:>7} x {cols:<5} {density:>7} {dtype:>9} {batch:>5} "
+                f"{record['implementation']:14} {record['microseconds']:>9.2f} "
+                f"{record['gigabytes_per_second']:>6.0f} {record.get('speedup', 0):>8.2f} "
+                f"{record.get('of_read_floor', 0):>8.2f}",
+                flush=True,
+            )
+        records += group
+        save(OUT.value, records)
+    print(f"written: {OUT.value}.json, {OUT.value}.csv")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,134 @@
+"""Prunes and factorizes real layers by every method and compares with the reference errors.
+
+    python -m examples.benchmarks.compare_on_layers --methods=admm,published,quality
+
+Reads the layers of --data (their README says what they are) and prints, for each layer, density and
+method, the relative output error on the calibration text and on other text, both also as ratio to
+the published program's, with non-zeros, packed bytes and seconds. The record is rewritten after
+every case, so that a long run can be watched.
+"""
+
+import datetime
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import dsf_jax
+from dsf_jax.solvers.budget import packed_nbytes
+from dsf_jax.solvers.factorize import PRESETS
+from dsf_jax.solvers.pruners import METHODS
+from examples.records import write_json
+
+_DATA = flags.DEFINE_string("data", "tests/data/dsf_layers", "Folder of .npz layers.")
+_LAYERS = flags.DEFINE_list("layers", None, "Layers such as l0.query; all in --data if not given.")
+_DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.4", "0.3", "0.2"], "Densities.")
+_METHODS = flags.DEFINE_list("methods", [*METHODS, *PRESETS], "Pruning methods and presets.")
+_OPTIONS = flags.DEFINE_string("options", "{}", "JSON object of options over the presets.")
+_OUTPUT = flags.DEFINE_string("output", "runs/compare_on_layers.json", "Where the record goes.")
+
+
+def load_layer(path):
+    """Weight `[out, in]`, Gram matrix and the other text's Gram matrix `[in, in]`, float32."""
+    with np.load(path) as arrays:
+        weight = arrays["W"].astype(np.float32)
+        gram = _symmetric(arrays["XX"], weight.shape[1])
+        size = np.sqrt(arrays["XXt_diag"])
+        other = _symmetric(arrays["XXt_corr"].astype(np.float32), weight.shape[1])
+    return weight, gram, other * size * size[:, None]
+
+
+def _symmetric(packed, size):
+    upper = np.zeros((size, size), np.float32)
+    upper[np.triu_indices(size)] = packed
+    return upper + np.triu(upper, 1).T
+
+
+def load_reference(data):
+    """Reference errors, {(layer, method, density): (error, error on other text)}."""
+    entries = json.loads((Path(data) / "reference.json").read_text())
+    return {
+        (e["layer"], e["method"], e["density"]): (e["relative_output_error"], e["on_other_text"])
+        for e in entries
+    }
+
+
+def run_case(weight, gram, other, density, method, options):
+    """Runs one method on one layer; returns a record."""
+    start = time.perf_counter()
+    if method in PRESETS:
+        result = dsf_jax.factorize(weight, gram, density=density, preset=method, **options)
+        product, extra = result.product(), {"inner": result.inner, "kept": result.method}
+        nonzeros, stored = result.nnz, result.nbytes
+    else:
+        product = dsf_jax.prune(weight, gram, density=density, method=method)
+        extra, nonzeros, stored = {}, int((product != 0).sum()), packed_nbytes(product)
+    return {
+        "relative_output_error": float(dsf_jax.relative_output_error(weight, product, gram)),
+        "on_other_text": float(dsf_jax.relative_output_error(weight, product, other)),
+        "nonzeros": nonzeros,
+        "packed_bytes": stored,
+        **extra,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def main(_):
+    reference = load_reference(_DATA.value)
+    layers = _LAYERS.value or sorted(path.stem for path in Path(_DATA.value).glob("*.npz"))
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "command": "python -m examples.benchmarks.compare_on_layers " + " ".join(sys.argv[1:]),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "results": [],
+    }
+    print(
+        "layer         density method      error    other    | to published, other | nnz, bytes, s"
+    )
+    for layer in layers:
+        arrays = load_layer(Path(_DATA.value) / f"{layer}.npz")
+        for density in map(float, _DENSITIES.value):
+            for method in _METHODS.value:
+                case = run_case(*arrays, density, method, json.loads(_OPTIONS.value))
+                case = {"layer": layer, "density": density, "method": method, **case}
+                if published := reference.get((layer, "published DSF", density)):
+                    case["ratio_to_published"] = case["relative_output_error"] / published[0]
+                    case["ratio_to_published_on_other_text"] = case["on_other_text"] / published[1]
+                record["results"].append(case)
+                print(
+                    f"{layer:13} {density:<7} {method:10} {case['relative_output_error']:.6f} "
+                    f"{case['on_other_text']:.6f} | {case.get('ratio_to_published', 0):.3f} "
+                    f"{case.get('ratio_to_published_on_other_text', 0):.3f} | "
+                    f"{case['nonzeros']} {case['packed_bytes']} {case['seconds']}",
+                    flush=True,
+                )
+                write_json(_OUTPUT.value, record)
+    _print_means(record["results"])
+
+
+def _print_means(results):
+    for method in dict.fromkeys(case["method"] for case in results):
+        for density in dict.fromkeys(case["density"] for case in results):
+            ratios = [
+                (case["ratio_to_published"], case["ratio_to_published_on_other_text"])
+                for case in results
+                if "ratio_to_published" in case
+                and (case["method"], case["density"]) == (method, density)
+            ]
+            if ratios:
+                mean = np.mean(ratios, axis=0)
+                print(
+                    f"{method:10} density {density}: mean ratio to published {mean[0]:.3f}, "
+                    f"on other text {mean[1]:.3f}"
+                )
+
+
+if __name__ == "__main__":
+    app.run(main)

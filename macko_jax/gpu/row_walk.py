@@ -1,0 +1,448 @@
+"""Walking the rows of a matrix in the strip layout of `format.MackoMatrix`.
+
+A block owns a share of the rows and deals them to its warps; `lanes` lanes work on a row, so a warp
+works on 32 / lanes rows at a time. Every lane owns a contiguous strip of its row whose first column
+is stored, which spares a prefix sum over the lanes. It reads its strip in steps of `unroll` groups
+of eight elements; the loads of a step are issued before the arithmetic of the step before it, also
+across rows.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from macko_jax.format import two_bank as choice
+from macko_jax.format.layout import (
+    DELTA_BITS,
+    GROUP,
+    PLANES,
+    WORD,
+    join_units,
+    prefix_bytes,
+    start_dtype,
+    words_per_row,
+)
+from macko_jax.lanes.mosaic import STREAM, WARP, prefetch_range
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """What a program knows of a matrix when it is compiled; see `format.MackoMatrix`."""
+
+    shape: tuple[int, int]
+    encoding: str
+    lanes: int
+    stored: int
+    dtype: Any
+
+    @property
+    def slack(self) -> int:
+        """Columns past the last one that idle lanes may name; their values are zero."""
+        return 2 * GROUP * WORD if self.encoding == "banked" else 2 * WORD
+
+
+class Strip(NamedTuple):
+    """What a lane still has to read of its row.
+
+    Attributes:
+      row: the row's index; beyond the block's share when there is no row left.
+      group: memory index of the lane's next group.
+      end: memory index after the row's last group.
+      place: the decoder's position in the row.
+    """
+
+    row: Any
+    group: Any
+    end: Any
+    place: Any
+
+
+class Group(NamedTuple):
+    """One group of a strip.
+
+    Attributes:
+      row: of the strip.
+      index: memory index of the group.
+      live: whether the lane has such a group; if not, its values are zero.
+      values: the words of its eight values, zero if they are not read.
+      columns: its eight columns times the walk's scale.
+    """
+
+    row: Any
+    index: Any
+    live: Any
+    values: Any
+    columns: Any
+
+
+def read_code(ops, matrix: Matrix, codes: str, group, live) -> list:
+    """Issues the loads of a group's code: its units in all planes."""
+    units, groups = [], matrix.stored // GROUP
+    for plane in PLANES[matrix.encoding]:
+        if plane.size == 4:  # lies first
+            units += ops.load_words(codes, group, 1, live, how=STREAM)
+        else:
+            at = group * plane.size + plane.before * groups
+            units.append(ops.load_small(codes, at, plane.size, live))
+    return units
+
+
+def read_prefixes(code: list, encoding: str):
+    """See `layout.prefix_bytes`; of a group's code as `read_code` gives it."""
+    return prefix_bytes(join_units(code, encoding), encoding)
+
+
+def add_up(ops, prefixes, base, step: int, unit: int | None = None) -> list:
+    """Places of a group's elements, base + step * (their number) + unit * (their bytes).
+
+    Args:
+      prefixes: bytes of elements 0, 2, 4, 6 and of 1, 3, 5, 7, as from `layout.prefix_bytes`.
+      unit: `step` by default, so that bytes and places both count columns.
+    """
+    return [
+        ops.add_byte(prefix, j, unit or step, base) + (2 * j + half) * step
+        for j in range(GROUP // 2)
+        for half, prefix in enumerate(prefixes)
+    ]
+
+
+def pass_group(ops, prefixes, base, step: int):
+    """The place after a group."""
+    return ops.add_byte(prefixes[1], GROUP // 2 - 1, step, base) + GROUP * step
+
+
+class Deltas:
+    """Positions from eight deltas in a code; the place is the next column times `scale`."""
+
+    def __init__(self, ops, matrix, codes, scale: int, chooses: bool):
+        self.ops, self.matrix, self.codes, self.scale = ops, matrix, codes, scale
+        self.end = matrix.shape[1] * scale
+        self.read_copies = choice.reader(ops) if chooses else None
+
+    def open(self, row, start):
+        del row
+        return start * self.scale
+
+    def read(self, group, live):
+        return read_code(self.ops, self.matrix, self.codes, group, live)
+
+    def columns(self, code, place):
+        """The columns of a group's elements times `scale`, and the place after the group."""
+        ops, scale = self.ops, self.scale
+        prefixes = read_prefixes(code, self.matrix.encoding)
+        # A lane whose row is done must not run away while its warp goes on with longer rows.
+        after = pass_group(ops, prefixes, place, scale)
+        after = ops.select(after < self.end, after, ops.integer(self.end))
+        if self.read_copies:
+            copies = self.read_copies(*prefixes, *code)
+            return add_up(ops, copies, place, scale, unit=scale // choice.WORDS), after
+        return add_up(ops, prefixes, place, scale), after
+
+
+class Bits(NamedTuple):
+    """A place in a row's bitmask.
+
+    Attributes:
+      word: index of the current word in the codes.
+      column: column of that word's lowest bit.
+      current: the word, without the bits already used.
+      ahead: the word after it.
+      end: index after the row's last word.
+    """
+
+    word: Any
+    column: Any
+    current: Any
+    ahead: Any
+    end: Any
+
+
+class Bitmask:
+    """Positions from a bitmask of the row, one bit after the other."""
+
+    def __init__(self, ops, matrix, codes, scale: int, chooses: bool):
+        del chooses
+        self.ops, self.words, self.codes = ops, words_per_row(matrix.shape[1]), codes
+        self.scale = scale
+
+    def read(self, group, live):
+        """Nothing: bits are read as they are needed."""
+        del group, live
+        return ()
+
+    def open(self, row, start):
+        word, bit = row * self.words + (start >> 5), start & (WORD - 1)
+        end = row * self.words + self.words
+        current = (self._load(word, end) >> bit) << bit
+        return Bits(word, (start >> 5) * WORD, current, self._load(word + 1, end), end)
+
+    def _load(self, word, end):
+        # Past the row every bit is set, so that the search of an idle lane ends within the slack.
+        return self.ops.load_words(self.codes, word, 1, word < end, fill=0xFFFFFFFF)[0]
+
+    def _advance(self, place):
+        inside = place.word < place.end
+        step = self.ops.select(inside, self.ops.integer(1), self.ops.integer(0))
+        return Bits(
+            place.word + step,
+            place.column + step * WORD,
+            place.ahead,
+            self._load(place.word + 2, place.end),
+            place.end,
+        )
+
+    def columns(self, code, place):
+        del code
+        ops, columns = self.ops, []
+        for _ in range(GROUP):
+            place = ops.loop(lambda p: p.current == 0, self._advance, place)
+            columns.append((place.column + ops.trailing_zeros(place.current)) * self.scale)
+            place = place._replace(current=place.current & (place.current - 1))
+        return columns, place
+
+
+DECODERS = dict.fromkeys(DELTA_BITS, Deltas) | {"bitmask": Bitmask}
+
+
+class RowWalk:
+    """Every lane's way through its block's rows, whatever the encoding.
+
+    An encoding adds `_open`, which gives what a lane has to read of a row; `_advance`, which gives
+    that after a step, and whether it is all read; `_read`, which issues the loads of a step, and
+    gives what of it they moved; `_loaded`, which gives (index, live, code, values) of the groups
+    that were loaded; and `_columns`.
+
+    Rows are counted in the order in which blocks share them out: that of the matrix or, where
+    they are `paired`, one row of its first half and one of its second half in turn, so that a block
+    has both of a pair or none; `index` gives a row's index in the matrix.
+
+    Attributes:
+      part: which strip of its row the lane owns.
+      first_row: of the block's share; of the matrix, where rows are spread.
+      end_row: row after the block's share; after all, where rows are spread.
+      busy: whether the lane works on rows at all.
+      buffer: which of the rows that the block works on at a time is the lane's, if it is busy.
+    """
+
+    def __init__(
+        self,
+        ops,
+        matrix: Matrix,
+        *,
+        block,
+        blocks: int,
+        warps: int,
+        unroll: int,
+        scale: int = 1,
+        read_values: bool = True,
+        rows_per_warp: int | None = None,
+        together: int = 1,
+        paired: bool = False,
+        spread: bool = False,
+        chooses: bool = False,
+        suffix: str = "",
+    ):
+        """`block` of `blocks` is the lane's share of the rows; columns come multiplied by `scale`.
+
+        The first `warps` of the block work. A warp works on `rows_per_warp` rows at a time, by
+        default as many as it has lanes for. It visits `together` groups of a row at a time: where
+        few warps fit on a multiprocessor, what they do for one group has to hide the latencies of
+        another. For `paired` see above; `suffix` ends the names of the matrix's arrays. Where rows
+        are `spread`, shares are not contiguous: all blocks are at work in one region of memory.
+        Where a lane `chooses`, columns lead to one of two copies of x, see `choice.py`.
+        """
+        self.ops, self.matrix, self.unroll, self.scale = ops, matrix, unroll, scale
+        self.suffix, self.chooses = suffix, chooses
+        self.together = together
+        words = GROUP * jnp.dtype(matrix.dtype).itemsize // 4 if read_values else 0
+        self.loads = [min(words, 4)] * (-(-words // 4))  # words of each load of a group's values
+        rows_per_warp = rows_per_warp or WARP // matrix.lanes
+        self._halves = 2 if paired else 1
+        share, rest = divmod(matrix.shape[0] // self._halves, blocks)
+        first = block * share + ops.select(block < rest, block, ops.integer(rest))
+        end = first + share + ops.select(block < rest, ops.integer(1), ops.integer(0))
+        self.first_row, self.end_row = first * self._halves, end * self._halves
+        thread = ops.thread()
+        lane = thread & (WARP - 1)
+        self.part = lane & (matrix.lanes - 1)
+        slot = lane >> (matrix.lanes.bit_length() - 1)
+        self.busy = (slot < rows_per_warp) & (thread < warps * WARP)
+        self.buffer = (thread >> 5) * rows_per_warp + slot
+        start, self._stride = self.first_row + self.buffer, warps * rows_per_warp
+        if spread:  # over blocks first, and then over their warps
+            self.first_row, self.end_row = ops.integer(0), ops.integer(matrix.shape[0])
+            start = ((thread >> 5) * blocks + block) * rows_per_warp + slot
+            self._stride *= blocks
+        self._first = ops.select(self.busy, start, self.end_row)
+
+    def _values(self, group, live) -> list:
+        """Issues the loads of the words of a group's values."""
+        return [
+            word
+            for i, words in enumerate(self.loads)
+            for word in self.ops.load_words(
+                "values" + self.suffix, group * len(self.loads) + i, words, live, how=STREAM
+            )
+        ]
+
+    def start(self):
+        """Issues the first loads; what `run` begins with."""
+        return self.read(self.open())
+
+    def index(self, row):
+        """In the matrix, of a row in the order in which blocks share them out."""
+        if self._halves == 1:
+            return row
+        return (row >> 1) + (row & 1) * (self.matrix.shape[0] // 2)
+
+    def prefetch(self) -> None:
+        """Asks for what `open` reads of the block's rows: their offsets and starts."""
+        start_bytes = start_dtype(self.matrix.shape[1]).itemsize  # fewer in "banked"
+        rows = (self.end_row - self.first_row) // self._halves
+        for half in range(self._halves):
+            first = self.index(self.first_row + half)
+            for name, size, each in (
+                ("row_offsets", 4, 1),
+                ("starts", start_bytes, self.matrix.lanes),
+            ):
+                name = name + self.suffix
+                prefetch_range(self.ops, name, first * each, (first + rows) * each, size)
+
+    def open(self):
+        """Issues the loads that say where the first rows lie."""
+        return self._open(self._first), self._open(self._first + self._stride)
+
+    def read(self, opened):
+        """Issues the first loads of what `open` found; what `run` begins with."""
+        strip, upcoming = opened
+        data, moved = self._read(strip)
+        return strip._replace(**moved), data, upcoming
+
+    def run(self, started, begin_row, visit, end_row) -> None:
+        """Goes through all rows of the block.
+
+        Args:
+          started: from `start`.
+          begin_row: gives the state before a row.
+          visit: of (state, list of at most `together` Groups), gives the state after them.
+          end_row: called with the row and the state after it; all lanes of a row are there.
+        """
+        ops = self.ops
+        strip, data, upcoming = started
+
+        def step(carried):
+            strip, upcoming, data, state = carried
+            after, finished = self._advance(strip)
+            done = ops.all(finished)
+            next_data, moved = self._read(ops.select(done, upcoming, after))
+            place, loaded = strip.place, self._loaded(strip, data)
+            for first in range(0, self.unroll, self.together):
+
+                def visit_some(
+                    some=loaded[first : first + self.together], place=place, state=state
+                ):
+                    groups = []
+                    for index, live, code, values in some:
+                        columns, place = self._columns(code, place, live)
+                        groups.append(Group(strip.row, index, live, values, columns))
+                    return place, visit(state, groups)
+
+                # Rows rarely fill the last steps.
+                place, state = (
+                    visit_some()
+                    if first == 0
+                    else ops.branch(ops.any(loaded[first][1]), visit_some, (place, state))
+                )
+
+            def next_row():
+                end_row(strip.row, state)
+                return upcoming, self._open(upcoming.row + self._stride), begin_row()
+
+            strip, upcoming, state = ops.branch(
+                done, next_row, (after._replace(place=place), upcoming, state)
+            )
+            return strip._replace(**moved), upcoming, next_data, state
+
+        # One step a turn: with two, no loaded register is copied, but the longer loop is slower.
+        ops.loop(
+            lambda carried: ops.any(carried[0].row < self.end_row),
+            step,
+            (strip, upcoming, data, begin_row()),
+        )
+
+
+class Walk(RowWalk):
+    """Every lane's way through the strips of its block's rows."""
+
+    def __init__(self, ops, matrix: Matrix, **options):
+        super().__init__(ops, matrix, **options)
+        self.decoder = DECODERS[matrix.encoding](
+            ops, matrix, "codes" + self.suffix, self.scale, self.chooses
+        )
+
+    def _open(self, row) -> Strip:
+        ops, lanes = self.ops, self.matrix.lanes
+        safe, begin, end = open_row(ops, self.index(row), row < self.end_row, self.suffix)
+        start = ops.load_integer("starts" + self.suffix, safe * lanes + self.part)
+        return Strip(row, begin + self.part, end, self.decoder.open(safe, start))
+
+    def _advance(self, strip: Strip):
+        after = strip._replace(group=strip.group + self.unroll * self.matrix.lanes)
+        return after, after.group >= after.end
+
+    def _read(self, strip: Strip):
+        return [
+            (self.decoder.read(group, live), self._values(group, live))
+            for group, live in self._groups(strip)
+        ], {}
+
+    def _loaded(self, strip: Strip, data):
+        return [(*group, *loaded) for group, loaded in zip(self._groups(strip), data)]
+
+    def _groups(self, strip: Strip):
+        """Memory index of each group of a step, and whether the lane has it."""
+        groups = [strip.group + u * self.matrix.lanes for u in range(self.unroll)]
+        return [(group, group < strip.end) for group in groups]
+
+    def _columns(self, code, place, live):
+        del live
+        return self.decoder.columns(code, place)
+
+
+def open_row(ops, row, live, suffix: str = ""):
+    """Issues the loads that say where a row lies, if the lane has one.
+
+    Returns:
+      the row, or one that exists; the memory index of its first group, and that after its last one,
+      the same where not `live`.
+    """
+    row = ops.select(live, row, ops.integer(0))
+    begin = ops.load_integer("row_offsets" + suffix, row)
+    end = ops.select(live, ops.load_integer("row_offsets" + suffix, row + 1), begin)
+    return row, begin, end
+
+
+def halves(words) -> list:
+    """The 16-bit values of words, each in the lower half of a word."""
+    return [half for word in words for half in (word, word >> 16)]
+
+
+def unpack(ops, words, dtype) -> list:
+    """The eight values of a group as float32."""
+    unpack_word = {
+        1: lambda word: ops.four(word, dtype),
+        2: lambda word: ops.pair(word, dtype),
+        4: lambda word: [ops.as_real(word)],
+    }[jnp.dtype(dtype).itemsize]
+    return [real for word in words for real in unpack_word(word)]
+
+
+def convert(ops, words, dtype, kind) -> list:
+    """The words of a group's eight values as those of a type that represents them exactly."""
+    if jnp.dtype(dtype) == jnp.dtype(kind):
+        return words
+    reals = unpack(ops, words, dtype)
+    if jnp.dtype(kind).itemsize == 4:
+        return [ops.as_word(real) for real in reals]
+    return [ops.pack(low, high, kind) for low, high in zip(reals[::2], reals[1::2])]

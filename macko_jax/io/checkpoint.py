@@ -1,0 +1,300 @@
+"""Versioned, checked files of pytrees with MackoMatrix leaves: safetensors with JSON metadata.
+
+A file is an ordinary safetensors file whose metadata holds
+
+    format    "macko_jax"
+    version   "1"
+    tree      JSON of the tree: nested dicts, lists and tuples; each array leaf names its tensor,
+              its dtype and the CRC-32 of its bytes; a MackoMatrix names its arrays and carries its
+              shape, encoding and lanes
+    crc32     CRC-32 of that JSON text
+
+so that any safetensors reader can look into it, and a broken file gives an error and never a wrong
+product. Dtypes that safetensors' NumPy reader does not know (the 8-bit floats) are stored as bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from macko_jax.format.matrix import MackoMatrix, validate
+
+FORMAT = "macko_jax"
+VERSION = "1"
+
+MATRIX_ARRAYS = ("values", "codes", "row_offsets", "starts", "scales")
+
+NATIVE_DTYPES = (
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "complex64",
+)
+BYTE_DTYPES = (
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3b11fnuz",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+)
+
+
+def save(path: str | os.PathLike, tree: Any) -> None:
+    """Save a pytree of arrays and MACKO matrices to one file.
+
+    The file is written under a temporary name in the same directory and then renamed, so that
+    `path` never holds half a file.
+
+    Args:
+        path: the file; `.safetensors` is the customary suffix. An existing one is replaced.
+        tree: nested dicts (keys: strings and integers), lists and tuples. Leaves are arrays of
+            booleans, integers or floats, typed PRNG keys, `MackoMatrix` (also with stacked arrays),
+            and plain None, bool, int, float and str.
+
+    Raises:
+        FileNotFoundError: if the directory of `path` does not exist.
+        TypeError: for a node or leaf of another type; the message names its place in the tree.
+    """
+    path = pathlib.Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"Cannot save {path}: the directory {path.parent} does not exist")
+    tensors: dict[str, np.ndarray] = {}
+    text = json.dumps(_encode(tree, (), tensors), separators=(",", ":"))
+    metadata = {"format": FORMAT, "version": VERSION, "tree": text, "crc32": _crc32(text.encode())}
+    with replacing(path) as temporary:
+        safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike):
+    """A temporary path beside `path`, renamed to it on success and removed on failure.
+
+    Its folder is made where it is missing. The name does not end as the file's does, so that what a
+    killed program leaves behind is not taken for a file. The file's mode is that of the umask.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what safetensors writes only its owner may read
+        temporary.unlink()
+        yield temporary
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike) -> Any:
+    """Load a pytree that `save` wrote, after checking it.
+
+    Leaves are read, checked on the host and put on JAX's default device one by one. Array leaves
+    come back as JAX arrays with the dtype they were saved with; 64-bit ones come back as NumPy
+    arrays while `jax_enable_x64` is off, for JAX would shorten them.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The tree.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, of another format or version, altered after it was
+            saved, or holds a matrix whose arrays contradict each other.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return _decode_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}). It was cut off or is something "
+            "else; save it again with macko_jax.save"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"Cannot load {path}: {error}") from error
+
+
+def _decode_file(file) -> Any:
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"its metadata names the format {metadata.get('format')!r} and not {FORMAT!r}; "
+            "load reads what macko_jax.save wrote"
+        )
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"it has version {metadata.get('version')!r}, and this macko_jax reads version "
+            f"{VERSION!r}; install the macko_jax that wrote it, or save the tree again"
+        )
+    text = metadata.get("tree", "")
+    if metadata.get("crc32") != _crc32(text.encode()):
+        raise ValueError(
+            "the description of its tree does not match its checksum: the file was altered after "
+            "it was saved; take an unaltered copy"
+        )
+    unread = set(file.keys())
+
+    def read(node: dict) -> np.ndarray:
+        name = node["array"]
+        if name not in unread:
+            raise ValueError(
+                f"tensor {name!r} is missing or named twice; take an unaltered copy of the file"
+            )
+        unread.remove(name)
+        stored = file.get_tensor(name)
+        if _crc32(_as_bytes(stored)) != node["crc32"]:
+            raise ValueError(
+                f"the bytes of tensor {name!r} do not match their checksum: the file was altered "
+                "or damaged after it was saved; take an unaltered copy"
+            )
+        if stored.dtype.name != ("uint8" if node["dtype"] in BYTE_DTYPES else node["dtype"]):
+            raise ValueError(
+                f"tensor {name!r} holds {stored.dtype.name}, which cannot be {node['dtype']!r}"
+            )
+        return stored.view(jnp.dtype(node["dtype"]))
+
+    try:
+        tree = _decode(json.loads(text), read)
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"the description of its tree makes no sense ({error!r}); load reads what "
+            "macko_jax.save wrote"
+        ) from error
+    if unread:
+        raise ValueError(
+            f"it holds tensors that its tree does not mention: {sorted(unread)}; take an "
+            "unaltered copy of the file"
+        )
+    return tree
+
+
+def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
+    """The JSON description of a tree; its arrays are added to `tensors`."""
+    place = "/".join(map(str, path))
+    if isinstance(node, MackoMatrix):
+        return {
+            "matrix": {
+                name: _encode_array(np.asarray(getattr(node, name)), f"{place}.{name}", tensors)
+                for name in MATRIX_ARRAYS
+                if getattr(node, name) is not None
+            },
+            "shape": list(node.shape),
+            "encoding": node.encoding,
+            "lanes": node.lanes,
+        }
+    if node is None or isinstance(node, bool | int | float | str):
+        return {"scalar": node}
+    if isinstance(node, Mapping):
+        for key in node:
+            if isinstance(key, bool) or not isinstance(key, str | int):
+                raise TypeError(
+                    f"The dict at {place!r} has the key {key!r}; keys are strings or integers"
+                )
+        return {
+            "dict": [[key, _encode(child, (*path, key), tensors)] for key, child in node.items()]
+        }
+    if type(node) in (list, tuple):
+        return {
+            type(node).__name__: [
+                _encode(child, (*path, index), tensors) for index, child in enumerate(node)
+            ]
+        }
+    if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+        data = np.asarray(jax.random.key_data(node))
+        return {
+            "key": _encode_array(data, place, tensors),
+            "implementation": str(jax.random.key_impl(node)),
+        }
+    if isinstance(node, jax.Array | np.ndarray | np.generic):
+        return _encode_array(np.asarray(node), place, tensors)
+    raise TypeError(
+        f"Cannot save the {type(node).__name__} at {place!r}: a tree consists of dicts, lists and "
+        "tuples of arrays, MackoMatrix and plain numbers and strings; turn an nnx model or state "
+        "into one with macko_jax.flax_nnx.to_pure_dict or nnx.to_pure_dict"
+    )
+
+
+def _encode_array(array: np.ndarray, place: str, tensors: dict[str, np.ndarray]) -> dict:
+    dtype = array.dtype.name
+    if dtype not in NATIVE_DTYPES + BYTE_DTYPES:
+        raise TypeError(
+            f"Cannot save the array of {dtype} at {place!r}; allowed are "
+            f"{', '.join(NATIVE_DTYPES + BYTE_DTYPES)}"
+        )
+    array = np.ascontiguousarray(array).reshape(array.shape)  # the former makes 0-d arrays 1-d
+    stored = array.view(np.uint8) if dtype in BYTE_DTYPES else array
+    name = place
+    while name in tensors:  # the paths ("a/b",) and ("a", "b") read the same
+        name += "'"
+    tensors[name] = stored
+    return {"array": name, "dtype": dtype, "crc32": _crc32(_as_bytes(stored))}
+
+
+def _decode(node: dict, read) -> Any:
+    """The tree of a JSON description; `read` gives the host array of an array node."""
+    if "matrix" in node:
+        host = MackoMatrix(
+            **{name: read(array) for name, array in node["matrix"].items()},
+            shape=tuple(node["shape"]),
+            encoding=node["encoding"],
+            lanes=node["lanes"],
+        )
+        _validate_stack(host)
+        return jax.tree.map(jnp.asarray, host)
+    if "scalar" in node:
+        return node["scalar"]
+    if "dict" in node:
+        return {key: _decode(child, read) for key, child in node["dict"]}
+    if "list" in node:
+        return [_decode(child, read) for child in node["list"]]
+    if "tuple" in node:
+        return tuple(_decode(child, read) for child in node["tuple"])
+    if "key" in node:
+        return jax.random.wrap_key_data(read(node["key"]), impl=node["implementation"])
+    if "array" in node:
+        host = read(node)
+        shortened = jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype
+        return host if shortened else jnp.asarray(host)
+    raise ValueError(f"its tree has a node of unknown kind, {sorted(node)}")
+
+
+def _validate_stack(matrix: MackoMatrix) -> None:
+    """Check every matrix of a stack; one without leading axes is a stack of one."""
+    leading = matrix.row_offsets.shape[:-1]
+    for index in np.ndindex(*leading):
+        validate(jax.tree.map(lambda array: array[index], matrix))
+
+
+def _as_bytes(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _crc32(data) -> str:
+    return f"{zlib.crc32(data):08x}"

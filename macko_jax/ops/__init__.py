@@ -1,0 +1,1 @@
+"""The products: what users and JAX call, and which implementation serves it."""

@@ -1,0 +1,77 @@
+"""`spmv`, the matrix-vector product: validation, dtype promotion, leading axes."""
+
+import jax
+import jax.numpy as jnp
+
+from macko_jax.format.matrix import MackoMatrix
+from macko_jax.ops import dispatch, primitive
+from macko_jax.ops.fused import fused_spmv
+
+
+def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Array:
+    """Sparse matrix times vector: y[..., r] = sum_c A[r, c] x[..., c].
+
+    Linear in x and in `matrix.values`, and differentiable in both to any order; slots that are
+    padding get no gradient. 8-bit values are constants; their `matrix.scales` are differentiable.
+    Works under jit, vmap (over x, over stacked matrices, over both), grad, checkpoint, scan and
+    shard_map. Sums are in float32, or in float64 when that is the result's type.
+
+    Args:
+      matrix: [rows, cols], from `compress`.
+      x: [..., cols], any real type.
+      implementation: "xla", "mosaic_gpu" (CUDA), or None for the one that `dispatch` prefers for
+        the platform that the product is lowered for. A named one never falls back to another.
+
+    Returns:
+      [..., rows], in the type that `jnp.matmul` would give for the values' and x's types.
+
+    Raises:
+      TypeError: not a MackoMatrix, or a complex x.
+      ValueError: shapes do not fit, or an unknown implementation.
+      NotImplementedError: when lowered, the named implementation cannot serve.
+
+    References:
+      arXiv 2511.13061, section 4.
+    """
+    if not isinstance(matrix, MackoMatrix):
+        raise TypeError(
+            f"spmv takes a MackoMatrix, got {type(matrix).__name__}; pack with "
+            "macko_jax.compress(weight)"
+        )
+    dispatch.check_name(implementation)
+    x = jnp.asarray(x)
+    rows, cols = matrix.shape
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"spmv takes a real x, got {x.dtype}; multiply x.real and x.imag one by one"
+        )
+    if x.ndim == 0 or x.shape[-1] != cols:
+        raise ValueError(
+            f"spmv of a [{rows}, {cols}] matrix takes x of shape [..., {cols}], got "
+            f"{list(x.shape)}; for x [..., {cols}, n] use matrix @ x"
+        )
+    if matrix.values.ndim != 1:
+        raise ValueError(
+            f"this MackoMatrix is a stack, its values have shape {list(matrix.values.shape)}; use "
+            "jax.vmap(macko_jax.spmv) or jax.lax.scan over it"
+        )
+    if matrix.scales is not None and implementation is None:
+        return fused_spmv(matrix, x)  # for one vector, its kernel multiplies by the scales
+    return primitive.multiply(matrix, x, implementation)
+
+
+def _matmul(matrix: MackoMatrix, x) -> jax.Array:
+    """`matrix @ x` with the shapes of `jnp.matmul`: x [cols] or [..., cols, n]."""
+    x = jnp.asarray(x)
+    if x.ndim < 2:
+        return spmv(matrix, x)
+    if x.shape[-2] != matrix.shape[1]:
+        raise ValueError(
+            f"a [{matrix.shape[0]}, {matrix.shape[1]}] matrix @ x takes x of shape "
+            f"[{matrix.shape[1]}] or [..., {matrix.shape[1]}, n], got {list(x.shape)}; for vectors "
+            "along the last axis use macko_jax.spmv(matrix, x)"
+        )
+    return jnp.swapaxes(spmv(matrix, jnp.swapaxes(x, -1, -2)), -1, -2)
+
+
+MackoMatrix.__matmul__ = _matmul  # here, because format.py knows nothing of products

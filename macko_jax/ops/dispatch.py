@@ -1,0 +1,118 @@
+"""Which implementation computes which product, and why another one does not."""
+
+import dataclasses
+from collections.abc import Callable
+
+from macko_jax.ops import reference
+from macko_jax.ops import xla_cpu as cpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a product is asked for: everything that may decide between implementations.
+
+    Attributes:
+      product: "spmv", "spmv_transposed" or "spmv_values".
+      platform: what it is lowered for, "cpu" or "cuda", or "any" for every other.
+      shape, encoding, lanes, stored: of the matrix.
+      batch: number of vectors.
+      dtypes: of the two operands, in the product's order.
+      out_dtype: of the result.
+    """
+
+    product: str
+    platform: str
+    shape: tuple[int, int]
+    encoding: str
+    lanes: int
+    stored: int
+    batch: int
+    dtypes: tuple
+    out_dtype: object
+
+
+def problem_of(product: str, platform: str, matrix, vectors, out_dtype) -> Problem:
+    """What the product of a MackoMatrix, without its scales, and vectors [batch, ...] asks for."""
+    return Problem(
+        product=product,
+        platform=platform,
+        shape=matrix.shape,
+        encoding=matrix.encoding,
+        lanes=matrix.lanes,
+        stored=matrix.stored,
+        batch=vectors.shape[0],
+        dtypes=(matrix.values.dtype, vectors.dtype),
+        out_dtype=out_dtype,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """A family of functions.
+
+    Attributes:
+      why_not: None, or the reason why it cannot serve a problem.
+      function: what computes the problem's product; see reference.py for the signatures.
+    """
+
+    why_not: Callable[[Problem], str | None]
+    function: Callable[[Problem], Callable]
+
+
+def _xla(problem: Problem) -> Callable:
+    fast = {"spmv": cpu.spmv, "spmv_transposed": cpu.spmv_transposed}
+    if problem.platform == "cpu" and problem.product in fast:
+        return fast[problem.product]
+    return getattr(reference, problem.product)
+
+
+def _kernels():
+    from macko_jax.gpu import select as products
+
+    return products
+
+
+def _no_kernel(problem: Problem) -> str | None:
+    if problem.platform != "cuda":
+        return f"the kernels need platform cuda, and this is lowered for {problem.platform}"
+    return _kernels().why_not(problem)
+
+
+# In order of preference.
+IMPLEMENTATIONS = {
+    "mosaic_gpu": Implementation(
+        why_not=_no_kernel, function=lambda problem: _kernels().choose(problem)
+    ),
+    "xla": Implementation(why_not=lambda problem: None, function=_xla),
+}
+
+
+def explain(problem: Problem) -> dict[str, str | None]:
+    """For every implementation in order of preference: None if it fits, or why it does not."""
+    return {name: i.why_not(problem) for name, i in IMPLEMENTATIONS.items()}
+
+
+def choose(problem: Problem, implementation: str | None) -> Callable:
+    """The function that serves `problem`: of the named implementation, or of the first that fits.
+
+    Raises:
+      NotImplementedError: the named implementation cannot serve; it never falls back silently.
+    """
+    if implementation is None:
+        implementation = next(name for name, reason in explain(problem).items() if reason is None)
+    elif (reason := IMPLEMENTATIONS[implementation].why_not(problem)) is not None:
+        able = [name for name, i in IMPLEMENTATIONS.items() if i.why_not(problem) is None]
+        raise NotImplementedError(
+            f"implementation {implementation!r} cannot compute {problem.product} here: {reason}. "
+            f"Use implementation=None or one of {able}."
+        )
+    return IMPLEMENTATIONS[implementation].function(problem)
+
+
+def check_name(implementation: str | None) -> None:
+    """Raises ValueError for an unknown implementation."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown implementation {implementation!r}; choose None or one of "
+            f"{sorted(IMPLEMENTATIONS)}"
+        )

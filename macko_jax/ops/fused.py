@@ -1,0 +1,362 @@
+"""Products together with what a transformer's block does around them, for decoding.
+
+A decode step multiplies one vector by each matrix, in microseconds. The norm before a projection,
+the gate before the last one and the sum with the residual stream after it are tiny, but each costs
+the start of a kernel of its own; and so does the next product. On CUDA one kernel does a product
+with all of that, or a chain of them; everywhere else, and for more than one vector, they are the
+same operations one after the other.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from macko_jax.format.matrix import MackoMatrix
+from macko_jax.ops import dispatch
+from macko_jax.ops.primitive import multiply, vary_alike
+
+
+class Step(NamedTuple):
+    """One product of a chain, add + A f(x), with x the result of the step before.
+
+    Attributes:
+      linear: A, a MackoMatrix; in `flax_nnx.chain` a MackoLinear.
+      norm, gated: as in `fused_spmv`.
+      add: as in `fused_spmv`, or the number of an earlier step, from 0, whose result is added.
+      kept: whether its result is among those of the chain. The last step's always is.
+    """
+
+    linear: Any
+    norm: tuple[jax.Array, float] | None = None
+    gated: bool = False
+    add: jax.Array | int | None = None
+    kept: bool = False
+
+
+class _Static(NamedTuple):
+    """What a step is compiled for, beside its matrix.
+
+    Attributes:
+      eps: None where there is no norm.
+      added: number of the step whose result is added, or None.
+      kept: whether the result is one of the chain's.
+    """
+
+    eps: float | None
+    gated: bool
+    added: int | None
+    kept: bool
+
+
+def fused_spmv(
+    matrix: MackoMatrix,
+    x: jax.Array,
+    *,
+    norm: tuple[jax.Array, float] | None = None,
+    gated: bool = False,
+    add: jax.Array | None = None,
+) -> jax.Array:
+    """add + A f(x): a sparse product with a norm or a gate before, and a sum after it.
+
+    f(x) is x / sqrt(mean(x^2) + eps) * scale (RMSNorm, arXiv 1910.07467) where `norm` is given, and
+    silu(x[:cols]) * x[cols:] (SwiGLU, arXiv 2002.05202) where `gated`. One 16-bit or float32 vector
+    on CUDA takes one kernel, which computes f and the sum in float32; otherwise f(x) is rounded to
+    the type of x, the product to its own, as the separate operations do. Differentiable like
+    `spmv`.
+
+    Args:
+      matrix: A [rows, cols].
+      x: [..., cols], or [..., 2 cols] where `gated`.
+      norm: (scale [cols], eps).
+      gated: whether x holds a gate and what it lets through.
+      add: [..., rows], or any shape that broadcasts to it: a residual stream, or a bias.
+
+    Returns:
+      [..., rows] in the type of `spmv(matrix, x)`.
+
+    Raises:
+      ValueError: both a norm and a gate, or shapes that do not fit.
+    """
+    step = Step(matrix, norm, gated, add)
+    _check(step, x.shape, [])
+    nothing = norm is None and not gated and add is None and matrix.scales is None
+    if nothing or not _fits(step, x):
+        return _compose(x, step)
+    [y] = _one_vector(x, [step])
+    return y
+
+
+def fused_chain(
+    x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None = None
+) -> list[jax.Array]:
+    """Products of which each takes the result of the one before, as `fused_spmv` computes them.
+
+    On CUDA, one 16-bit vector takes one kernel for all of them, if every matrix has as many rows as
+    the GPU has multiprocessors, and rows and columns in whole eights. Differentiable like `spmv`.
+
+    The kernel's blocks hand results to each other through memory and wait for them, so all of them
+    must get to run, one on each multiprocessor. They do unless other kernels hold multiprocessors
+    and wait in turn: two chains at once on one GPU can wait for each other for ever. So let no two
+    of a program be independent, as no two layers of a model are, and run one such program at a
+    time.
+
+    Args:
+      x: of the first product.
+      steps: the products.
+      blank: what the kernel needs to start from: uint16, 0xFFFF everywhere, `blanks(steps)` of
+        them. Made here if it is not given; a kernel that runs before can make it for less.
+
+    Returns:
+      The results, each [..., rows], of the steps that are `kept`, and of the last.
+
+    Raises:
+      ValueError: no steps, both a norm and a gate, or shapes that do not fit.
+    """
+    if not steps:
+        raise ValueError("fused_chain needs at least one step")
+    for i, step in enumerate(steps):
+        rows = [earlier.linear.shape[0] for earlier in steps[:i]]
+        _check(step, (*x.shape[:-1], *rows[-1:]) if i else x.shape, rows)
+    needed = blanks(steps)
+    if blank is not None and (blank.shape, blank.dtype) != ((needed,), jnp.uint16):
+        raise ValueError(
+            f"blank has {needed} elements of uint16 here, got {list(blank.shape)} {blank.dtype}"
+        )
+    dtypes = {x.dtype, *(a.dtype for s in steps for a in (s.linear, *_extras(s).values()))}
+    if len(steps) > 1 and len(dtypes) == 1 and all(_fits(step, x) for step in steps):
+        return _one_vector(x, steps, blank)
+    return in_turn(x, steps, _fused_step)
+
+
+def blanks(steps: Sequence[Step]) -> int:
+    """Length of the array `blank` of a chain: one element for every row, but for the last step."""
+    return sum(step.linear.shape[0] for step in steps[:-1])
+
+
+def in_turn(x, steps, apply) -> list:
+    """The results of a chain, each step by `apply(x, step)`; `step.add` is an array or None then."""
+    results = []
+    for step in steps:
+        if isinstance(step.add, int):
+            step = step._replace(add=results[step.add])
+        x = apply(x, step)
+        results.append(x)
+    return [result for step, result in zip(steps[:-1], results) if step.kept] + [x]
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (arXiv 1910.07467)."""
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype)
+
+
+def swiglu(x: jax.Array) -> jax.Array:
+    """silu(gate) * passed of x [..., 2 n], which holds both one after the other (2002.05202)."""
+    gate, passed = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * passed
+
+
+def _check(step, x_shape, earlier_rows):
+    """Raises ValueError for a step that does not fit x, or the rows of the steps before it."""
+    matrix, norm, gated, add, _ = step
+    rows, cols = matrix.shape
+    if norm is not None and gated:
+        raise ValueError("fused_spmv takes a norm or a gate before the product, not both")
+    expected = 2 * cols if gated else cols
+    if not x_shape or x_shape[-1] != expected:
+        raise ValueError(
+            f"fused_spmv of a {list(matrix.shape)} matrix takes x of shape [..., {expected}] "
+            f"{'with' if gated else 'without'} a gate, got {list(x_shape)}"
+        )
+    if norm is not None and norm[0].shape != (cols,):
+        raise ValueError(
+            f"the norm's scale of a {list(matrix.shape)} matrix has shape [{cols}], got "
+            f"{list(norm[0].shape)}"
+        )
+    if isinstance(add, int):
+        if not (0 <= add < len(earlier_rows) and earlier_rows[add] == rows):
+            raise ValueError(
+                f"step {len(earlier_rows)} adds the result of step {add} to {rows} rows; the steps "
+                f"before it have {earlier_rows} rows"
+            )
+    elif add is not None and (add.shape or (1,))[-1] not in (1, rows):
+        raise ValueError(
+            f"what a {list(matrix.shape)} matrix's product is added to, add [..., {rows}], got "
+            f"{list(add.shape)}"
+        )
+
+
+def _fits(step, x) -> bool:
+    """Whether the primitive computes the step."""
+    matrix, add = step.linear, step.add
+    one = math.prod(x.shape[:-1]) == 1
+    whole = add is None or isinstance(add, int) or add.size == matrix.shape[0]
+    stack = matrix.values.ndim > 1
+    return one and whole and not stack and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _extras(step) -> dict[str, jax.Array]:
+    """The operands of a step that come on top of its matrix."""
+    extras = {}
+    if step.norm is not None:
+        extras["scale"] = step.norm[0]
+    if step.add is not None and not isinstance(step.add, int):
+        extras["add"] = step.add.reshape(1, -1)
+    return extras
+
+
+def _fused_step(x, step):
+    return fused_spmv(step.linear, x, norm=step.norm, gated=step.gated, add=step.add)
+
+
+def _compose(x, step):
+    """The operations of one step."""
+    if step.norm is not None:
+        x = rms_norm(x, *step.norm)
+    if step.gated:
+        x = swiglu(x)
+    y = multiply(step.linear, x)
+    return y if step.add is None else (step.add + y).astype(y.dtype)
+
+
+def _one_vector(x, steps, blank=None):
+    static = tuple(
+        _Static(
+            None if step.norm is None else step.norm[1],
+            step.gated,
+            step.add if isinstance(step.add, int) else None,
+            step.kept or i == len(steps) - 1,
+        )
+        for i, step in enumerate(steps)
+    )
+    parts = [(step.linear, _extras(step)) for step in steps]
+    results = _product(static, x.reshape(1, -1), parts, [] if blank is None else [blank])
+    return [y.reshape(*x.shape[:-1], y.shape[1]) for y in results]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(static, x, parts, blank):
+    operands, tree = jax.tree.flatten((x, parts, blank))
+    return _fused_p.bind(*vary_alike(*operands), static=static, tree=tree)
+
+
+@_product.defjvp
+def _product_jvp(static, primals, tangents):
+    return jax.jvp(functools.partial(_separate, static), primals, tangents)
+
+
+def _separate(static, x, parts, blank):
+    """The product, or chain, as what it is made of."""
+    del blank
+    steps = [_step(known, part) for known, part in zip(static, parts)]
+    return in_turn(x, steps, _fused_step) if len(steps) > 1 else [_compose(x, *steps)]
+
+
+def _step(known: _Static, part) -> Step:
+    matrix, extras = part
+    norm = None if known.eps is None else (extras["scale"], known.eps)
+    return Step(matrix, norm, known.gated, extras.get("add", known.added), known.kept)
+
+
+def _kernel(static, x, parts, blank):
+    """The same in one kernel, or None where it does not serve."""
+    from macko_jax.gpu import chain
+    from macko_jax.gpu import select as products
+    from macko_jax.gpu import spmv as kernel
+    from macko_jax.gpu import staging as vectors
+
+    out_dtype = _out_dtype(x, parts)
+    problems = [dispatch.problem_of("spmv", "cuda", matrix, x, out_dtype) for matrix, _ in parts]
+    around = [
+        (
+            kernel.Fusion(
+                known.eps,
+                known.gated,
+                known.added is not None or "add" in extras,
+                matrix.scales is not None,
+            ),
+            known.added,
+            known.kept,
+        )
+        for known, (matrix, extras) in zip(static, parts)
+    ]
+    plan = products.plan_fused(problems, around)
+    if plan is None:
+        return None
+    operands = [
+        (
+            [m.values, m.codes, m.row_offsets, m.starts],
+            [extras[name] for name in ("scale", "add") if name in extras]
+            + [m.scales] * (m.scales is not None),
+        )
+        for m, extras in parts
+    ]
+    if len(parts) == 1:
+        [(arrays, extras)] = operands
+        return [kernel.run(plan, out_dtype, *arrays, x, *extras)]
+    exchange = blank[0] if blank else jnp.full(plan.exchanged, vectors.BLANK, jnp.uint16)
+    results = chain.run(plan, exchange, x, *jax.tree.leaves(operands))
+    return [y[None] for y in results]
+
+
+def _out_dtype(x, parts):
+    return functools.reduce(jnp.promote_types, [matrix.dtype for matrix, _ in parts], x.dtype)
+
+
+def _lower(*operands, on_cuda, static, tree):
+    arguments = static, *jax.tree.unflatten(tree, operands)
+    results = _kernel(*arguments) if on_cuda else None
+    return _separate(*arguments) if results is None else results
+
+
+def _batch(operands, dims, *, static, tree):
+    def one(*operands):
+        return _separate(static, *jax.tree.unflatten(tree, operands))
+
+    results = jax.vmap(one, in_axes=dims)(*operands)
+    return results, [0] * len(results)
+
+
+def _transpose(cotangents, *operands, static, tree):
+    """Where what is computed is linear, as a product without a norm is in x."""
+    linear = [i for i, a in enumerate(operands) if ad.is_undefined_primal(a)]
+
+    def of(*values):
+        known = dict(zip(linear, values))
+        filled = [known.get(i, a) for i, a in enumerate(operands)]
+        return _separate(static, *jax.tree.unflatten(tree, filled))
+
+    terms = jax.linear_transpose(of, *(operands[i].aval for i in linear))(
+        [ad.instantiate_zeros(c) for c in cotangents]
+    )
+    known = dict(zip(linear, terms))
+    return [known.get(i) for i in range(len(operands))]
+
+
+def _abstract(*operands, static, tree):
+    x, parts, _ = jax.tree.unflatten(tree, operands)
+    return [
+        x.update(shape=(1, matrix.shape[0]), dtype=_out_dtype(x, parts), weak_type=False)
+        for known, (matrix, _) in zip(static, parts)
+        if known.kept
+    ]
+
+
+_fused_p = Primitive("macko_fused_spmv")
+_fused_p.multiple_results = True
+_fused_p.def_impl(jax.jit(_fused_p.bind, static_argnames=("static", "tree")))
+_fused_p.def_abstract_eval(_abstract)
+batching.primitive_batchers[_fused_p] = _batch
+ad.primitive_transposes[_fused_p] = _transpose
+for _platform in None, "cuda":
+    _function = functools.partial(_lower, on_cuda=_platform == "cuda")
+    mlir.register_lowering(
+        _fused_p, mlir.lower_fun(_function, multiple_results=True), platform=_platform
+    )
