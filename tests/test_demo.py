@@ -251,7 +251,7 @@ def test_calls_on_a_cpu_are_timed_one_by_one():
     program = """if True:
         import time
         import jax
-        from examples import benchmark_decode
+        from examples.benchmarks import benchmark_decode
 
         class Decoder:
             def draw(self):  # as on a CPU, where a call runs while it is queued
