@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
     if any(device.platform == "gpu" for device in jax.devices()):
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="JAX finds no GPU"))
 
 

@@ -156,7 +156,7 @@ def test_one_kernel_on_cuda_where_it_serves():
     assert lowered("cuda", served).count("@mosaic_gpu") == 1
     assert lowered("cpu", served).count("@mosaic_gpu") == 0
     # Fewer rows than blocks, rows that are not whole pieces, and float32: a kernel for each step.
-    for other in make(), make(136, 270, 144), make(136, 272, 144, dtype=np.float32):
+    for other in make(), make(136, 270, 144), make(136, 272, 144, "delta4", np.float32):
         assert lowered("cuda", other).count("@mosaic_gpu") == 4
     wide = np.concatenate([served[1]] * 2)  # two vectors
     text = lowered("cuda", (served[0], wide, np.concatenate([served[2]] * 2), served[3]))

@@ -2,10 +2,9 @@
 
     python -m examples.benchmarks.tune_many --shapes=4096x11008 --densities=0.5,0.1 --batches=8,16,32
 
-The ways are those of macko_jax/kernels/products.py: passes over the packed matrix, a dense decode
-with a dense product, and tiles that are decoded for tensor cores. Printed and saved is what each
-takes, and which one the rules in macko_jax/kernels/config.py and matmul.py choose, where better
-rules would go.
+The ways are those of macko_jax/gpu/select.py: passes over the packed matrix, and a dense decode
+with a dense product. Printed and saved is what each takes, and which one the rule in
+macko_jax/gpu/tuning.py chooses, where a better rule would go.
 """
 
 import functools

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from macko_jax.format import two_bank as choice
 from macko_jax.gpu import row_walk as strips
-from macko_jax.gpu import spmv, walks
+from macko_jax.gpu import spmv
 from macko_jax.gpu import tuning as config
 from macko_jax.gpu.staging import PIECE, Share, Vectors, gate
 from macko_jax.lanes import mosaic as lanes
@@ -63,10 +63,8 @@ class Plan:
         return Vectors(
             self.dtype,
             length=step.matrix.shape[1],
-            slack=step.matrix.slack,
             count=1,
             batch=1,
-            staged=True,
             before=None if done else step.fusion.before,
             first_slot=self.slot("x", i),
             twice=self.twice(i),
@@ -132,14 +130,14 @@ class Plan:
     def _place(self, longest: int) -> dict:
         """The first slot of everything, where vectors up to so long lie twice."""
         sizes = {}
-        for i, step in enumerate(self.steps):
+        for i in range(len(self.steps)):
             sizes["squares", i] = WARPS
             sizes["add", i] = self.share(i).slots
             sizes["result", i] = self.share(i).slots + self.gates(i)  # a pair has two
         # While x of a step is written, only that of the step before may still be read.
         turns = [0, 0]
         for i, step in enumerate(self.steps):
-            columns = step.matrix.shape[1] + step.matrix.slack
+            columns = step.matrix.shape[1] + strips.SLACK
             words = choice.WORDS if self._lies_twice(i, longest) else 1
             turns[i % 2] = max(turns[i % 2], columns * words)
         sizes |= {("x", i): size for i, size in enumerate(turns)}
@@ -175,7 +173,7 @@ def program(ops, plan: Plan) -> None:
     """Computes the results on the arrays of `plan.names`, exchange, and one for each result."""
     xs = [plan.x(i) for i in range(len(plan.steps))]
     ways = [
-        walks.make(
+        strips.RowWalk(
             ops,
             step.matrix,
             block=ops.block(),

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from macko_jax.gpu import row_walk as strips
 from macko_jax.gpu import tuning as config
-from macko_jax.gpu import walks
 from macko_jax.lanes import mosaic as lanes
 
 PIECE = 16  # bytes that a lane moves at a time
@@ -39,7 +38,7 @@ class Plan:
 
 def buffer_bytes(matrix: strips.Matrix, dtype) -> int:
     """Of one row with its slack, in whole pieces."""
-    size = (matrix.shape[1] + matrix.slack) * jnp.dtype(dtype).itemsize
+    size = (matrix.shape[1] + strips.SLACK) * jnp.dtype(dtype).itemsize
     return -(-size // PIECE) * PIECE
 
 
@@ -53,7 +52,7 @@ def program(ops, plan: Plan) -> None:
     """Writes y [rows, cols] from the arrays values, codes, row_offsets, starts."""
     matrix, size = plan.matrix, jnp.dtype(plan.dtype).itemsize
     row_bytes = matrix.shape[1] * size
-    walk = walks.make(
+    walk = strips.RowWalk(
         ops,
         matrix,
         block=ops.block(),

@@ -13,17 +13,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from macko_jax.format import two_bank as choice
-from macko_jax.format.layout import (
-    DELTA_BITS,
-    GROUP,
-    PLANES,
-    WORD,
-    join_units,
-    prefix_bytes,
-    start_dtype,
-    words_per_row,
-)
+from macko_jax.format.layout import GROUP, PLANES, WORD, join_units, prefix_bytes, start_dtype
 from macko_jax.lanes.mosaic import STREAM, WARP, prefetch_range
+
+ENCODINGS = ("delta4", "delta5", "choice")  # that the walk reads
+SLACK = 2 * WORD  # columns past the last one that idle lanes may name; their values are zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +30,6 @@ class Matrix:
     stored: int
     dtype: Any
 
-    @property
-    def slack(self) -> int:
-        """Columns past the last one that idle lanes may name; their values are zero."""
-        return 2 * GROUP * WORD if self.encoding == "banked" else 2 * WORD
-
 
 class Strip(NamedTuple):
     """What a lane still has to read of its row.
@@ -49,7 +38,7 @@ class Strip(NamedTuple):
       row: the row's index; beyond the block's share when there is no row left.
       group: memory index of the lane's next group.
       end: memory index after the row's last group.
-      place: the decoder's position in the row.
+      place: the next column times the walk's scale.
     """
 
     row: Any
@@ -112,106 +101,8 @@ def pass_group(ops, prefixes, base, step: int):
     return ops.add_byte(prefixes[1], GROUP // 2 - 1, step, base) + GROUP * step
 
 
-class Deltas:
-    """Positions from eight deltas in a code; the place is the next column times `scale`."""
-
-    def __init__(self, ops, matrix, codes, scale: int, chooses: bool):
-        self.ops, self.matrix, self.codes, self.scale = ops, matrix, codes, scale
-        self.end = matrix.shape[1] * scale
-        self.read_copies = choice.reader(ops) if chooses else None
-
-    def open(self, row, start):
-        del row
-        return start * self.scale
-
-    def read(self, group, live):
-        return read_code(self.ops, self.matrix, self.codes, group, live)
-
-    def columns(self, code, place):
-        """The columns of a group's elements times `scale`, and the place after the group."""
-        ops, scale = self.ops, self.scale
-        prefixes = read_prefixes(code, self.matrix.encoding)
-        # A lane whose row is done must not run away while its warp goes on with longer rows.
-        after = pass_group(ops, prefixes, place, scale)
-        after = ops.select(after < self.end, after, ops.integer(self.end))
-        if self.read_copies:
-            copies = self.read_copies(*prefixes, *code)
-            return add_up(ops, copies, place, scale, unit=scale // choice.WORDS), after
-        return add_up(ops, prefixes, place, scale), after
-
-
-class Bits(NamedTuple):
-    """A place in a row's bitmask.
-
-    Attributes:
-      word: index of the current word in the codes.
-      column: column of that word's lowest bit.
-      current: the word, without the bits already used.
-      ahead: the word after it.
-      end: index after the row's last word.
-    """
-
-    word: Any
-    column: Any
-    current: Any
-    ahead: Any
-    end: Any
-
-
-class Bitmask:
-    """Positions from a bitmask of the row, one bit after the other."""
-
-    def __init__(self, ops, matrix, codes, scale: int, chooses: bool):
-        del chooses
-        self.ops, self.words, self.codes = ops, words_per_row(matrix.shape[1]), codes
-        self.scale = scale
-
-    def read(self, group, live):
-        """Nothing: bits are read as they are needed."""
-        del group, live
-        return ()
-
-    def open(self, row, start):
-        word, bit = row * self.words + (start >> 5), start & (WORD - 1)
-        end = row * self.words + self.words
-        current = (self._load(word, end) >> bit) << bit
-        return Bits(word, (start >> 5) * WORD, current, self._load(word + 1, end), end)
-
-    def _load(self, word, end):
-        # Past the row every bit is set, so that the search of an idle lane ends within the slack.
-        return self.ops.load_words(self.codes, word, 1, word < end, fill=0xFFFFFFFF)[0]
-
-    def _advance(self, place):
-        inside = place.word < place.end
-        step = self.ops.select(inside, self.ops.integer(1), self.ops.integer(0))
-        return Bits(
-            place.word + step,
-            place.column + step * WORD,
-            place.ahead,
-            self._load(place.word + 2, place.end),
-            place.end,
-        )
-
-    def columns(self, code, place):
-        del code
-        ops, columns = self.ops, []
-        for _ in range(GROUP):
-            place = ops.loop(lambda p: p.current == 0, self._advance, place)
-            columns.append((place.column + ops.trailing_zeros(place.current)) * self.scale)
-            place = place._replace(current=place.current & (place.current - 1))
-        return columns, place
-
-
-DECODERS = dict.fromkeys(DELTA_BITS, Deltas) | {"bitmask": Bitmask}
-
-
 class RowWalk:
-    """Every lane's way through its block's rows, whatever the encoding.
-
-    An encoding adds `_open`, which gives what a lane has to read of a row; `_advance`, which gives
-    that after a step, and whether it is all read; `_read`, which issues the loads of a step, and
-    gives what of it they moved; `_loaded`, which gives (index, live, code, values) of the groups
-    that were loaded; and `_columns`.
+    """Every lane's way through the strips of its block's rows.
 
     Rows are counted in the order in which blocks share them out: that of the matrix or, where
     they are `paired`, one row of its first half and one of its second half in turn, so that a block
@@ -219,7 +110,7 @@ class RowWalk:
 
     Attributes:
       part: which strip of its row the lane owns.
-      first_row: of the block's share; of the matrix, where rows are spread.
+      first_row: of the block's share, where rows are not spread.
       end_row: row after the block's share; after all, where rows are spread.
       busy: whether the lane works on rows at all.
       buffer: which of the rows that the block works on at a time is the lane's, if it is busy.
@@ -253,7 +144,7 @@ class RowWalk:
         Where a lane `chooses`, columns lead to one of two copies of x, see `choice.py`.
         """
         self.ops, self.matrix, self.unroll, self.scale = ops, matrix, unroll, scale
-        self.suffix, self.chooses = suffix, chooses
+        self.suffix, self.read_copies = suffix, choice.reader(ops) if chooses else None
         self.together = together
         words = GROUP * jnp.dtype(matrix.dtype).itemsize // 4 if read_values else 0
         self.loads = [min(words, 4)] * (-(-words // 4))  # words of each load of a group's values
@@ -270,8 +161,9 @@ class RowWalk:
         self.busy = (slot < rows_per_warp) & (thread < warps * WARP)
         self.buffer = (thread >> 5) * rows_per_warp + slot
         start, self._stride = self.first_row + self.buffer, warps * rows_per_warp
+        self._dealt = (block, blocks, rows_per_warp) if spread else None
         if spread:  # over blocks first, and then over their warps
-            self.first_row, self.end_row = ops.integer(0), ops.integer(matrix.shape[0])
+            self.end_row = ops.integer(matrix.shape[0])
             start = ((thread >> 5) * blocks + block) * rows_per_warp + slot
             self._stride *= blocks
         self._first = ops.select(self.busy, start, self.end_row)
@@ -296,9 +188,23 @@ class RowWalk:
             return row
         return (row >> 1) + (row & 1) * (self.matrix.shape[0] // 2)
 
+    def share_row(self, index):
+        """The row that is number `index` of the block's share."""
+        if self._dealt is None:
+            return self.first_row + index
+        block, blocks, together = self._dealt
+        return ((index // together) * blocks + block) * together + (index & (together - 1))
+
+    def share_index(self, row):
+        """The inverse of `share_row`."""
+        if self._dealt is None:
+            return row - self.first_row
+        _, blocks, together = self._dealt
+        return row // (blocks * together) * together + (row & (together - 1))
+
     def prefetch(self) -> None:
         """Asks for what `open` reads of the block's rows: their offsets and starts."""
-        start_bytes = start_dtype(self.matrix.shape[1]).itemsize  # fewer in "banked"
+        start_bytes = start_dtype(self.matrix.shape[1]).itemsize
         rows = (self.end_row - self.first_row) // self._halves
         for half in range(self._halves):
             first = self.index(self.first_row + half)
@@ -316,8 +222,43 @@ class RowWalk:
     def read(self, opened):
         """Issues the first loads of what `open` found; what `run` begins with."""
         strip, upcoming = opened
-        data, moved = self._read(strip)
-        return strip._replace(**moved), data, upcoming
+        return strip, self._read(strip), upcoming
+
+    def _open(self, row) -> Strip:
+        """Issues the loads that say where a row lies, if the lane has one."""
+        ops, inside = self.ops, row < self.end_row
+        safe = ops.select(inside, self.index(row), ops.integer(0))
+        begin = ops.load_integer("row_offsets" + self.suffix, safe)
+        end = ops.load_integer("row_offsets" + self.suffix, safe + 1)
+        end = ops.select(inside, end, begin)
+        start = ops.load_integer("starts" + self.suffix, safe * self.matrix.lanes + self.part)
+        return Strip(row, begin + self.part, end, start * self.scale)
+
+    def _read(self, strip: Strip):
+        """Issues the loads of a step's groups: the code and the values of each."""
+        name = "codes" + self.suffix
+        return [
+            (read_code(self.ops, self.matrix, name, group, live), self._values(group, live))
+            for group, live in self._groups(strip)
+        ]
+
+    def _groups(self, strip: Strip):
+        """Memory index of each group of a step, and whether the lane has it."""
+        groups = [strip.group + u * self.matrix.lanes for u in range(self.unroll)]
+        return [(group, group < strip.end) for group in groups]
+
+    def _columns(self, code, place):
+        """The columns of a group's elements times `scale`, and the place after the group."""
+        ops, scale = self.ops, self.scale
+        end = self.matrix.shape[1] * scale
+        prefixes = read_prefixes(code, self.matrix.encoding)
+        # A lane whose row is done must not run away while its warp goes on with longer rows.
+        after = pass_group(ops, prefixes, place, scale)
+        after = ops.select(after < end, after, ops.integer(end))
+        if self.read_copies:
+            copies = self.read_copies(*prefixes, *code)
+            return add_up(ops, copies, place, scale, unit=scale // choice.WORDS), after
+        return add_up(ops, prefixes, place, scale), after
 
     def run(self, started, begin_row, visit, end_row) -> None:
         """Goes through all rows of the block.
@@ -333,10 +274,11 @@ class RowWalk:
 
         def step(carried):
             strip, upcoming, data, state = carried
-            after, finished = self._advance(strip)
-            done = ops.all(finished)
-            next_data, moved = self._read(ops.select(done, upcoming, after))
-            place, loaded = strip.place, self._loaded(strip, data)
+            after = strip._replace(group=strip.group + self.unroll * self.matrix.lanes)
+            done = ops.all(after.group >= after.end)
+            next_data = self._read(ops.select(done, upcoming, after))
+            place = strip.place
+            loaded = [(*group, *some) for group, some in zip(self._groups(strip), data)]
             for first in range(0, self.unroll, self.together):
 
                 def visit_some(
@@ -344,7 +286,7 @@ class RowWalk:
                 ):
                     groups = []
                     for index, live, code, values in some:
-                        columns, place = self._columns(code, place, live)
+                        columns, place = self._columns(code, place)
                         groups.append(Group(strip.row, index, live, values, columns))
                     return place, visit(state, groups)
 
@@ -362,7 +304,7 @@ class RowWalk:
             strip, upcoming, state = ops.branch(
                 done, next_row, (after._replace(place=place), upcoming, state)
             )
-            return strip._replace(**moved), upcoming, next_data, state
+            return strip, upcoming, next_data, state
 
         # One step a turn: with two, no loaded register is copied, but the longer loop is slower.
         ops.loop(
@@ -370,57 +312,6 @@ class RowWalk:
             step,
             (strip, upcoming, data, begin_row()),
         )
-
-
-class Walk(RowWalk):
-    """Every lane's way through the strips of its block's rows."""
-
-    def __init__(self, ops, matrix: Matrix, **options):
-        super().__init__(ops, matrix, **options)
-        self.decoder = DECODERS[matrix.encoding](
-            ops, matrix, "codes" + self.suffix, self.scale, self.chooses
-        )
-
-    def _open(self, row) -> Strip:
-        ops, lanes = self.ops, self.matrix.lanes
-        safe, begin, end = open_row(ops, self.index(row), row < self.end_row, self.suffix)
-        start = ops.load_integer("starts" + self.suffix, safe * lanes + self.part)
-        return Strip(row, begin + self.part, end, self.decoder.open(safe, start))
-
-    def _advance(self, strip: Strip):
-        after = strip._replace(group=strip.group + self.unroll * self.matrix.lanes)
-        return after, after.group >= after.end
-
-    def _read(self, strip: Strip):
-        return [
-            (self.decoder.read(group, live), self._values(group, live))
-            for group, live in self._groups(strip)
-        ], {}
-
-    def _loaded(self, strip: Strip, data):
-        return [(*group, *loaded) for group, loaded in zip(self._groups(strip), data)]
-
-    def _groups(self, strip: Strip):
-        """Memory index of each group of a step, and whether the lane has it."""
-        groups = [strip.group + u * self.matrix.lanes for u in range(self.unroll)]
-        return [(group, group < strip.end) for group in groups]
-
-    def _columns(self, code, place, live):
-        del live
-        return self.decoder.columns(code, place)
-
-
-def open_row(ops, row, live, suffix: str = ""):
-    """Issues the loads that say where a row lies, if the lane has one.
-
-    Returns:
-      the row, or one that exists; the memory index of its first group, and that after its last one,
-      the same where not `live`.
-    """
-    row = ops.select(live, row, ops.integer(0))
-    begin = ops.load_integer("row_offsets" + suffix, row)
-    end = ops.select(live, ops.load_integer("row_offsets" + suffix, row + 1), begin)
-    return row, begin, end
 
 
 def halves(words) -> list:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from macko_jax.format.layout import GROUP
 from macko_jax.gpu import row_walk as strips
 from macko_jax.gpu import tuning as config
-from macko_jax.gpu import walks
 from macko_jax.gpu.staging import Share
 from macko_jax.lanes import mosaic as lanes
 from macko_jax.lanes.mosaic import WARP
@@ -39,7 +38,7 @@ class Plan(config.Plan):
 
     @property
     def shared_slots(self) -> int:
-        return self.x_slots + self.y.slots
+        return self.x.slots + self.y.slots
 
 
 def program(ops, plan: Plan) -> None:
@@ -47,9 +46,9 @@ def program(ops, plan: Plan) -> None:
 
     Groups beyond the last row are spare capacity and get zeros.
     """
-    matrix, settings, [x], y = plan.matrix, plan.settings, plan.planes, plan.y
+    matrix, settings, x, y = plan.matrix, plan.settings, plan.x, plan.y
     end, threads = matrix.shape[1] * x.scale, settings.warps * WARP
-    walk = walks.make(
+    walk = strips.RowWalk(
         ops,
         matrix,
         block=ops.block(),
@@ -110,9 +109,11 @@ def _store_group(ops, index, reals, dtype, where) -> None:
 
 def plan(matrix: strips.Matrix, x_dtype, batch: int) -> Plan | None:
     """The plan of a gradient; None if so many vectors do not fit in one pass."""
-    fitting = Plan(matrix, x_dtype, batch, config.choose(matrix, x_dtype, batch))
-    fits = 4 * fitting.shared_slots <= config.shared_bytes()
-    return fitting if fits and batch <= fitting.planes[0].count else None
+    settings = config.choose(matrix, x_dtype, batch)
+    if settings is None or batch > settings.vectors:
+        return None
+    fitting = Plan(matrix, x_dtype, batch, settings)
+    return fitting if 4 * fitting.shared_slots <= config.shared_bytes() else None
 
 
 def why_not(matrix: strips.Matrix, x_dtype, batch: int) -> str | None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from macko_jax.format import quantization
 from macko_jax.format.layout import words_per_row
-from macko_jax.gpu import chain, matmul, spmv
+from macko_jax.gpu import chain, spmv
 from macko_jax.gpu import densify as decode
 from macko_jax.gpu import row_walk as strips
 from macko_jax.gpu import sddmm as by_values
@@ -21,6 +21,11 @@ def why_not(problem) -> str | None:
     """None if a kernel serves the problem, or the reason why none does."""
     if (reason := config.why_no_kernels()) is not None:
         return reason
+    if problem.encoding not in strips.ENCODINGS:
+        return (
+            f"no kernel reads the encoding {problem.encoding!r}; "
+            "macko_jax.compress(macko_jax.decompress(m)) gives one that has kernels"
+        )
     values_first = problem.product != "spmv_values"
     for i, dtype in enumerate((*problem.dtypes, problem.out_dtype)):
         allowed = FLOATS + quantization.NAMES * (values_first and i == 0)
@@ -33,7 +38,8 @@ def why_not(problem) -> str | None:
         return "the arrays are too large for 32-bit indices"
     if problem.product == "spmv_values":
         return by_values.why_not(_matrix(problem), problem.dtypes[0], problem.batch)
-    return why_not_by(way(problem), problem)
+    reasons = [why_not_by(way, problem) for way in WAYS[problem.product]]
+    return None if None in reasons else ", and ".join(reasons)
 
 
 def choose(problem) -> Callable:
@@ -46,8 +52,6 @@ def choose(problem) -> Callable:
 def way(problem) -> str:
     """The fastest of the `WAYS` of a product with vectors, by what was measured."""
     matrix = _matrix(problem)
-    if why_not_by("tiles", problem) is None and matmul.is_faster(matrix, problem.batch):
-        return "tiles"
     if why_not_by("passes", problem) is not None:
         return "decode"
     by_passes = config.by_passes(problem.product, matrix, problem.dtypes[1], problem.batch)
@@ -59,11 +63,9 @@ def why_not_by(way: str, problem) -> str | None:
     matrix, backward = _matrix(problem), problem.product == "spmv_transposed"
     if way == "decode":
         return decode.why_not(matrix, config.dense_dtype(*problem.dtypes))
-    if way == "passes":
-        return transposed.why_not(matrix, problem.batch) if backward else None
-    if backward or len({*problem.dtypes, problem.out_dtype}) > 1:
-        return "tiles are for forward products of one type"
-    return matmul.why_not(matrix)
+    if backward:
+        return transposed.why_not(matrix, problem.batch)
+    return spmv.why_not(matrix, problem.dtypes[1])
 
 
 def plan_fused(problems, around) -> spmv.Plan | chain.Plan | None:
@@ -97,11 +99,6 @@ def _spmv_by_decode(values, x, codes, row_offsets, starts, *, out_dtype, **stati
     return _matmul("kc,rc->kr", x, dense, out_dtype)
 
 
-def _spmv_by_matmul(values, x, codes, row_offsets, starts, *, out_dtype, **static):
-    del out_dtype  # that of the operands
-    return matmul.matmul(values, x, codes, row_offsets, starts, **static)
-
-
 def _transposed_by_decode(values, y, codes, row_offsets, starts, *, out_dtype, **static):
     dense = _decode(values, y, codes, row_offsets, starts, **static)
     return _matmul("kr,rc->kc", y, dense, out_dtype)
@@ -124,8 +121,8 @@ def _matmul(subscripts, a, b, out_dtype) -> jax.Array:
 
 
 # The ways of a product with vectors: by passes over the matrix; by a dense decode and a dense
-# product; by tiles that are decoded for tensor cores, without a dense matrix.
+# product.
 WAYS = {
-    "spmv": {"passes": spmv.spmv, "decode": _spmv_by_decode, "tiles": _spmv_by_matmul},
+    "spmv": {"passes": spmv.spmv, "decode": _spmv_by_decode},
     "spmv_transposed": {"passes": transposed.spmv_transposed, "decode": _transposed_by_decode},
 }

@@ -14,7 +14,6 @@ import functools
 import jax
 
 from macko_jax.gpu import row_walk as strips
-from macko_jax.gpu import tensor_cores, walks
 from macko_jax.gpu import tuning as config
 from macko_jax.gpu.staging import Share, deal_blocks
 from macko_jax.lanes import mosaic as lanes
@@ -61,14 +60,19 @@ class Plan(config.Plan):
 
     @property
     def added(self) -> Share:
-        return Share(rows=self.matrix.shape[0], blocks=self.settings.blocks, count=1, batch=1)
+        return Share(
+            rows=self.matrix.shape[0],
+            blocks=self.settings.blocks,
+            count=1,
+            batch=1,
+            together=WARP // self.matrix.lanes,
+        )
 
     @property
     def shared_slots(self) -> int:
-        """x, and for each warp weights or a sum of squares, and the share of what is added."""
-        each = tensor_cores.BUFFER * self.settings.tensor_cores + (self.fusion.eps is not None)
-        added = self.added.slots if self.fusion.add else 0
-        return self.x_slots + self.settings.warps * each + added
+        """x, a sum of squares for each warp, and the share of what is added."""
+        squares = self.settings.warps if self.fusion.eps is not None else 0
+        return self.x.slots + squares + (self.added.slots if self.fusion.add else 0)
 
     @property
     def passes(self) -> int:
@@ -88,45 +92,28 @@ def program(ops, plan: Plan) -> None:
 
     Sums are in float32 in a fixed order, so that results are equal from run to run.
     """
-    matrix, settings, planes, fusion, added = (
-        plan.matrix,
-        plan.settings,
-        plan.planes,
-        plan.fusion,
-        plan.added,
-    )
+    matrix, settings, x = plan.matrix, plan.settings, plan.x
+    fusion, added = plan.fusion, plan.added
     rows, threads = matrix.shape[0], settings.warps * WARP
 
     block, first_vector = deal_blocks(ops, plan.passes, settings.vectors)
-    walk = walks.make(
+    walk = strips.RowWalk(
         ops,
         matrix,
         block=block,
         blocks=settings.blocks,
         warps=settings.warps,
         unroll=settings.unroll,
-        scale=planes[0].scale,
+        scale=x.scale,
         chooses=settings.twice,
-        spread=not fusion.add,
+        spread=True,
     )
-
-    if settings.tensor_cores:
-        begin_row = functools.partial(tensor_cores.zeros, ops, planes)
-        visit = functools.partial(tensor_cores.multiply, ops, planes, plan.x_slots, matrix.dtype)
-        totals = functools.partial(tensor_cores.totals, ops)
-    else:
-        begin_row = lambda: [ops.real(0)] * settings.vectors
-        visit = functools.partial(multiply, ops, matrix, *planes)
-        totals = lambda sums: [
-            (k, total, walk.part == 0)
-            for k, total in enumerate(lanes.sum_over_lanes(ops, sums, matrix.lanes))
-        ]
 
     def finish(row, sums):
         inside = row < walk.end_row
         if fusion.scaled:
             row_scale = ops.load_real("row_scales", row, inside)
-        for number, total, writes in totals(sums):
+        for number, total in enumerate(lanes.sum_over_lanes(ops, sums, matrix.lanes)):
             vector = first_vector + number
             if fusion.scaled:
                 total = total * row_scale
@@ -134,11 +121,11 @@ def program(ops, plan: Plan) -> None:
                 total = total * inverse
             if fusion.add:
                 total = total + added.at(row, inside)[number]
-            ops.store_real("y", vector * rows + row, total, writes & inside & (vector < plan.batch))
+            mine = (walk.part == 0) & inside & (vector < plan.batch)
+            ops.store_real("y", vector * rows + row, total, mine)
 
     # All loads that depend on nothing come first: the start of a kernel is a chain of latencies.
-    for i, x in enumerate(planes):
-        x.begin(ops, "x", first_vector + i * x.count, threads)
+    x.begin(ops, "x", first_vector, threads)
     if fusion.add:
         added.begin(
             ops,
@@ -149,15 +136,16 @@ def program(ops, plan: Plan) -> None:
             threads=threads,
         )
     started = walk.start()
-    squares, *_ = [x.finish() for x in planes]  # of the only one, if there is a norm
+    squares = x.finish()
     if fusion.add:
         added.finish()
     if fusion.eps is not None:
-        share_squares(ops, squares, plan.x_slots)
+        share_squares(ops, squares, x.slots)
     ops.barrier()
     if fusion.eps is not None:
-        inverse = inverse_norm(ops, plan.x_slots, settings.warps, matrix.shape[1], fusion.eps)
-    walk.run(started, begin_row, visit, finish)
+        inverse = inverse_norm(ops, x.slots, settings.warps, matrix.shape[1], fusion.eps)
+    zeros = [ops.real(0)] * settings.vectors
+    walk.run(started, lambda: zeros, functools.partial(multiply, ops, matrix, x), finish)
 
 
 def multiply(ops, matrix: strips.Matrix, x, sums: list, groups: list) -> list:
@@ -190,16 +178,22 @@ def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, store
     return run(plan, out_dtype, values, codes, row_offsets, starts, x)
 
 
-def choose(matrix: strips.Matrix, x_dtype, batch: int) -> Plan:
-    """The plan of a product with `batch` vectors of type `x_dtype`."""
-    return Plan(matrix, x_dtype, batch, config.choose(matrix, x_dtype, batch))
+def choose(matrix: strips.Matrix, x_dtype, batch: int) -> Plan | None:
+    """The plan of a product with `batch` vectors of type `x_dtype`; None if none fits."""
+    settings = config.choose(matrix, x_dtype, batch)
+    return settings and Plan(matrix, x_dtype, batch, settings)
+
+
+def why_not(matrix: strips.Matrix, x_dtype) -> str | None:
+    """None if the kernel serves, or the reason why it does not."""
+    if config.choose(matrix, x_dtype, 1) is None:
+        return f"x of {matrix.shape[1]} columns does not fit into shared memory"
+    return None
 
 
 def plan_fused(matrix: strips.Matrix, x_dtype, fusion: Fusion) -> Plan | None:
     """The plan of add + A f(x) for one vector; None where shared memory has no room for it."""
     plan = choose(matrix, x_dtype, 1)
-    if not plan.settings.stage_x:
-        return None
     for twice in (plan.settings.twice, False):
         settings = dataclasses.replace(plan.settings, twice=twice)
         fused = dataclasses.replace(plan, settings=settings, fusion=fusion)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from macko_jax.format.layout import GROUP
 from macko_jax.gpu import row_walk as strips
 from macko_jax.gpu import tuning as config
-from macko_jax.gpu import walks
 from macko_jax.gpu.staging import Share, deal_blocks
 from macko_jax.lanes import mosaic as lanes
 from macko_jax.lanes.mosaic import WARP, WARPGROUP
@@ -51,7 +50,7 @@ class Plan:
 
     @property
     def columns(self) -> int:
-        return self.matrix.shape[1] + self.matrix.slack
+        return self.matrix.shape[1] + strips.SLACK
 
     @property
     def shared_slots(self) -> int:
@@ -69,11 +68,11 @@ def plan(matrix: strips.Matrix, batch: int) -> Plan | None:
 def program(ops, plan: Plan) -> None:
     """Computes partial sums x [batch, share, cols] of x = y A from values, ..., y [batch, rows]."""
     matrix = plan.matrix
-    rows, cols = matrix.shape
+    cols = matrix.shape[1]
     threads = plan.warps * WARP
     thread = ops.thread()
     block, vector = deal_blocks(ops, plan.batch, 1)
-    walk = walks.make(
+    walk = strips.RowWalk(
         ops,
         matrix,
         block=block,

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 
 from macko_jax.format import two_bank as choice
+from macko_jax.gpu.row_walk import SLACK
 from macko_jax.lanes.mosaic import FRESH
 
 BLANK = 0xFFFF  # 16 bits in the place of an element that no block has published yet
@@ -41,9 +42,9 @@ def gate(ops, a, b):
 
 
 class Vectors:
-    """`count` vectors side by side in shared memory, or gathered from global memory.
+    """`count` vectors side by side in shared memory.
 
-    Staged 16-bit vectors keep their type, two to a word, so that a gather of two of them costs what
+    16-bit vectors keep their type, two to a word, so that a gather of two of them costs what
     one of a float32 costs; an odd one, and other types, become float32. Gathering from shared
     memory is what limits the products, not converting.
 
@@ -63,28 +64,24 @@ class Vectors:
         dtype,
         *,
         length: int,
-        slack: int,
         count: int,
         batch: int,
-        staged: bool,
         before: str | None = None,
         first_slot: int = 0,
         twice: bool = False,
     ):
-        if before and not staged:
-            raise ValueError(f"{before!r} comes before vectors that are staged, these are not")
         self.dtype, self.length, self.count, self.batch = jnp.dtype(dtype), length, count, batch
-        self.staged, self.before, self._columns = staged, before, length + slack
+        self.before, self._columns = before, length + SLACK
         self._base = 4 * first_slot
-        self.packed = staged and self.dtype.itemsize == 2 and count % 2 == 0
+        self.packed = self.dtype.itemsize == 2 and count % 2 == 0
         self._words = count // 2 if self.packed else count
-        if twice and not (staged and self._words == 1):
+        if twice and self._words != 1:
             raise ValueError(f"{count} vectors of {self.dtype} cannot lie twice in shared memory")
         self.twice, self._times = twice, choice.WORDS if twice else 1
-        self.scale = 4 * self._words * self._times if staged else 1
-        self.slots = self._columns * self._words * self._times if staged else 1
+        self.scale = 4 * self._words * self._times
+        self.slots = self._columns * self._words * self._times
         # Columns of 16 bits are read two at a time, if nothing has to be computed of them.
-        pairs = staged and self.dtype.itemsize == 2 and length % 2 == 0 and before is None
+        pairs = self.dtype.itemsize == 2 and length % 2 == 0 and before is None
         self._together = 2 if pairs else 1
         self._rounds = PAIRS_AHEAD.get(count, AHEAD) if pairs else AHEAD
 
@@ -95,7 +92,7 @@ class Vectors:
         """
         self.ops, self.name, self.first, self.threads = ops, name, first, threads
         self._scale = scale
-        self._head = self._read(ops.thread()) if self.staged else []
+        self._head = self._read(ops.thread())
 
     def finish(self):
         """Fills shared memory; the block's barrier has to follow.
@@ -105,8 +102,6 @@ class Vectors:
         """
         squares = [self.ops.real(0)] if self.before == "norm" else []
         squares = self._write(self._head, squares)
-        if not self.staged:
-            return squares
 
         def copy(state):
             number, squares = state
@@ -119,22 +114,9 @@ class Vectors:
         """The elements of all vectors at a column times `scale`, as float32."""
         ops = self.ops
         if self.packed:
-            words = ops.load_shared_words(self.place(column), self._words)
+            words = ops.load_shared_words(column + self._base, self._words)
             return [half for word in words for half in ops.pair(word, self.dtype)]
-        if self.staged:
-            return ops.load_shared(self.place(column), self.count)
-        return [
-            ops.load_real(
-                self.name,
-                (self.first + k) * self.length + column,
-                (column < self.length) & (self.first + k < self.batch),
-            )
-            for k in range(self.count)
-        ]
-
-    def place(self, column):
-        """Where in shared memory the elements at a column times `scale` lie."""
-        return column + self._base
+        return ops.load_shared(column + self._base, self.count)
 
     @property
     def _pieces(self) -> int:
@@ -204,12 +186,14 @@ class Vectors:
         if not self.packed:
             [word] = words
             staged = [[ops.as_word(element)] for element in ops.pair(word, self.dtype)]
-            return self._store(place, staged, inside)
+            self._store(place, staged, inside)
+            return
         both = list(zip(words[::2], words[1::2]))
         first = [(a & 0xFFFF) | (b << 16) for a, b in both]
         second = [(a >> 16) | (b & 0xFFFF0000) for a, b in both]
         if len(both) < 4:
-            return self._store(place, [first, second], inside)
+            self._store(place, [first, second], inside)
+            return
         # Every other four lanes begin with the second column, so that eight lanes meet all banks.
         other = (ops.thread() & 4) == 4
         shift = ops.select(other, ops.integer(self.scale), ops.integer(0))
@@ -284,9 +268,10 @@ class Share:
       slots: 32-bit words of shared memory that they take.
     """
 
-    def __init__(self, *, rows: int, blocks: int, count: int, batch: int):
+    def __init__(self, *, rows: int, blocks: int, count: int, batch: int, together: int = 1):
+        """Rows are dealt to blocks one by one, or so many `together`."""
         self.rows, self.count, self.batch = rows, count, batch
-        self.size = -(-rows // blocks)
+        self.size = -(-rows // (blocks * together)) * together
         self.slots = self.size * count
 
     def begin(self, ops, name, walk, *, first_vector, first_slot: int, threads: int):
@@ -307,7 +292,7 @@ class Share:
             self.ops.loop(lambda index: index < self.size, copy, self.ops.thread() + self.threads)
 
     def _read(self, index) -> list:
-        row = self.walk.first_row + index
+        row = self.walk.share_row(index)
         vectors = [self.first_vector + k for k in range(self.count)]
         return [
             self.ops.load_real(
@@ -325,7 +310,7 @@ class Share:
 
     def at(self, row, where) -> list:
         """The elements of all vectors at a row of the block; anything where not `where`."""
-        index = self.ops.select(where, row - self.walk.first_row, self.ops.integer(0))
+        index = self.ops.select(where, self.walk.share_index(row), self.ops.integer(0))
         return [
             self.ops.load_shared((index + (self.first_slot + k * self.size)) * 4, 1)[0]
             for k in range(self.count)

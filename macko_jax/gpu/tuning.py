@@ -9,31 +9,24 @@ import jax.numpy as jnp
 
 from macko_jax.format.layout import GROUP
 from macko_jax.format.pack import MULTIPROCESSORS
-from macko_jax.gpu import tensor_cores
 from macko_jax.gpu.staging import Vectors
 from macko_jax.lanes.mosaic import WARP, WARPGROUP
 
-WARPS_FOR_MANY = 16  # at most, of a block that multiplies 8 vectors or more in a pass
+WARPS_FOR_MANY = 16  # at most, of a block that multiplies 8 vectors in a pass
 GROUPS_IN_FLIGHT = 48  # of a multiprocessor's warps together, for each lane
+SHORT, LONG = 2.5, 8.5  # groups of a lane in a row, see `groups_ahead`
 HOPPER = "9.0"  # the compute capability of an H100 and an H200
 HOPPER_SHARED = 227 * 1024  # bytes of a multiprocessor's shared memory that a block can have
 KERNELS_OWN = 7 * 1024  # of these, not for what is planned here
 
 # A pass over a matrix costs (vectors + PASS) * (density + start), and a dense decode with a dense
 # product `decode` in the same unit, whatever the density and the vectors. So (start, decode) are
-# fitted to what an H200 takes for both (docs/results/ideas_h200.json, "passes, or a decode"). Not
-# measured, and taken for deltas: a bitmask of 16 bits, and the transposed product of "banked".
-# A decode has to save a tenth where the dense matrix is LARGE, in bytes, since it needs that room.
+# fitted to what an H200 takes for both (docs/results/ideas_h200.json, "passes, or a decode").
 PASS = 5
 COSTS = {
-    "spmv": {"16 bits": (0.13, 15.1), "16 bits, banked": (0.1, 17.5), "32 bits": (0.3, 40)},
-    "spmv_transposed": {
-        "16 bits": (0.6, 14.5),
-        "16 bits, banked": (0.6, 14.5),
-        "32 bits": (0.6, 8.5),
-    },
+    "spmv": {"16 bits": (0.13, 15.1), "32 bits": (0.3, 40)},
+    "spmv_transposed": {"16 bits": (0.6, 14.5), "32 bits": (0.6, 8.5)},
 }
-LARGE = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +37,7 @@ class Settings:
       blocks: thread blocks that share the rows; one for each multiprocessor.
       warps: warps of a block, a multiple of 4.
       unroll: groups of eight elements that a lane loads ahead.
-      vectors: how many (1, 2, 4, 8 or 16) are multiplied in one pass over the matrix.
-      stage_x: whether x is kept in shared memory, or gathered from global memory.
-      tensor_cores: whether they multiply, staged vectors of 16 bits; see `tensor_cores.py`.
+      vectors: how many (1, 2, 4 or 8) are multiplied in one pass over the matrix.
       twice: whether x lies in shared memory twice, for an encoding that chooses; see `choice.py`.
     """
 
@@ -54,15 +45,13 @@ class Settings:
     warps: int
     unroll: int
     vectors: int
-    stage_x: bool
-    tensor_cores: bool = False
     twice: bool = False
 
     def __post_init__(self):
         if self.warps % WARPGROUP or not 0 < self.warps <= 32:
             raise ValueError(f"warps must be a multiple of {WARPGROUP} up to 32, got {self.warps}")
-        if self.vectors not in (1, 2, 4, 8, 16):
-            raise ValueError(f"vectors must be 1, 2, 4, 8 or 16, got {self.vectors}")
+        if self.vectors not in (1, 2, 4, 8):
+            raise ValueError(f"vectors must be 1, 2, 4 or 8, got {self.vectors}")
         if self.blocks < 1 or self.unroll < 1:
             raise ValueError(f"blocks and unroll must be positive, got {self}")
 
@@ -83,26 +72,16 @@ class Plan:
     before = None  # what is done to x first; see `Vectors`
 
     @property
-    def planes(self) -> list[Vectors]:
-        """The vectors of a pass, one after the other in shared memory if they are staged."""
-        count = min(tensor_cores.VECTORS, self.settings.vectors)
-        make = functools.partial(
-            Vectors,
+    def x(self) -> Vectors:
+        """The vectors of a pass, in shared memory."""
+        return Vectors(
             self.x_dtype,
             length=self.matrix.shape[1],
-            slack=self.matrix.slack,
-            count=count,
+            count=self.settings.vectors,
             batch=self.batch,
-            staged=self.settings.stage_x,
             before=self.before,
             twice=self.settings.twice,
         )
-        return [make(first_slot=i * make().slots) for i in range(self.settings.vectors // count)]
-
-    @property
-    def x_slots(self) -> int:
-        """32-bit words of shared memory that they take."""
-        return sum(x.slots for x in self.planes)
 
 
 def multiprocessors() -> int:
@@ -165,15 +144,17 @@ def unroll(warps: int) -> int:
     return max(2, GROUPS_IN_FLIGHT // warps)
 
 
-def choose(matrix, x_dtype, batch: int) -> Settings:
-    """The settings for a product of a `strips.Matrix` with `batch` vectors of type `x_dtype`."""
-    rows = matrix.shape[0]
-    by_tensor_cores = _suit_tensor_cores(matrix, x_dtype, batch)
-    most = 16 if by_tensor_cores else 8 if jnp.dtype(x_dtype).itemsize == 2 else 4
-    vectors = min(most, 1 << (batch - 1).bit_length())
-    while vectors > 1 and not _fits(matrix, x_dtype, vectors):
+def choose(matrix, x_dtype, batch: int) -> Settings | None:
+    """The settings for a product of a `strips.Matrix` with `batch` vectors of type `x_dtype`.
+
+    None where shared memory has no room for one of them.
+    """
+    vectors = min(8 if jnp.dtype(x_dtype).itemsize == 2 else 4, 1 << (batch - 1).bit_length())
+    while not _fits(matrix, x_dtype, vectors):
         vectors //= 2
-    blocks = row_blocks(rows)
+        if not vectors:
+            return None
+    blocks = row_blocks(matrix.shape[0])
     # The sums of 8 vectors leave the 64 registers of a lane of 32 warps no room to load ahead.
     warps = min(busy_warps(matrix, blocks), WARPS_FOR_MANY if vectors >= 8 else 32)
     return Settings(
@@ -181,8 +162,6 @@ def choose(matrix, x_dtype, batch: int) -> Settings:
         warps=warps,
         unroll=groups_ahead(matrix, blocks, vectors),
         vectors=vectors,
-        stage_x=_fits(matrix, x_dtype, vectors),
-        tensor_cores=by_tensor_cores and vectors >= 8,
         twice=_chooses(matrix, x_dtype, vectors),
     )
 
@@ -192,10 +171,8 @@ def by_passes(product: str, matrix, x_dtype, batch: int) -> bool:
     vectors = choose(matrix, x_dtype, batch).vectors if product == "spmv" else 1
     passes = -(-batch // vectors)
     start, decode = COSTS[product][_kind(matrix, x_dtype)]
-    size = math.prod(matrix.shape)
-    cost = passes * (vectors + PASS) * (matrix.stored / size + start)
-    large = size * dense_dtype(matrix.dtype, x_dtype).itemsize >= LARGE
-    return passes == 1 or cost <= (1.1 * decode if large else decode)
+    cost = passes * (vectors + PASS) * (matrix.stored / math.prod(matrix.shape) + start)
+    return passes == 1 or cost <= decode
 
 
 def dense_dtype(dtype, x_dtype):
@@ -206,37 +183,26 @@ def dense_dtype(dtype, x_dtype):
 def _kind(matrix, x_dtype) -> str:
     """Of a product in COSTS. Where types differ, the dense product is one of float32."""
     dtype = dense_dtype(matrix.dtype, x_dtype)
-    if dtype.itemsize != 2 or dtype != jnp.dtype(x_dtype):
-        return "32 bits"
-    return "16 bits, banked" if matrix.encoding == "banked" else "16 bits"
-
-
-def _suit_tensor_cores(matrix, x_dtype, batch: int) -> bool:
-    """Whether they are faster: where gathers of 16 bytes have no bank conflicts."""
-    dtype, x_dtype = jnp.dtype(matrix.dtype), jnp.dtype(x_dtype)
-    exact = dtype == x_dtype or dtype.itemsize == 1  # in the type of x
-    return matrix.encoding == "banked" and x_dtype.itemsize == 2 and exact and batch > 4
+    return "16 bits" if dtype.itemsize == 2 and dtype == jnp.dtype(x_dtype) else "32 bits"
 
 
 def groups_ahead(matrix, blocks: int, vectors: int = 1) -> int:
     """Groups that each lane loads ahead where a block, of so many, has all its warps.
 
-    Two; for one vector of 8-bit values, of which a group has half the bytes, three, unless a warp
-    has one row only, and a short one. For one vector it is one more, if warps work on several rows
-    one after the other, and larger steps leave no more room at the end of a row; with 8-bit values
-    if rows are long as well, more than two steps of four.
+    Two or, of 8-bit values, whose groups have half the bytes, three; one for short rows. Where
+    warps work on several rows one after the other, one more if that leaves no more room at a row's
+    end.
     """
     groups_per_lane = matrix.stored / GROUP / matrix.shape[0] / matrix.lanes
-    if groups_per_lane <= 2.5:
+    if groups_per_lane <= SHORT:
         return 1
     if vectors > 1:
         return 2
-    several, long = rounds(matrix, blocks) > 1, groups_per_lane > 8.5
+    several, long = rounds(matrix, blocks) > 1, groups_per_lane > LONG
     small = jnp.dtype(matrix.dtype).itemsize == 1
-    usual = 3 if small and (several or long) else 2
-    room, room_of_more = (-(-groups_per_lane // n) * n for n in (usual, usual + 1))
-    more = several and (long or not small) and room_of_more <= room
-    return usual + 1 if more else usual
+    least = 3 if small and (several or long) else 2
+    most = least + 1 if several and (long or not small) else least
+    return min(range(least, most + 1), key=lambda n: (-(-groups_per_lane // n) * n, -n))
 
 
 def _chooses(matrix, x_dtype, vectors: int) -> bool:
@@ -246,10 +212,8 @@ def _chooses(matrix, x_dtype, vectors: int) -> bool:
 
 
 def _fits(matrix, x_dtype, vectors: int, twice: bool = False) -> bool:
-    settings = Settings(blocks=1, warps=4, unroll=1, vectors=vectors, stage_x=True, twice=twice)
-    plan = Plan(matrix, x_dtype, vectors, settings)
-    weights = tensor_cores.BUFFER * WARPS_FOR_MANY if vectors >= 8 else 0
-    return 4 * (plan.x_slots + weights) <= shared_bytes()
+    settings = Settings(blocks=1, warps=4, unroll=1, vectors=vectors, twice=twice)
+    return 4 * Plan(matrix, x_dtype, vectors, settings).x.slots <= shared_bytes()
 
 
 def busy_warps(matrix, blocks: int) -> int:
