@@ -13,8 +13,8 @@ class Case:
     """A matrix to test with.
 
     Attributes:
-      structure: "random", "empty_rows" (every other row), "gaps" (all elements in the last columns),
-        "skewed" (first row dense, the others sparse).
+      structure: "random", "empty_rows" (every other row), "gaps" (all elements in the last
+        columns), "skewed" (first row dense, the others sparse).
     """
 
     rows: int
@@ -68,24 +68,17 @@ CASES = (
     Case(9, 517, 0.02, "float32", "bitmask", 16, "skewed"),
     Case(2, 70001, 0.1, "float16", "delta4", 32),
     Case(300, 4100, 0.2, "float32", "bitmask", 16),
-    Case(5, 2100, 0.1, "float32", "banked", 32, "skewed"),
-    Case(40, 300, 0.4, "float16", "banked", 32, "empty_rows"),
-    Case(33, 301, 0.1, "float16", "delta3", 4),
-    Case(9, 517, 1.0, "bfloat16", "delta3", 2, "gaps"),
-    Case(12, 700, 0.5, "float16", "delta3", 32, "skewed"),
-    Case(1, 5, 0.0, "float32", "delta3"),
-    Case(40, 256, 0.3, "float32", "delta3", 8, "empty_rows"),
     Case(33, 301, 0.02, "float16", "delta5", 4),
     Case(9, 517, 1.0, "bfloat16", "delta5", 2, "gaps"),
     Case(12, 1900, 0.1, "float16", "delta5", 32, "skewed"),
     Case(1, 5, 0.0, "float32", "delta5"),
     Case(40, 256, 0.3, "float32", "delta5", 8, "empty_rows"),
-    Case(33, 301, 0.5, "float16", "choice", 4),
-    Case(12, 700, 0.5, "float16", "choice", 32, "skewed"),
-    Case(40, 256, 0.3, "float32", "choice", 8, "empty_rows"),
+    Case(33, 301, 0.5, "float16", "two_bank", 4),
+    Case(12, 700, 0.5, "float16", "two_bank", 32, "skewed"),
+    Case(40, 256, 0.3, "float32", "two_bank", 8, "empty_rows"),
 )
-BITS = {"bitmask": None, "delta4": 4, "delta3": 3, "delta5": 5, "choice": 3}  # of a delta
-LAYOUTS = [*((encoding, 2) for encoding in BITS), ("banked", 32)]  # encoding, lanes
+BITS = {"bitmask": None, "delta4": 4, "delta5": 5, "two_bank": 3}  # of a delta
+LAYOUTS = [(encoding, 2) for encoding in BITS]  # encoding, lanes
 
 
 def error_bound(weight: np.ndarray, x: np.ndarray, out_dtype) -> np.ndarray:
@@ -127,42 +120,13 @@ def delta_slots(row, most: int) -> list[tuple]:
     return slots[:last]
 
 
-def pack_banked_slowly(weight: np.ndarray) -> list[np.ndarray]:
-    """values, codes, row_offsets and starts of the encoding "banked", as banked.py says."""
-    values, words, offsets, counts = [], [], [0], []
-    for row in weight:
-        groups = []
-        for lane in range(32):
-            slots = delta_slots(row[lane::32], most=7)
-            slots += [(0, 0)] * (-len(slots) % 8)
-            groups.append([slots[i : i + 8] for i in range(0, len(slots), 8)])
-        counts.append(list(map(len, groups)))
-        for step in range(max(counts[-1])):
-            for group in (g[step] for g in groups if step < len(g)):
-                values.append([value for value, _ in group])
-                words.append(sum(delta << 3 * i for i, (_, delta) in enumerate(group)))
-        offsets.append(len(words))
-    return [
-        np.array(values, weight.dtype).reshape(-1),
-        three_bytes(words),
-        np.array(offsets, np.int32),
-        np.array(counts, np.uint8),
-    ]
-
-
-def three_bytes(words) -> np.ndarray:
-    """24-bit codes as bytes: two of every one, then the third of every one."""
-    codes = [byte for w in words for byte in (w & 255, w >> 8 & 255)] + [w >> 16 for w in words]
-    return np.array(codes, np.uint8)
-
-
 def words_of(deltas: list, bits: int) -> list[int]:
     """Of every group, its deltas one after the other from the lowest bits."""
     return [sum(delta << bits * i for i, delta in enumerate(group)) for group in deltas]
 
 
 def five_bytes(deltas: list) -> np.ndarray:
-    """A word of low nibbles of every group, then a byte of the highest bits, even elements first."""
+    """A word of low nibbles per group, then a byte of highest bits each, even elements first."""
     nibbles = np.array(words_of([[d & 15 for d in group] for group in deltas], 4), "<u4")
     highest = words_of([[d >> 4 for d in (*group[::2], *group[1::2])] for group in deltas], 1)
     return np.concatenate([nibbles.view(np.uint8), np.array(highest, np.uint8)])
@@ -172,16 +136,13 @@ def five_bytes(deltas: list) -> np.ndarray:
 CODES = {
     "bitmask": lambda words: np.array(words, np.uint32),
     "delta4": lambda deltas: np.array(words_of(deltas, 4), np.uint32),
-    "delta3": lambda deltas: three_bytes(words_of(deltas, 3)),
     "delta5": five_bytes,
-    "choice": lambda deltas: np.array(words_of(deltas, 4), np.uint32),
+    "two_bank": lambda deltas: np.array(words_of(deltas, 4), np.uint32),
 }
 
 
 def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarray]:
     """values, codes, row_offsets and starts, element by element as MackoMatrix's docstring says."""
-    if encoding == "banked":
-        return pack_banked_slowly(weight)
     values, codes, offsets, starts = [], [], [0], []
     cols, turns = weight.shape[1], {}
     for number, row in enumerate(weight):
@@ -219,7 +180,7 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
                         slots = group + [previous + 1 + i for i in range(8 - len(group))]
                         turn = turns.setdefault((lane // 32, step), [])
                         turn.append((lane % 32, delta, slots))
-    if encoding == "choice":
+    if encoding == "two_bank":
         choose_slowly(turns.values())
     start_dtype = np.uint16 if cols < 65536 else np.uint32
     return [
@@ -231,7 +192,7 @@ def pack_slowly(weight: np.ndarray, encoding: str, lanes: int) -> list[np.ndarra
 
 
 def choose_slowly(turns) -> None:
-    """Adds choices to deltas, as choice.py says; a turn has (lane, deltas, columns) of groups."""
+    """Adds choices to deltas, as two_bank.py says; a turn has (lane, deltas, columns) of groups."""
     for turn in turns:
         for j in range(8):
             read, mine = [0] * 32, {}  # from each bank, not counted beyond 3; and the lanes' banks

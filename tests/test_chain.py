@@ -87,7 +87,7 @@ def emulate(plan, matrices, **others):
 
 @pytest.mark.parametrize(
     "encoding,values,blocks,ahead",
-    [*((*stored, 5, 2) for stored in STORED), ("delta4", None, 1, 3), ("choice", "int8", 1, 3)],
+    [*((*stored, 5, 2) for stored in STORED), ("delta4", None, 1, 3), ("two_bank", "int8", 1, 3)],
 )
 def test_program(encoding, values, blocks, ahead, monkeypatch):
     monkeypatch.setattr(config, "groups_ahead", lambda matrix, blocks: ahead)

@@ -60,7 +60,7 @@ def test_program(shape, kind, add, encoding, values):
     dense, x, scale, addend = make(*shape, kind, add)
     matrix = macko_jax.compress(dense, encoding=encoding, dtype=values)
     settings = config.Settings(
-        blocks=min(3, shape[0]), warps=4, unroll=2, vectors=1, twice=encoding == "choice"
+        blocks=min(3, shape[0]), warps=4, unroll=2, vectors=1, twice=encoding == "two_bank"
     )
     scaled = values is not None
     fusion = kernel.Fusion(EPS if kind == "norm" else None, kind == "gated", add, scaled)

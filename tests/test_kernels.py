@@ -27,7 +27,7 @@ ENCODINGS = strips.ENCODINGS
 # Encodings, and the types of their values, if those are not the vector's.
 STORED = [
     *((encoding, None) for encoding in ENCODINGS),
-    ("choice", "int8"),
+    ("two_bank", "int8"),
     ("delta5", "float8_e4m3fn"),
 ]
 HAS_GPU = any(d.platform == "gpu" for d in jax.local_devices())
@@ -162,7 +162,7 @@ def test_program_on_types_and_batches(batch, x_dtype, per_pass, unroll, dtype, e
 @pytest.mark.parametrize("rows,cols,density", SHAPES)
 def test_program_with_two_copies(rows, cols, density, lanes, batch, x_dtype):
     dense = sparse(rows, cols, density, jnp.float16)
-    matrix = macko_jax.compress(dense, encoding="choice", lanes=lanes)
+    matrix = macko_jax.compress(dense, encoding="two_bank", lanes=lanes)
     x = vectors(batch, cols, dtype=x_dtype)
     settings = dataclasses.replace(SETTINGS, vectors=min(2, batch), twice=True)
     assert_product(emulate(matrix, x, settings), dense, x)
@@ -183,7 +183,7 @@ def test_x_lies_twice_where_there_is_room_and_a_word_for_each_column(cols, x_dty
     for encoding in ENCODINGS:
         matrix = strips.Matrix((4096, cols), encoding, 32, 4096 * cols // 2, jnp.dtype("float16"))
         settings = config.choose(matrix, x_dtype, batch)
-        assert settings.twice == (twice and encoding == "choice")
+        assert settings.twice == (twice and encoding == "two_bank")
 
 
 def decoded(plan, packed):
@@ -217,15 +217,15 @@ def test_8_bit_values_are_decoded_exactly(dtype, dense_dtype, encoding):
     [
         (1, 1, 1.0, jnp.float16, 4, "delta4"),
         (5, 1, 0.6, jnp.float32, 1, "delta4"),
-        (9, 33, 1.0, jnp.float16, 4, "choice"),
+        (9, 33, 1.0, jnp.float16, 4, "two_bank"),
         (37, 300, 0.5, jnp.bfloat16, 32, "delta4"),
         (7, 94, 0.5, jnp.float16, 8, "delta5"),
         (37, 300, 0.02, jnp.bfloat16, 32, "delta5"),
-        (7, 94, 0.5, jnp.float16, 8, "choice"),
-        (37, 300, 0.1, jnp.bfloat16, 32, "choice"),
+        (7, 94, 0.5, jnp.float16, 8, "two_bank"),
+        (37, 300, 0.1, jnp.bfloat16, 32, "two_bank"),
         (7, 94, 0.5, jnp.float16, 8, "delta4"),
         (40, 1000, 0.02, jnp.float32, 16, "delta4"),
-        (37, 700, 0.5, jnp.float16, 32, "choice"),
+        (37, 700, 0.5, jnp.float16, 32, "two_bank"),
     ],
 )
 def test_other_programs(rows, cols, density, dtype, lanes, encoding):
@@ -488,7 +488,7 @@ def test_settings_are_checked(wrong):
         config.Settings(**{"blocks": 1, "warps": 4, "unroll": 1, "vectors": 1, **wrong})
 
 
-@pytest.mark.parametrize("encoding,x_dtype", [("delta4", "float32"), ("choice", "float16")])
+@pytest.mark.parametrize("encoding,x_dtype", [("delta4", "float32"), ("two_bank", "float16")])
 @pytest.mark.parametrize(
     "rows,cols,density,batch",
     [

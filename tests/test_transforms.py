@@ -185,7 +185,7 @@ def test_vmap(case):
     close(nested, scale[:, None, None] * expected)
 
 
-@pytest.mark.parametrize("encoding, lanes", [("bitmask", 2), ("delta4", 2), ("banked", 32)])
+@pytest.mark.parametrize("encoding, lanes", [("bitmask", 2), ("delta4", 2)])
 def test_stacks_of_matrices_under_vmap_and_scan(encoding, lanes):
     rng = np.random.default_rng(0)
     weights = [

@@ -37,8 +37,8 @@ BATCHES = flags.DEFINE_list("batches", ["1"], "Numbers of vectors.")
 IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations",
     ["macko", "dense"],
-    "Of macko, which may end in an encoding and a type (macko_delta3, macko_int8, "
-    "macko_banked_fp8), macko_xla, dense, bcsr, bcoo, torch (cuBLAS, where torch is).",
+    "Of macko, which may end in an encoding and a type (macko_delta5, macko_int8, "
+    "macko_two_bank_fp8), macko_xla, dense, bcsr, bcoo, torch (cuBLAS, where torch is).",
 )
 REPEATS = flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)
 READ_FLOOR = flags.DEFINE_bool("read_floor", True, "Time a plain read of the same bytes (GPU).")

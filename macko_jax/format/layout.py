@@ -18,7 +18,7 @@ GROUP = 8  # slots per group: 16 bytes of 16-bit values, 32 bits of 4-bit deltas
 WORD = 32  # columns per bitmask word
 WARP = BANKS = 32  # lanes, and banks of the shared memory from which they gather x
 # Of the encodings with deltas in column order; a longer gap takes an explicit zero.
-DELTA_BITS = {"delta4": 4, "delta3": 3, "delta5": 5, "choice": 3}
+DELTA_BITS = {"delta4": 4, "delta5": 5, "two_bank": 3}
 EVEN_FIRST = np.r_[0:GROUP:2, 1:GROUP:2]  # elements of a group
 
 
@@ -38,13 +38,10 @@ class Plane(NamedTuple):
     shift: int = 0
 
 
-TWO_AND_ONE = Plane(2), Plane(1, before=2, shift=16)  # of 24 bits
 ONE_WORD = (Plane(4),)
 PLANES = {
     "delta4": ONE_WORD,
-    "choice": ONE_WORD,
-    "delta3": TWO_AND_ONE,
-    "banked": TWO_AND_ONE,
+    "two_bank": ONE_WORD,
     "delta5": (Plane(4), Plane(1, before=4, part=1)),
 }
 
@@ -194,12 +191,10 @@ def code_parts(delta, encoding: str, join=join_deltas) -> tuple:
     """The codes of deltas [groups, 8], in parts uint32 [groups], which can be put in another order.
 
     Works on NumPy and JAX arrays, as all here of codes. 5-bit deltas are low nibbles, as in
-    "delta4", and a byte of their highest bits. In "choice" they are in nibbles, without choices.
+    "delta4", and a byte of their highest bits. In "two_bank" they are in nibbles, without choices.
     """
     if PLANES[encoding] == ONE_WORD:
         return (join(delta, 4),)
-    if encoding != "delta5":
-        return (join(delta, DELTA_BITS[encoding]),)
     return join(delta & 15, 4), join(delta[..., EVEN_FIRST] >> 4, 1)
 
 
@@ -254,12 +249,6 @@ def code_bytes(encoding: str) -> int:
 # for arrays, and for registers of a kernel.
 
 
-def spread_3_bits(code):
-    spread = (code & 0xFFF) | ((code << 4) & 0x0FFF0000)
-    spread = (spread & 0x003F003F) | ((spread << 2) & 0x3F003F00)
-    return spread & 0x07070707, (spread >> 3) & 0x07070707
-
-
 def spread_4_bits(code):
     return code & 0x0F0F0F0F, (code >> 4) & 0x0F0F0F0F
 
@@ -277,13 +266,7 @@ def spread_5_bits(nibbles, highest):
     )
 
 
-SPREAD = {
-    "delta4": spread_4_bits,
-    "delta3": spread_3_bits,
-    "delta5": spread_5_bits,
-    "banked": spread_3_bits,
-    "choice": spread_3_of_4_bits,
-}
+SPREAD = {"delta4": spread_4_bits, "delta5": spread_5_bits, "two_bank": spread_3_of_4_bits}
 
 
 def prefix_bytes(parts: tuple, encoding: str):

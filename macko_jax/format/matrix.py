@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from macko_jax.format import banked, layout, quantization
+from macko_jax.format import layout, quantization
 from macko_jax.format import pack as packing
 from macko_jax.format import unpack as positions
 from macko_jax.format.layout import GROUP, WORD
@@ -29,20 +29,18 @@ class MackoMatrix:
     The stored elements lie in groups of eight, and every row begins a group. `values` alone, or
     `scales`, is differentiated. The encoding says where the elements sit: "bitmask" has a bit for
     every column; "delta4" has four bits for every element, the number of zeros skipped before it,
-    and stores an explicit zero for every 16 of a longer gap, as the paper does; "delta3" has three
-    bits, and a zero for every 8, which is smaller above density 0.3; "delta5" five bits, and a zero
-    for every 32, which is smaller below 0.17; "choice" the deltas of "delta3" and a bit that says
-    from which of two copies of x a GPU reads, see choice.py. The row's groups are cut in column
+    and stores an explicit zero for every 16 of a longer gap, as the paper does; "delta5" five
+    bits, and a zero for every 32, which is smaller below 0.17; "two_bank" three bits, with a zero
+    for every 8, and a bit that says from which of two copies of x a GPU reads, see two_bank.py. The row's groups are cut in column
     order into `lanes` contiguous chunks, the first ones a group longer where they do not divide
     evenly, and the chunks are interleaved: slot t * lanes + l of the row's groups is the t-th group
-    of lane l. So the lanes of a GPU read neighbouring addresses. "banked" deals columns to 32 lanes
-    by their remainder instead, with 3-bit deltas, see banked.py.
+    of lane l. So the lanes of a GPU read neighbouring addresses.
 
     Invariants (checked by `validate`):
       - elements are in column order within a chunk, and the slots that fill up a row's last group
         hold zero (delta 0);
       - starts[r, l] is the column after the last element before lane l's chunk, 0 for the first
-        chunk, `cols` for an empty one; in "banked" the number of lane l's groups;
+        chunk, `cols` for an empty one;
       - groups beyond row_offsets[-1] are spare room and never read.
     But in a "bitmask", a slot that holds zero counts as padding: it stays zero in training. A
     "bitmask" keeps the structure whatever the values.
@@ -52,15 +50,14 @@ class MackoMatrix:
     Attributes:
       values: [8 * groups] float16, bfloat16 or float32; or int8 or float8_e4m3fn, times `scales`.
       codes: uint32; bitmask: [rows * ceil(cols / 32)], bit b of a row's word w is column 32 w + b;
-        delta4: [groups], eight deltas in order from the low bits; choice: the same, the highest bit
-        of the four is the choice, which no product depends on. delta3 and banked: uint8
-        [3 * groups], the low 16 bits of every group's eight deltas, then the high 8. delta5: uint8
+        delta4: [groups], eight deltas in order from the low bits; two_bank: the same, the highest
+        bit of the four is the choice, which no product depends on. delta5: uint8
         [5 * groups], the low four bits of every group's deltas as in delta4, then a byte of their
         highest bits for each group, those of elements 0, 2, 4, 6 below those of 1, 3, 5, 7.
       row_offsets: [rows + 1] int32, each row's first group.
-      starts: [rows, lanes] uint16, uint32 for more than 65535 columns; banked: uint8 or wider.
+      starts: [rows, lanes] uint16, uint32 for more than 65535 columns.
       shape: (rows, cols).
-      encoding: "bitmask", "delta4", "delta3", "delta5", "choice" or "banked".
+      encoding: "bitmask", "delta4", "delta5" or "two_bank".
       lanes: 1, 2, 4, 8, 16 or 32.
       scales: [rows] factors of 8-bit values, float16, bfloat16 or float32; None for other values.
 
@@ -245,12 +242,10 @@ def validate(matrix: MackoMatrix) -> None:
         codes_of = (groups,), np.uint32
     else:
         codes_of = (layout.code_bytes(matrix.encoding) * groups,), np.uint8
-    is_banked = matrix.encoding == "banked"
-    start_dtype = banked.count_dtype(cols) if is_banked else layout.start_dtype(cols)
     for name, array, shape, dtype in (
         ("codes", codes, *codes_of),
         ("row_offsets", offsets, (rows + 1,), np.int32),
-        ("starts", starts, (rows, matrix.lanes), start_dtype),
+        ("starts", starts, (rows, matrix.lanes), layout.start_dtype(cols)),
     ):
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(
@@ -264,9 +259,6 @@ def validate(matrix: MackoMatrix) -> None:
             f"row_offsets must rise from 0 to at most {groups} groups; they go from {offsets[0]} "
             f"to {offsets[-1]}, with {int((count < 0).sum())} decreasing steps"
         )
-
-    if is_banked:
-        return _check_banked(values, codes, offsets, starts, count, cols)
     bitmask = matrix.encoding == "bitmask"
     check = _check_bitmask if bitmask else functools.partial(_check_deltas, matrix.encoding)
     chunk = layout.lane_chunks(count, matrix.lanes)
@@ -375,39 +367,6 @@ def _check_deltas(encoding, values, codes, offsets, count, chunk, cols) -> np.nd
             f"give it {count[row]} groups of 8"
         )
     return passed[offsets[:-1, None] + chunk] - base[:, None]
-
-
-def _check_banked(values, codes, offsets, counts, row_groups, cols) -> None:
-    """Checks numbers of groups against row lengths, and that deltas stay within the columns."""
-    counts = counts.astype(np.int64)
-    if (wrong := counts.sum(axis=1) != row_groups).any():
-        row = int(wrong.argmax())
-        raise ValueError(
-            f"the lanes of row {row} have {counts[row].sum()} groups, but row_offsets give it "
-            f"{row_groups[row]}"
-        )
-    if counts.max(initial=0) > (most := banked.most_groups(cols)):
-        raise ValueError(f"a lane has {counts.max()} groups of one row; {cols} columns hold {most}")
-    order = banked.lane_major(counts)
-    words, value = np.empty(order.size, np.uint32), np.empty((order.size, GROUP), values.dtype)
-    words[order] = layout.split_parts(codes, "banked")[0][: order.size]
-    value[order] = values.reshape(-1, GROUP)[: order.size]
-    delta = layout.deltas(words, banked.BITS).reshape(-1)
-    passed = np.concatenate([[0], np.cumsum(delta + np.int64(1))])
-    slots = GROUP * counts.reshape(-1)  # of every lane of every row
-    begin = np.cumsum(slots) - slots
-    place = passed[1:] - np.repeat(passed[begin], slots) - 1
-    lane = np.repeat(np.arange(counts.size), slots)
-    beyond = place >= (cols - lane % banked.LANES + banked.LANES - 1) // banked.LANES
-    # Zeros that fill up a lane's last group may lie past the columns, but not further.
-    astray = (value.reshape(-1) != 0) | (delta != 0) | (place >= banked.places(cols) + GROUP)
-    if (wrong := beyond & astray).any():
-        slot = int(wrong.argmax())
-        row, lane = divmod(int(lane[slot]), banked.LANES)
-        raise ValueError(
-            f"the deltas of row {row} run to column "
-            f"{place[slot] * banked.LANES + lane}; it has {cols}"
-        )
 
 
 def _check_tail(values, offsets, count, nnz, chunk) -> None:

@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from macko_jax.format import banked, layout, packing_banked, packing_jax, packing_numpy
+from macko_jax.format import layout, packing_jax, packing_numpy
 from macko_jax.format.layout import WARP
 
-ENCODINGS = ("bitmask", "delta4", "delta3", "delta5", "choice", "banked")
+ENCODINGS = ("bitmask", "delta4", "delta5", "two_bank")
 LANES = (1, 2, 4, 8, 16, 32)
 MULTIPROCESSORS = 132  # of an H200
 SPARSE = 0.15  # share of non-zeros from which on "delta5" need not be looked at
 WORTH = 0.94  # of the bytes of "delta4", at which "delta5" is as fast
-# Times the bytes of "delta4", at which "choice" is as fast with values of 1 and of 2 bytes, and how
+# Times the bytes of "delta4", at which "two_bank" is as fast with values of 1 and of 2 bytes, and how
 # many columns x may have to lie twice in an H200's shared memory.
-CHOICE_WORTH = {1: 1.06, 2: 1.02}
-CHOICE_COLS = 18_000
+TWO_BANK_WORTH = {1: 1.06, 2: 1.02}
+TWO_BANK_COLS = 18_000
 MAX_STORED = np.iinfo(np.int32).max
 MAX_COLS = 2**26  # keeps the arithmetic of `layout.memory_group` exact
 Capacity = int | Callable[[int], int] | None  # groups to have room for; see `format.compress`
@@ -28,7 +28,7 @@ def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
     """The default encoding; `count_groups` tells how many groups of eight one would store.
 
     For 8-bit and 16-bit values "delta4": the GPU kernel decodes it twice as fast as a bitmask,
-    which more than pays for up to a tenth more bytes. Where few gaps are too long for "choice",
+    which more than pays for up to a tenth more bytes. Where few gaps are too long for "two_bank",
     that is faster still, if x has room twice. Where so many gaps are long that "delta5" saves more
     time by its bytes than it takes by its instructions, "delta5" (docs/kernel.md). For float32,
     where indices weigh half as much, "bitmask" or "delta4", whichever has fewer bytes.
@@ -44,8 +44,8 @@ def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
         sparse = layout.GROUP * groups < SPARSE * rows * cols
         if sparse:
             return "delta5" if bytes_of("delta5") <= WORTH * bytes_of("delta4") else "delta4"
-        most = CHOICE_WORTH[jnp.dtype(dtype).itemsize] * bytes_of("delta4")
-        return "choice" if cols <= CHOICE_COLS and bytes_of("choice") <= most else "delta4"
+        most = TWO_BANK_WORTH[jnp.dtype(dtype).itemsize] * bytes_of("delta4")
+        return "two_bank" if cols <= TWO_BANK_COLS and bytes_of("two_bank") <= most else "delta4"
     bitmask = groups * value_bytes + 4 * rows * layout.words_per_row(cols)
     # Explicit zeros only add to delta4, so they need no counting where it has lost already.
     without_zeros = groups * (value_bytes + layout.code_bytes("delta4"))
@@ -95,11 +95,6 @@ def pack(
     if on_device is None:
         on_device = isinstance(weight, jax.Array) and _on_accelerator(weight)
     weight = weight if on_device else np.asarray(weight)
-    if encoding == "banked":
-        if lanes not in (None, banked.LANES):
-            raise ValueError(f"encoding 'banked' has {banked.LANES} lanes, got lanes={lanes}")
-        arrays = _pack_banked(weight, capacity, on_device)
-        return arrays, encoding, banked.LANES
     steps = packing_jax if on_device else packing_numpy
     elements = steps.find(weight)
     count_groups = functools.cache(functools.partial(steps.count_groups, elements))
@@ -108,15 +103,6 @@ def pack(
     capacity = _check_capacity(groups, capacity, encoding)
     lanes = lanes or choose_lanes(weight.shape[0], groups)
     return steps.fill(weight, elements, encoding, lanes, capacity), encoding, lanes
-
-
-def _pack_banked(weight, capacity: Capacity, on_device: bool):
-    if not on_device:
-        elements = packing_banked.Elements(weight)
-        return elements.fill(_check_capacity(int(elements.counts.sum()), capacity, "banked"))
-    stored, delta, counts = packing_banked.find(weight)
-    capacity = _check_capacity(int(counts.sum()), capacity, "banked")
-    return packing_banked.fill(weight, stored, delta, counts, groups=capacity)
 
 
 def _check_capacity(groups: int, capacity: Capacity, encoding: str) -> int:

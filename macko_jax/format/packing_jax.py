@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from macko_jax.format import layout
-from macko_jax.format import two_bank as choice
+from macko_jax.format import layout, two_bank
 from macko_jax.format.layout import GROUP, WORD
 
 
@@ -102,8 +101,8 @@ def _fill(weight, elements: jax.Array, *, encoding: str, lanes: int, groups: int
     values = layout.reorder(values.reshape(groups, GROUP), order, lanes).reshape(-1)
     if encoding != "bitmask":
         parts = tuple(layout.reorder(part, order, lanes) for part in parts)
-        if encoding == "choice":
-            bank = layout.reorder(choice.banks(base, delta), order, lanes)
+        if encoding == "two_bank":
+            bank = layout.reorder(two_bank.banks(base, delta), order, lanes)
             parts = (parts[0] | _choices(bank, offsets[:-1], count, lanes),)
         codes = layout.code_planes(parts, encoding)
     starts = jnp.where(chunk < count[:, None], start, cols).astype(layout.start_dtype(cols))
@@ -113,13 +112,13 @@ def _fill(weight, elements: jax.Array, *, encoding: str, lanes: int, groups: int
 def _choices(bank: jax.Array, begin: jax.Array, count: jax.Array, lanes: int) -> jax.Array:
     """As `packing_numpy.choices`."""
     groups, rows = bank.shape[0], begin.shape[0]
-    visits = choice.turns(
-        begin, count, lanes, groups, total_repeat_length=choice.most_turns(rows, groups, lanes)
+    visits = two_bank.turns(
+        begin, count, lanes, groups, total_repeat_length=two_bank.most_turns(rows, groups, lanes)
     )
 
     def visit(taken, turn):
         lane, banks, before = turn
-        chosen, taken = choice.choose(banks.astype(jnp.uint32), lane, taken, before)
+        chosen, taken = two_bank.choose(banks.astype(jnp.uint32), lane, taken, before)
         return taken, chosen
 
     lane = jnp.arange(layout.WARP, dtype=jnp.uint32)

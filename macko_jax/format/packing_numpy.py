@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from macko_jax.format import two_bank as choice
+from macko_jax.format import two_bank
 from macko_jax.format.layout import (
     BANKS,
     DELTA_BITS,
@@ -149,9 +149,9 @@ def fill(weight: np.ndarray, elements: Elements, encoding: str, lanes: int, capa
         column = np.concatenate([[0], advance])  # columns that all groups before have passed
         start = column[begin[:, None] + chunk] - column[begin][:, None]
         parts = tuple(part[order] for part in parts)
-        if encoding == "choice":
+        if encoding == "two_bank":
             base = column[:groups] - np.repeat(column[begin], count)
-            bank = choice.banks(base, delta[:groups])[order[:groups]]
+            bank = two_bank.banks(base, delta[:groups])[order[:groups]]
             parts[0][:groups] |= choices(bank, begin, count, lanes)
         codes = join_parts(parts, encoding)
 
@@ -174,7 +174,7 @@ def fill_deltas(
 
 
 def choices(bank: np.ndarray, begin: np.ndarray, count: np.ndarray, lanes: int) -> np.ndarray:
-    """Which copies of x are read, as bits of the codes, uint32 [groups]; see `choice.choose`.
+    """Which copies of x are read, as bits of the codes, uint32 [groups]; see `two_bank.choose`.
 
     Args:
       bank: [groups, 8] of copy 0 of every element, in memory order.
@@ -183,13 +183,13 @@ def choices(bank: np.ndarray, begin: np.ndarray, count: np.ndarray, lanes: int) 
     groups = bank.shape[0]
     bank = np.concatenate([bank, np.full((1, GROUP), BANKS, np.uint8)])
     chosen = np.zeros(bank.shape, bool)
-    visits = choice.turns(begin, count, lanes, groups)
+    visits = two_bank.turns(begin, count, lanes, groups)
     for first in range(0, visits.shape[1], TURNS):
         visited = visits[:, first : first + TURNS]
         banks, made = bank[visited].astype(np.uint32), [None] * WARP
         taken = (np.zeros((visited.shape[1], GROUP), np.uint32),) * 3
         for lane in list(range(WARP)) * 2:
-            made[lane], taken = choice.choose(banks[lane], np.uint32(lane), taken, made[lane])
+            made[lane], taken = two_bank.choose(banks[lane], np.uint32(lane), taken, made[lane])
         chosen[visited] = made
     return join_deltas(chosen[:groups].view(np.uint8), 4) << 3
 

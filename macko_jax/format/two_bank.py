@@ -1,4 +1,4 @@
-"""The encoding "choice": 3-bit deltas, and a bit that says which of two copies of x is read.
+"""The encoding "two_bank": 3-bit deltas, and a bit that says which of two copies of x is read.
 
 The lanes of a warp gather 32 elements of x at a time from the 32 banks of shared memory, where the
 fullest bank holds 3.5 of random columns. If every column lies in two banks, and each element says

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from macko_jax.format import banked, layout
+from macko_jax.format import layout
 from macko_jax.format.layout import GROUP
 
 
@@ -29,8 +29,6 @@ def slot_positions(codes, row_offsets, starts, *, stored: int, shape, encoding: 
             .set(jnp.arange(cols, dtype=jnp.int32), mode="drop", unique_indices=True)
         )
         column = column.reshape(groups, GROUP)
-    elif encoding == "banked":
-        column = banked.slot_columns(codes, row_offsets, starts, cols=cols)
     else:
         order = layout.memory_order(row_offsets, row, lanes)
         logical = tuple(
@@ -38,8 +36,7 @@ def slot_positions(codes, row_offsets, starts, *, stored: int, shape, encoding: 
         )
         column = jnp.stack(layout.delta_prefixes(logical, encoding), axis=1)
         column += layout.delta_bases(logical, encoding, row_offsets, row)[:, None]
-    if encoding != "banked":
-        column = layout.reorder(column, layout.column_order(row_offsets, row, lanes), lanes)
+    column = layout.reorder(column, layout.column_order(row_offsets, row, lanes), lanes)
     valid = (column < cols) & (row < rows)[:, None]
     column = jnp.where(valid, column, 0)
     row = jnp.broadcast_to(jnp.minimum(row, rows - 1)[:, None], column.shape)

@@ -114,7 +114,7 @@ class Plan:
 
     def _lies_twice(self, i: int, longest: int) -> bool:
         matrix = self.steps[i].matrix
-        return matrix.encoding == "choice" and matrix.shape[1] <= longest
+        return matrix.encoding == "two_bank" and matrix.shape[1] <= longest
 
     @functools.cached_property
     def _longest_twice(self) -> int:

@@ -16,7 +16,7 @@ from macko_jax.format import two_bank as choice
 from macko_jax.format.layout import GROUP, PLANES, WORD, join_units, prefix_bytes, start_dtype
 from macko_jax.lanes.mosaic import STREAM, WARP, prefetch_range
 
-ENCODINGS = ("delta4", "delta5", "choice")  # that the walk reads
+ENCODINGS = ("delta4", "delta5", "two_bank")  # that the walk reads
 SLACK = 2 * WORD  # columns past the last one that idle lanes may name; their values are zero
 
 
