@@ -53,6 +53,38 @@ def test_rounding_error(dtype, weight, kind):
     assert (error <= bound(weight, scales, dtype) + 2.0**-126).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
+@hypothesis.given(
+    parts=st_numpy.arrays(
+        np.float64,
+        st.tuples(st.integers(1, 4), st.integers(1, 9)),
+        elements=st.one_of(st.sampled_from([0, 1, -1]), st.floats(-1, 1)),
+    ),
+    exponents=st.lists(st.integers(0, 30), min_size=4, max_size=4),
+)
+def test_weights_of_any_magnitude_stay_finite(dtype, kind, parts, exponents):
+    """Also the largest finite number, in rows that are scaled down from it by powers of two."""
+    most = float(jnp.finfo(kind).max)
+    weight = parts * (most * 2.0 ** -np.array(exponents[: len(parts)]))[:, None]
+    weight = weight.astype(jnp.dtype(kind))
+    values, scales = quantization.quantize(weight, dtype)
+    restored = np.asarray(quantization.dequantize(values, scales))
+    assert restored.dtype == weight.dtype and np.isfinite(restored.astype(np.float64)).all()
+    product = values.astype(np.float64) * scales.astype(np.float64)[:, None]
+    error = np.abs(product - weight.astype(np.float64))
+    assert (error <= bound(weight, scales, dtype) + 2.0**-126).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("top", [65504, 65472, 65440])
+def test_the_largest_half_is_restored(dtype, top):
+    weight = np.zeros((2, 8), np.float16)
+    weight[0, 3] = top
+    dense = np.asarray(macko_jax.decompress(macko_jax.compress(weight, dtype=dtype)))
+    assert abs(float(dense[0, 3]) - top) <= 2.0**-8 * top
+
+
 @pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
 @pytest.mark.parametrize("weight_dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,9 +12,10 @@ NAMES = tuple(dtype.name for dtype in LARGEST)
 def quantize(weight, dtype):
     """8-bit values q and scales s with weight[r, c] ~ s[r] q[r, c].
 
-    s[r] is max_c |weight[r, c]| over the type's largest value, rounded up to the weight's type, and
-    q the nearest value of the type (ties to even). So |weight - s q| is at most s[r] / 2 for int8,
-    and for float8_e4m3fn at most 2**-4 |weight|, or 2**-10 s[r] where that is more.
+    s[r] is max_c |weight[r, c]| over the type's largest value, rounded up to the weight's type, but
+    not so far that their product would overflow; q is the nearest value of the type (ties to even).
+    So |weight - s q| is at most s[r] / 2 for int8, and for float8_e4m3fn at most 2**-4 |weight|, or
+    2**-10 s[r] where that is more; and s q is finite in the weight's type.
 
     Args:
       weight: [rows, cols] float16, bfloat16 or float32, NumPy or JAX.
@@ -40,9 +41,10 @@ def quantize(weight, dtype):
             f"{np.flatnonzero(~np.isfinite(np.asarray(peak)))[:8].tolist()} are not; clean the "
             "weight, or store it in its own type"
         )
-    scales = _round_up(peak / largest, weight.dtype)
+    most = _largest_scale(weight.dtype, largest)
+    scales = xp.minimum(_round_up(peak / largest, weight.dtype), most)
     ratio = exact / xp.where(scales > 0, scales.astype(np.float32), 1)[:, None]
-    ratio = xp.clip(ratio, -largest, largest)  # the last bit of the division
+    ratio = xp.clip(ratio, -largest, largest)  # the division rounds, and the scale may be `most`
     return (xp.round(ratio) if dtype == jnp.int8 else ratio).astype(dtype), scales
 
 
@@ -53,6 +55,13 @@ def _round_up(real, dtype):
     above = nearest.astype(np.float32) * np.float32(1 + float(info.eps))
     above = (above + np.float32(info.smallest_subnormal)).astype(dtype)
     return xp.where(nearest.astype(np.float32) < real, above, nearest)
+
+
+def _largest_scale(dtype, largest: float):
+    """The largest number of a float type whose product with `largest` is finite in it."""
+    most = float(jnp.finfo(dtype).max)
+    scale = np.array(most / largest, dtype)
+    return scale if float(scale) * largest <= most else np.nextafter(scale, np.zeros_like(scale))
 
 
 def dequantize(values, scales) -> jax.Array:
