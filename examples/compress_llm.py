@@ -20,7 +20,7 @@ from dsf_jax.pipeline.solve import METHODS
 from examples import stdlib_text
 from examples.llama import checkpoint, compression, evaluation
 from examples.llama import tokenizer as tokenizers
-from macko_jax.format.matrix import ENCODINGS
+from macko_jax.format.codes import ENCODINGS
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -47,7 +47,8 @@ ENCODING = flags.DEFINE_enum(
     "encoding",
     None,
     list(ENCODINGS),
-    "Of the packed matrices; by default the fastest for GPUs, or bitmask where this runs on a CPU.",
+    "Of the packed matrices; by default the fastest for GPUs, or "
+    "bitmask where this runs on a CPU.",
 )
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "What activations are computed in."

@@ -18,7 +18,7 @@ from flax import nnx
 
 import macko_jax
 from dsf_jax.nn.layers import FactorizedKernel, as_tuple
-from macko_jax.format.pack import shared_capacity
+from macko_jax.format.choose import shared_capacity
 from macko_jax.nn import flax_linen, flax_nnx
 from macko_jax.nn.projection import pack_kernel, project
 from macko_jax.nn.rules import Report, Rules, assign_rules

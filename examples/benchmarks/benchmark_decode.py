@@ -36,7 +36,7 @@ from examples.llama import checkpoint
 from examples.llama import model as llama
 from examples.llama.configs import CONFIGS
 from examples.records import write_json
-from macko_jax.format.matrix import ENCODINGS
+from macko_jax.format.codes import ENCODINGS
 
 CONFIG = flags.DEFINE_enum("config", "tiny", list(CONFIGS), "Shape of the model.")
 LAYERS = flags.DEFINE_integer("layers", None, "Decoder layers; by default the model's.", 1)

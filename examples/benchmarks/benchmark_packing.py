@@ -1,10 +1,11 @@
 """Time to pack and unpack a matrix, on the host and on the default device.
 
-    python -m examples.benchmarks.benchmark_packing --shape=4096x11008 --out=docs/results/packing_cpu
+    python -m examples.benchmarks.benchmark_packing --out=docs/results/packing_cpu
 
 Where other programs share the processor, the processor time says more than the clock.
 """
 
+import functools
 import pathlib
 import sys
 import time
@@ -17,12 +18,14 @@ import macko_jax
 from examples.benchmarks import timing as benchmark
 from examples.records import write_json
 from macko_jax.format import pack as packing
-from macko_jax.format.pack import ENCODINGS
+from macko_jax.format.codes import ENCODINGS
 
 SHAPE = flags.DEFINE_string("shape", "4096x11008", "Rows x cols.")
 DENSITY = flags.DEFINE_float("density", 0.5, "Share of non-zeros.", 0, 1)
-DTYPES = flags.DEFINE_list("dtypes", ["float16", "float32"], "Of the values.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "The first run is left out.", lower_bound=1)
+DTYPES = flags.DEFINE_list("dtypes", ["float16", "float32"], "Types of the values.")
+REPEATS = flags.DEFINE_integer(
+    "repeats", 5, "How often each is timed; the first run is left out.", lower_bound=1
+)
 OUT = flags.DEFINE_string("out", "runs/packing", "The record goes to <out>.json.")
 
 
@@ -51,10 +54,11 @@ def main(_):
             matrix = macko_jax.compress(on_host, encoding=encoding)
             if not np.array_equal(macko_jax.decompress(matrix), on_host):
                 raise SystemExit(f"{encoding} {dtype}: the round trip changed the matrix")
+            pack_there = functools.partial(packing.pack, encoding=encoding, lanes=32, capacity=None)
             runs = {
-                "host": lambda: macko_jax.compress(on_host, encoding=encoding),
-                "device": lambda: packing.pack(on_device, encoding, 32, None, on_device=True)[0],
-                "decompress": lambda: macko_jax.decompress(matrix),
+                "host": functools.partial(macko_jax.compress, on_host, encoding=encoding),
+                "device": functools.partial(pack_there, on_device, on_device=True),
+                "decompress": functools.partial(macko_jax.decompress, matrix),
             }
             for where, run in runs.items():
                 took = seconds(run)
@@ -78,7 +82,7 @@ def main(_):
     write_json(
         pathlib.Path(OUT.value).with_suffix(".json"),
         {
-            "command": " ".join(["examples/benchmark_packing.py", *sys.argv[1:]]),
+            "command": " ".join(["examples/benchmarks/benchmark_packing.py", *sys.argv[1:]]),
             **benchmark.environment(),
             "records": records,
         },

@@ -22,7 +22,7 @@ from jax.experimental import sparse
 import macko_jax
 from examples.benchmarks import timing as benchmark
 from examples.records import replacing, write_json
-from macko_jax.format.pack import ENCODINGS
+from macko_jax.format.codes import ENCODINGS
 
 SHAPES = flags.DEFINE_list("shapes", ["4096x4096"], "Matrices, rows x cols.")
 DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.3", "0.1"], "Shares of non-zeros.")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from macko_jax.format import layout
+from macko_jax.format.codes import bit_ranks, delta_bases, delta_prefixes, split_parts
 from macko_jax.format.layout import GROUP
 
 
@@ -21,7 +22,7 @@ def slot_positions(codes, row_offsets, starts, *, stored: int, shape, encoding: 
     groups = stored // GROUP
     row = layout.group_rows(row_offsets, groups)
     if encoding == "bitmask":
-        rank, is_stored = layout.bit_ranks(codes, shape)
+        rank, is_stored = bit_ranks(codes, shape)
         slot = jnp.where(is_stored, GROUP * row_offsets[:-1, None] + rank, stored)
         column = (
             jnp.full(stored, cols, jnp.int32)
@@ -31,11 +32,9 @@ def slot_positions(codes, row_offsets, starts, *, stored: int, shape, encoding: 
         column = column.reshape(groups, GROUP)
     else:
         order = layout.memory_order(row_offsets, row, lanes)
-        logical = tuple(
-            layout.reorder(part, order, lanes) for part in layout.split_parts(codes, encoding)
-        )
-        column = jnp.stack(layout.delta_prefixes(logical, encoding), axis=1)
-        column += layout.delta_bases(logical, encoding, row_offsets, row)[:, None]
+        logical = tuple(layout.reorder(part, order, lanes) for part in split_parts(codes, encoding))
+        column = jnp.stack(delta_prefixes(logical, encoding), axis=1)
+        column += delta_bases(logical, encoding, row_offsets, row)[:, None]
     column = layout.reorder(column, layout.column_order(row_offsets, row, lanes), lanes)
     valid = (column < cols) & (row < rows)[:, None]
     column = jnp.where(valid, column, 0)
@@ -54,7 +53,7 @@ def decode_dense(
         groups = stored // GROUP
         order = layout.memory_order(row_offsets, layout.group_rows(row_offsets, groups), lanes)
         logical = layout.reorder(values.reshape(groups, GROUP), order, lanes)
-        rank, is_stored = layout.bit_ranks(codes, shape)
+        rank, is_stored = bit_ranks(codes, shape)
         slot = GROUP * row_offsets[:-1, None] + rank
         return jnp.where(is_stored, logical.reshape(-1).at[slot].get(mode="clip"), 0)
     row, column, valid = slot_positions(

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from macko_jax.format import two_bank as choice
-from macko_jax.format.layout import GROUP, PLANES, WORD, join_units, prefix_bytes, start_dtype
+from macko_jax.format.codes import PLANES, prefix_bytes
+from macko_jax.format.layout import GROUP, WORD, start_dtype
 from macko_jax.lanes.mosaic import STREAM, WARP, prefetch_range
 
 ENCODINGS = ("delta4", "delta5", "two_bank")  # that the walk reads
@@ -78,8 +79,8 @@ def read_code(ops, matrix: Matrix, codes: str, group, live) -> list:
 
 
 def read_prefixes(code: list, encoding: str):
-    """See `layout.prefix_bytes`; of a group's code as `read_code` gives it."""
-    return prefix_bytes(join_units(code, encoding), encoding)
+    """See `codes.prefix_bytes`; of a group's code as `read_code` gives it."""
+    return prefix_bytes(tuple(code), encoding)
 
 
 def add_up(ops, prefixes, base, step: int, unit: int | None = None) -> list:

@@ -7,8 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from macko_jax.format.choose import MULTIPROCESSORS
 from macko_jax.format.layout import GROUP
-from macko_jax.format.pack import MULTIPROCESSORS
 from macko_jax.gpu.staging import Vectors
 from macko_jax.lanes.mosaic import WARP, WARPGROUP
 

@@ -2,15 +2,16 @@
 
 Row by row in column order, each stored element is a value and a 4-bit delta, the number of zeros
 skipped since the row's previous stored element. A gap of 16 zeros and more stores an explicit zero
-with delta 15 in every 16th place. Two deltas share a byte, the earlier in the low nibble; values and
-deltas are filled up to a multiple of eight elements at the end of the matrix.
+with delta 15 in every 16th place. Two deltas share a byte, the earlier in the low nibble; values
+and deltas are filled up to a multiple of eight elements at the end of the matrix.
 """
 
 import numpy as np
 
-from macko_jax.format import packing_numpy
-from macko_jax.format.layout import DELTA_BITS, GROUP
+from macko_jax.format.codes import DELTA_BITS
+from macko_jax.format.layout import GROUP, is_zero
 from macko_jax.format.matrix import DTYPES, MackoMatrix, compress, decompress
+from macko_jax.format.pack import find, with_zeros
 
 BITS = DELTA_BITS["delta4"]
 MAX_DELTA = 2**BITS - 1
@@ -31,16 +32,16 @@ def to_macko_spmv(matrix: MackoMatrix) -> tuple[np.ndarray, np.ndarray, np.ndarr
       arXiv 2511.13061, section 3.
     """
     dense = np.asarray(decompress(matrix))
-    elements = packing_numpy.find(dense)
-    row_indices = np.concatenate([[0], np.cumsum(elements.padded_count(BITS))]).astype(np.int32)
-    stored = int(row_indices[-1])
-    values = np.zeros(-(-stored // GROUP) * GROUP, dense.dtype)
-    placed = elements.place(row_indices[:-1], values.size, BITS)
-    values[placed] = dense[elements.mask]
-    deltas = np.zeros(values.size, np.uint8)
-    deltas[:stored] = MAX_DELTA
-    deltas[placed] = elements.gap & MAX_DELTA
-    return values, packing_numpy.pack_nibbles(deltas), row_indices, *matrix.shape
+    words = with_zeros(find(dense), encoding="delta4")
+    row, column = np.nonzero(np.unpackbits(words.view(np.uint8), axis=1, bitorder="little"))
+    row_indices = np.searchsorted(row, np.arange(dense.shape[0] + 1)).astype(np.int32)
+    stored, size = row.size, -(-row.size // GROUP) * GROUP
+    values, deltas = np.zeros(size, dense.dtype), np.zeros(size, np.uint8)
+    found = dense[row, column]
+    values[:stored] = np.where(is_zero(found), np.zeros_like(found), found)
+    first = np.diff(row, prepend=-1) > 0
+    deltas[:stored] = np.where(first, column, np.diff(column, prepend=0) - 1)
+    return values, deltas[0::2] | deltas[1::2] << BITS, row_indices, *matrix.shape
 
 
 def from_macko_spmv(values, deltas, row_indices, rows: int, cols: int, **options) -> MackoMatrix:

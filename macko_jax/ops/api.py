@@ -60,8 +60,8 @@ def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Ar
     return primitive.multiply(matrix, x, implementation)
 
 
-def _matmul(matrix: MackoMatrix, x) -> jax.Array:
-    """`matrix @ x` with the shapes of `jnp.matmul`: x [cols] or [..., cols, n]."""
+def matmul(matrix: MackoMatrix, x) -> jax.Array:
+    """The product `matrix @ x`, shaped as by `jnp.matmul`: x [cols] or [..., cols, n]."""
     x = jnp.asarray(x)
     if x.ndim < 2:
         return spmv(matrix, x)
@@ -72,6 +72,3 @@ def _matmul(matrix: MackoMatrix, x) -> jax.Array:
             "along the last axis use macko_jax.spmv(matrix, x)"
         )
     return jnp.swapaxes(spmv(matrix, jnp.swapaxes(x, -1, -2)), -1, -2)
-
-
-MackoMatrix.__matmul__ = _matmul  # here, because format.py knows nothing of products

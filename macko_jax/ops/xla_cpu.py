@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from macko_jax.format import layout
+from macko_jax.format.codes import DELTA_BITS, delta_bases, delta_prefixes, split_parts
 from macko_jax.ops import reference
 
 BLOCK = 2**20  # matrix elements decoded at a time
@@ -35,11 +36,11 @@ def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, store
 
         y = lax.map(product, _blocks(codes, row_offsets, shape))
         return y.reshape(-1, batch)[:rows].T.astype(out_dtype)
-    if encoding in layout.DELTA_BITS and batch <= FEW:
+    if encoding in DELTA_BITS and batch <= FEW:
         return _gather_slots(
             values,
             x.astype(acc),
-            layout.split_parts(codes, encoding),
+            split_parts(codes, encoding),
             encoding,
             row_offsets,
             rows,
@@ -149,10 +150,10 @@ def _gather_slots(
     row = layout.group_rows(row_offsets, groups)
     order = layout.memory_order(row_offsets, row, lanes)
     logical = tuple(layout.reorder(part, order, lanes) for part in parts)
-    base = layout.delta_bases(logical, encoding, row_offsets, row)
+    base = delta_bases(logical, encoding, row_offsets, row)
     base = layout.reorder(base, layout.column_order(row_offsets, row, lanes), lanes)
     base = lax.optimization_barrier(base)
-    columns = [base + prefix for prefix in layout.delta_prefixes(parts, encoding)]
+    columns = [base + prefix for prefix in delta_prefixes(parts, encoding)]
     slots = values.reshape(groups, layout.GROUP)
 
     def one(x):

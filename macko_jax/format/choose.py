@@ -1,0 +1,77 @@
+"""Which encoding and how many lanes a matrix gets when its caller names none.
+
+The numbers are those of an H200, each with the record under docs/results that it comes from. A
+choice only affects speed and size; every encoding runs on every platform.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from macko_jax.format.codes import code_bytes
+from macko_jax.format.layout import GROUP, LANES, WARP
+
+MULTIPROCESSORS = 132  # SMs of an H200
+# "delta5" is not looked at from this density on. It is the faster one up to the given share of the
+# bytes of "delta4", which is below a density of 0.12 (spmv_h200_delta5.json).
+SPARSE = 0.15
+DELTA5_WORTH = 0.94
+# How many times the bytes of "delta4" a "two_bank" of values of 1 and of 2 bytes may have and be as
+# fast: from densities of 0.3 and 0.4 on (spmv_h200_8bit_choice.json, spmv_h200_choice.json). With
+# values of 4 bytes the two are equally fast, and "delta4" is never larger.
+TWO_BANK_WORTH = {1: 1.06, 2: 1.02}
+TWO_BANK_COLS = 18_000  # so many columns of x fit twice into shared memory
+
+
+def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
+    """The encoding that is the fastest on a GPU, judged by bytes.
+
+    Args:
+      shape: (rows, cols).
+      dtype: type of the values.
+      count_groups: tells how many groups of eight slots an encoding stores.
+
+    Returns:
+      "delta5" where long gaps are so many that it saves more time by its bytes than it takes by its
+      instructions; "two_bank" where gaps too long for its 3-bit deltas are few and x fits twice;
+      "delta4" otherwise.
+    """
+    rows, cols = shape
+    value_bytes = jnp.dtype(dtype).itemsize
+
+    def bytes_of(encoding):
+        return count_groups(encoding) * (GROUP * value_bytes + code_bytes(encoding))
+
+    if GROUP * count_groups("bitmask") < SPARSE * rows * cols:
+        return "delta5" if bytes_of("delta5") <= DELTA5_WORTH * bytes_of("delta4") else "delta4"
+    if value_bytes not in TWO_BANK_WORTH or cols > TWO_BANK_COLS:
+        return "delta4"
+    most = TWO_BANK_WORTH[value_bytes] * bytes_of("delta4")
+    return "two_bank" if bytes_of("two_bank") <= most else "delta4"
+
+
+def choose_lanes(rows: int, groups: int) -> int:
+    """Number of lanes that share a row, the fastest one on an H200 (lanes_h200.json).
+
+    The end of a row takes a warp as long as several groups of its lanes. So lanes are as few as
+    keep half of an SM's warps busy; but lane chunks are no longer than 14 groups, or 8 where only
+    half of the warps are busy, and no shorter than two.
+    """
+    mean = groups // max(rows, 1)
+    share = -(-rows // MULTIPROCESSORS)
+    lanes = WARP
+    for lanes in (8, 16, 32):
+        warps = share * lanes // WARP
+        if warps >= 16 and mean <= lanes * (14 if warps > 16 else 8):
+            break
+    return max(n for n in LANES if n == 1 or n <= min(lanes, mean // 2))
+
+
+def shared_capacity(groups: int) -> int:
+    """A capacity of at most 1/256 more groups, the same for matrices of nearly as many.
+
+    The layers of a model that are pruned alike then have arrays of equal shapes and share compiled
+    kernels, which for a large model are minutes of compilation.
+    """
+    step = 1 << max(0, groups.bit_length() - 9)
+    return -(-groups // step) * step
