@@ -303,6 +303,45 @@ def test_matrices_that_contradict_themselves(path, broken, encoding, lanes):
         macko_jax.load(path)
 
 
+def rename_encoding(path, old: str, new: str) -> None:
+    def change(tensors, metadata):
+        metadata["tree"] = metadata["tree"].replace(f'"encoding":"{old}"', f'"encoding":"{new}"')
+        metadata["crc32"] = checkpoint._crc32(metadata["tree"].encode())
+
+    rewrite(path, change)
+
+
+def test_files_with_the_former_name_of_two_bank_are_read(path):
+    expected = matrix(encoding="two_bank", lanes=2)
+    macko_jax.save(path, {"layer": expected})
+    rename_encoding(path, "two_bank", "choice")
+    found = macko_jax.load(path)["layer"]
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("encoding", ["delta3", "banked"])
+def test_former_encodings_are_refused_with_the_cure(path, encoding):
+    macko_jax.save(path, {"layer": matrix(encoding="delta4", lanes=2)})
+    rename_encoding(path, "delta4", encoding)
+    with pytest.raises(ValueError, match=f"'{encoding}'.* macko_jax 0.1 .*compress.* pack"):
+        macko_jax.load(path)
+
+
+@pytest.mark.parametrize("lanes", ["1.0", "4.0", "true", "null"])
+def test_lanes_that_are_no_integer_are_refused(path, lanes):
+    macko_jax.save(path, {"layer": matrix(lanes=4)})
+
+    def change(tensors, metadata):
+        metadata["tree"] = metadata["tree"].replace('"lanes":4', f'"lanes":{lanes}')
+        metadata["crc32"] = checkpoint._crc32(metadata["tree"].encode())
+
+    rewrite(path, change)
+    with pytest.raises(ValueError, match="lanes must be an integer"):
+        macko_jax.load(path)
+
+
 def test_one_broken_matrix_of_a_stack(path):
     matrices = [matrix(seed=seed, encoding="bitmask", lanes=1, capacity=40) for seed in range(3)]
     matrices[1] = dataclasses.replace(
