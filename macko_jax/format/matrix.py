@@ -46,7 +46,7 @@ class MackoMatrix:
         is stored, and above it a bit that says from which of two copies of x a GPU reads, see
         two_bank.py; no result depends on that bit. The fastest one for dense rows.
       - "bitmask", uint32 [rows * ceil(cols / 32)]: bit b of a row's word w is set where column
-        32 w + b is stored. For XLA and CPUs; GPUs decode deltas about twice as fast.
+        32 w + b is stored. For XLA, on CPUs above all; GPU kernels do not read it.
 
     Invariants, which `validate` checks:
 
