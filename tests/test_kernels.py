@@ -369,7 +369,7 @@ def test_passes_are_chosen_where_they_were_measured_to_be_faster():
     record = pathlib.Path(__file__).parents[1] / "docs/results/passes_or_densify_h200.json"
     rows = json.loads(record.read_text())["rows"]
     for product, *shape, _, encoding, dtype, stored, times in rows:
-        if encoding not in ENCODINGS:  # "banked", which is gone
+        if encoding not in ENCODINGS:  # the bitmask, which has no kernel
             continue
         matrix = strips.Matrix(tuple(shape), encoding, 32, stored, dtype)
         for batch, (by_passes, by_decode) in times.items():

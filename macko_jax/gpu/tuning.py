@@ -21,7 +21,7 @@ KERNELS_OWN = 7 * 1024  # of these, not for what is planned here
 
 # A pass over a matrix costs (vectors + PASS) * (density + start), and a dense decode with a dense
 # product `decode` in the same unit, whatever the density and the vectors. So (start, decode) are
-# fitted to what an H200 takes for both (docs/results/ideas_h200.json, "passes, or a decode").
+# fitted to what an H200 takes for both (docs/results/passes_or_densify_h200.json).
 PASS = 5
 COSTS = {
     "spmv": {"16 bits": (0.13, 15.1), "32 bits": (0.3, 40)},
