@@ -11,6 +11,7 @@ from dsf_jax.solvers.factorize import Factorization, Options, factorize, factori
 from dsf_jax.solvers.problem import relative_output_error
 from dsf_jax.solvers.pruners import prune
 from dsf_jax.trace.calibration import gram_matrices
+from macko_jax._version import __version__ as __version__
 
 __all__ = [
     "Compressed",

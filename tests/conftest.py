@@ -4,9 +4,9 @@ import os
 import shutil
 import tempfile
 
-# Most of the time goes into compilation. At its own choice of 3, LLVM takes half as long again as at
-# 2, and seconds instead of tenths for a random kernel of four axes. What is in XLA_FLAGS already has
-# the last word; processes that the tests start inherit it all.
+# Most of the time goes into compilation. At its own choice of 3, LLVM takes half as long again as
+# at 2, and seconds instead of tenths for a random kernel of four axes. What is in XLA_FLAGS already
+# has the last word; processes that the tests start inherit it all.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=2",
