@@ -1,17 +1,20 @@
 # Everything runs in a virtual environment of the project's own, made on first use.
-# PYTHON: any Python 3.11 or newer.  VENV: where the environment lives.
+# PYTHON: any Python 3.11 or newer.  VENV: where the environment lives.  ARGS: for pytest or the demo.
+# JAX: one of its versions, instead of the newest that setup.cfg allows and this Python has.
 NEW_ENOUGH = -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; do \
   $$p $(NEW_ENOUGH) && echo $$p && break; done)
 VENV ?= .venv
 # With an NVIDIA driver present the CUDA build of JAX is installed, else the CPU build.
 EXTRAS ?= test,plots,hf$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda)
+comma = ,
 RUN = $(VENV)/bin/python
+INSTALL = $(RUN) -m pip install --quiet $(if $(JAX),jax==$(JAX) jaxlib==$(JAX)) --editable
 PYTEST = $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 # pytest fails where it finds no test at all, which ARGS may ask of one of the two.
 OR_NONE = $(if $(ARGS),|| test $$? -eq 5)
 
-.PHONY: demo test test-fast test-slow clean
+.PHONY: demo test test-fast test-slow lint format docs notebook dist clean
 
 demo: $(VENV)/installed
 	$(RUN) -m examples.demo $(ARGS)
@@ -25,12 +28,40 @@ test-fast: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(PYTEST) -m slow $(OR_NONE)
 
+lint: $(VENV)/installed-lint
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(VENV)/bin/lint-imports --no-logo
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+format: $(VENV)/installed-lint
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+# The site, in site/; warnings are errors.
+docs: $(VENV)/installed-docs
+	$(RUN) -m mkdocs build --strict
+
+# Runs the notebooks of the docs from a fresh kernel; what they show is left in build/.
+notebook: $(VENV)/installed-docs
+	$(RUN) -m jupyter nbconvert --to notebook --execute --output-dir build/notebooks \
+	  $(wildcard docs/*.ipynb docs/*/*.ipynb)
+
+# The sdist and the wheel, in dist/.
+dist: $(VENV)/installed-lint
+	$(RUN) -m build --outdir dist
+
 $(VENV)/installed: setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) $(NEW_ENOUGH) || { echo "Python 3.11 or newer is needed:" \
 	  "found $$(python3 --version 2>&1). Install one, or say make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --editable ".[$(EXTRAS)]"
+	$(INSTALL) ".[$(EXTRAS)]"
+	touch $@
+
+# An extra that EXTRAS has is installed already.
+$(VENV)/installed-%: $(VENV)/installed
+	$(if $(filter $*,$(subst $(comma), ,$(EXTRAS))),,$(INSTALL) ".[$*]")
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
