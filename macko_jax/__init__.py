@@ -1,6 +1,7 @@
 """MACKO: a sparse matrix format and its matrix-vector product, for JAX (arXiv 2511.13061)."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from macko_jax import _compatibility  # noqa: F401 (first: it warns before an import fails)
 from macko_jax._version import __version__ as __version__
@@ -29,8 +30,11 @@ __all__ = [
     "validate",
 ]
 
+if TYPE_CHECKING:
+    from macko_jax import flax_linen, flax_nnx
 
-def __getattr__(name: str):
+
+def __getattr__(name: str) -> Any:
     # Flax is imported only where it is used.
     if name in ("flax_linen", "flax_nnx"):
         return importlib.import_module(f"macko_jax.{name}")
