@@ -26,9 +26,8 @@ from flax import nnx
 import dsf_jax
 from dsf_jax import export
 from dsf_jax.pipeline.solve import METHODS
-from examples import stdlib_text
+from examples import llama, stdlib_text
 from examples.llama import checkpoint, compression, evaluation
-from examples.llama import model as llama
 from examples.records import write_json
 from macko_jax.nn.rules import Rule
 

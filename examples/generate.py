@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from examples import llama
 from examples.llama import checkpoint
-from examples.llama import model as llama
 from examples.llama import tokenizer as tokenizers
 
 CHECKPOINT = flags.DEFINE_string(

@@ -21,8 +21,8 @@ import optax
 from absl import app, flags
 from flax import nnx
 
+from examples import llama
 from examples.llama import checkpoint, evaluation
-from examples.llama import model as llama
 from examples.records import write_json
 from examples.stdlib_text import HELD_OUT
 

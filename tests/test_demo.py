@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples import stdlib_text
+from examples import llama, stdlib_text
 from examples.llama import checkpoint, evaluation
-from examples.llama import model as llama
 from examples.llama import tokenizer as tokenizers
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -14,8 +14,9 @@ from flax import nnx
 import macko_jax.flax_nnx
 from dsf_jax import export
 from dsf_jax.nn.layers import become_pair
-from examples.llama import checkpoint, evaluation
-from examples.llama import model as llama
+from examples import llama
+from examples.llama import cache as kv_cache
+from examples.llama import checkpoint, evaluation, generation, rope, split
 from macko_jax.nn.rules import Rule
 
 CONFIG = llama.Config(
@@ -82,7 +83,7 @@ def test_cache_gives_the_logits_of_whole_sequences(changes):
     model, tokens = make_model(**changes), make_tokens(2, 20)
     whole = forward(model, tokens)
     logits, cache = begin(model, tokens[:, :12])
-    cache = llama.widen(cache, 24)
+    cache = kv_cache.widen(cache, 24)
     parts = [logits]
     # Several tokens at once in one variant only, since each length is compiled.
     rest = [(13, 14), (14, 20)] if not changes else [(i, i + 1) for i in range(13, 20)]
@@ -118,8 +119,8 @@ def test_rotation_depends_on_relative_position_only():
     key = query[..., ::-1]
 
     def product(i, j):
-        angles = [llama.rotation(jnp.array([[p]]), CONFIG) for p in (i, j)]
-        return jnp.sum(llama._rotate(query, angles[0]) * llama._rotate(key, angles[1]))
+        angles = [rope.rotation(jnp.array([[p]]), CONFIG) for p in (i, j)]
+        return jnp.sum(rope.rotate(query, angles[0]) * rope.rotate(key, angles[1]))
 
     np.testing.assert_allclose(product(9, 4), product(25, 20), rtol=1e-4)
     assert not np.allclose(product(9, 4), product(9, 5), rtol=1e-3)
@@ -128,8 +129,8 @@ def test_rotation_depends_on_relative_position_only():
 def test_llama3_rope_scaling_keeps_short_and_stretches_long_wavelengths():
     scaling = llama.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
     config = dataclasses.replace(CONFIG, head_dim=128, rope_theta=5e5)
-    plain = np.asarray(llama.rotary_frequencies(config))
-    scaled = np.asarray(llama.rotary_frequencies(dataclasses.replace(config, rope_scaling=scaling)))
+    plain = np.asarray(rope.rotary_frequencies(config))
+    scaled = np.asarray(rope.rotary_frequencies(dataclasses.replace(config, rope_scaling=scaling)))
     wavelengths = 2 * np.pi / plain
     np.testing.assert_allclose(scaled[wavelengths < 2048], plain[wavelengths < 2048], rtol=1e-6)
     long = wavelengths > 8192
@@ -138,7 +139,7 @@ def test_llama3_rope_scaling_keeps_short_and_stretches_long_wavelengths():
 
 
 def test_generation_follows_the_whole_sequence_model(monkeypatch):
-    monkeypatch.setattr(llama, "SMALLEST_CACHE", 64)
+    monkeypatch.setattr(kv_cache, "SMALLEST_CACHE", 64)
     model = make_model()
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
     # 64 slots at first, then 96: the cache is widened on the way.
@@ -156,18 +157,18 @@ def test_generation_does_not_depend_on_chunks_or_batch():
     model, prompts = make_model(), [[3, 1, 4], [1, 5, 9, 2]]
     alone = continuations(model, prompts[:1], 9, chunk=4)
     np.testing.assert_array_equal(alone, continuations(model, prompts, 9)[:1])
-    np.testing.assert_array_equal(alone, continuations(llama.Parts.of(model), prompts[:1], 9))
+    np.testing.assert_array_equal(alone, continuations(split.SplitModel.of(model), prompts[:1], 9))
 
 
 @pytest.mark.parametrize("changes", [{}, VARIANTS["qwen2"], VARIANTS["qwen3"]])
 def test_prompts_are_read_some_layers_at_a_time(changes, monkeypatch):
-    monkeypatch.setattr(llama, "LAYERS_A_CALL", 2)
+    monkeypatch.setattr(split, "LAYERS_A_CALL", 2)
     model = make_model(num_hidden_layers=5, **changes)
-    parts = llama.Parts.of(model)
+    parts = split.SplitModel.of(model)
     structures = [piece.structure for piece in parts.layers]
     assert structures[0] is structures[1] is not structures[2]  # two, two, and one
     tokens, lengths = make_tokens(2, 12), np.array([12, 7], np.int32)
-    found = llama.prefill(parts, tokens, lengths, jax.random.key(0), llama.Sampling())
+    found = generation.prefill(parts, tokens, lengths, jax.random.key(0), llama.Sampling())
     logits, cache = begin(model, tokens)
     likeliest = np.asarray(logits)[[0, 1], lengths - 1].argmax(-1)
     np.testing.assert_array_equal(found.token, likeliest)
@@ -211,7 +212,7 @@ def test_sampling_is_seeded_and_cut():
         (lambda: make_model(num_key_value_heads=3), "multiple"),
         (lambda: make_model(head_dim=15), "even"),
         (lambda: make_model(sliding_windows=(4,)), "2 layers"),
-        (lambda: llama.rotary_frequencies(with_rope(llama.RopeScaling("yarn", 2.0))), "yarn"),
+        (lambda: rope.rotary_frequencies(with_rope(llama.RopeScaling("yarn", 2.0))), "yarn"),
         (lambda: continuations(make_model(), [[]], 4), "at least one token"),
         (lambda: continuations(make_model(), [[1] * 90], 10), "96 positions"),
     ],
@@ -279,7 +280,7 @@ def test_packed_model_computes_what_the_pruned_model_does(tmp_path):
 def test_norms_gates_and_sums_of_a_decode_step_are_in_the_products_kernels(dtype):
     rule = Rule(".*", max_density=1.0, dtype=dtype)
     packed, report = macko_jax.flax_nnx.substitute(make_model(), rule)
-    model = llama.Piece.of(packed)
+    model = split.SplitModules.of(packed)
 
     def step(model, tokens, cache):
         return model.build().hidden(tokens, cache)
@@ -302,10 +303,10 @@ def test_layers_that_are_pruned_alike_share_kernels():
             mask[: 5 * i, 0] = False
             linear.kernel[...] *= mask
     packed, _ = macko_jax.flax_nnx.substitute(model, Rule("layers/.*", encoding="delta4"))
-    parts = llama.Parts.of(packed)
+    parts = split.SplitModel.of(packed)
     [piece], tokens = parts.layers, make_tokens(1, 64)
-    x = llama.embed.eval_shape(parts.ends, tokens)
-    traced = llama.read.trace(piece, x, parts.config)
+    x = generation.embed.eval_shape(parts.ends, tokens)
+    traced = generation.read.trace(piece, x, parts.config)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     kernels = re.findall(r"@mosaic_gpu.*module = \"(.*?)\"", text)
     assert len(kernels) == 16 and len(set(kernels)) == 4
@@ -332,6 +333,6 @@ def test_factor_pairs_are_packed_and_stored(tmp_path):
 
 
 def test_cache_sizes_follow_the_live_length():
-    sizes = [llama.cache_slots(live) for live in range(1, 5000)]
+    sizes = [kv_cache.cache_slots(live) for live in range(1, 5000)]
     assert sorted(set(sizes)) == [512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
     assert all(live <= size <= max(512, 1.5 * live) for live, size in enumerate(sizes, start=1))

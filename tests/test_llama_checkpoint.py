@@ -15,8 +15,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from examples import llama
 from examples.llama import checkpoint
-from examples.llama import model as llama
 
 DATA = pathlib.Path(__file__).parent / "data" / "llama"
 FAMILIES = sorted(path.name for path in DATA.iterdir() if path.is_dir())

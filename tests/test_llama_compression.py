@@ -15,8 +15,8 @@ import safetensors.numpy
 from flax import nnx
 
 import dsf_jax
+from examples import llama
 from examples.llama import checkpoint, compression
-from examples.llama import model as llama
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = llama.Config(

@@ -12,8 +12,10 @@ import macko_jax
 import macko_jax.flax_nnx
 from dsf_jax import export
 from dsf_jax.nn.layers import become_pair
-from examples.llama import decode_attention
-from examples.llama import model as llama
+from examples import llama
+from examples.llama import attention, decode_attention
+from examples.llama.cache import widen
+from examples.llama.split import SplitModules
 from macko_jax.gpu import staging as vectors
 from macko_jax.lanes import interpreter as emulation
 
@@ -194,13 +196,13 @@ def by_emulation(rows, rotation, cache, positions, *, heads, window, blanks):
 
 def decode(model, tokens, prompt):
     """Hidden states of the tokens after a prompt, one after the other, and the cache at the end."""
-    model = llama.Piece.of(model)
+    model = SplitModules.of(model)
 
     @jax.jit
     def extend(model, tokens, cache=None):
         return model.build().hidden(tokens, cache)
 
-    cache, out = llama.widen(extend(model, tokens[:, :prompt])[1], 32), []
+    cache, out = widen(extend(model, tokens[:, :prompt])[1], 32), []
     for i in range(prompt, tokens.shape[1]):
         hidden, cache = extend(model, tokens[:, i : i + 1], cache)
         out.append(hidden)
@@ -224,9 +226,9 @@ def test_model_decodes_with_it_as_without(qk_norm, windows, batch, monkeypatch):
     )
     model = llama.Llama(config, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (batch, 9)))
-    monkeypatch.setattr(llama, "_has_decode_kernel", lambda cache: False)
+    monkeypatch.setattr(attention, "has_decode_kernel", lambda cache: False)
     wanted, wanted_cache = decode(model, tokens, 5)
-    monkeypatch.setattr(llama, "_has_decode_kernel", lambda cache: True)
+    monkeypatch.setattr(attention, "has_decode_kernel", lambda cache: True)
     if not HAS_GPU:
         monkeypatch.setattr(decode_attention, "attend", by_emulation)
     found, cache = decode(model, tokens, 5)

@@ -32,13 +32,14 @@ from flax import nnx, traverse_util
 
 import macko_jax
 import macko_jax.flax_nnx
-from examples.llama import checkpoint
-from examples.llama import model as llama
-from examples.llama.configs import CONFIGS
+from examples import llama
+from examples.llama import checkpoint, generation
+from examples.llama.cache import Cache, final_slots, widen
+from examples.llama.split import SplitModel
 from examples.records import write_json
 from macko_jax.format.codes import ENCODINGS
 
-CONFIG = flags.DEFINE_enum("config", "tiny", list(CONFIGS), "Shape of the model.")
+CONFIG = flags.DEFINE_enum("config", "tiny", list(llama.CONFIGS), "Shape of the model.")
 LAYERS = flags.DEFINE_integer("layers", None, "Decoder layers; by default the model's.", 1)
 CHECKPOINT = flags.DEFINE_multi_string(
     "checkpoint",
@@ -145,26 +146,26 @@ def peak_bytes(decoder):
 
     None where XLA does not say.
     """
-    parts, arguments = decoder.parts, decoder.decode_arguments()
-    decode = added_bytes(llama.decode.lower(*arguments).compile())
+    split, arguments = decoder.split, decoder.decode_arguments()
+    decode = added_bytes(generation.decode.lower(*arguments).compile())
     if decode is None:
         return {"prefill_bytes": None, "decode_bytes": None}
-    x = llama.embed.eval_shape(parts.ends, decoder.prompt)
+    x = generation.embed.eval_shape(split.ends, decoder.prompt)
     layer_caches, calls = [], {}  # layers that are alike share a program
-    for piece in parts.layers:
-        more = llama.read.eval_shape(piece, x, parts.config)[1]
+    for piece in split.layers:
+        more = generation.read.eval_shape(piece, x, split.config)[1]
         layer_caches += more
         kind = piece.structure, tuple(leaf.shape for leaf in piece.arrays)
         if kind not in calls:
-            calls[kind] = llama.read.lower(piece, x, parts.config), more
-    cache = llama.Cache(tuple(layer_caches), decoder.lengths)
-    ending = llama.first_token.lower(parts.ends, x, cache, decoder.key, decoder.sampling)
+            calls[kind] = generation.read.lower(piece, x, split.config), more
+    kv_cache = Cache(tuple(layer_caches), decoder.lengths)
+    ending = generation.first_token.lower(split.ends, x, kv_cache, decoder.key, decoder.sampling)
     beside = max(  # of one call, but for its caches
         added_bytes(lowered.compile()) - array_bytes(caches)
         for lowered, caches in [*calls.values(), (ending, ())]
     )
     return {
-        "prefill_bytes": array_bytes((parts, x, cache)) + beside,
+        "prefill_bytes": array_bytes((split, x, kv_cache)) + beside,
         "decode_bytes": array_bytes(arguments[:2]) + decode,
     }
 
@@ -173,7 +174,7 @@ class Decoder:
     """A model taken apart, with a prompt to continue."""
 
     def __init__(self, model):
-        self.parts = llama.Parts.of(model)
+        self.split = SplitModel.of(model)
         rng = np.random.default_rng(SEED.value)
         shape = (BATCH.value, PROMPT.value)
         self.prompt = rng.integers(0, model.config.vocab_size, shape).astype(np.int32)
@@ -182,8 +183,8 @@ class Decoder:
         self.sampling = llama.Sampling()
 
     def draw(self):
-        return llama.draw(
-            self.parts,
+        return generation.draw(
+            self.split,
             self.prompt,
             self.lengths,
             NEW_TOKENS.value + 1,
@@ -193,18 +194,17 @@ class Decoder:
         )
 
     def prefill_arguments(self):
-        return self.parts, self.prompt, self.lengths, self.key, self.sampling
+        return self.split, self.prompt, self.lengths, self.key, self.sampling
 
     def decode_arguments(self):
         """Those of the last call of a generation, with its widest cache."""
-        generation = llama.prefill(*self.prefill_arguments())
-        slots = llama.final_slots(PROMPT.value, NEW_TOKENS.value + 1, CHUNK.value)
+        begun = generation.prefill(*self.prefill_arguments())
+        slots = final_slots(PROMPT.value, NEW_TOKENS.value + 1, CHUNK.value)
         cache = dataclasses.replace(
-            llama.widen(generation.cache, slots),
+            widen(begun.cache, slots),
             lengths=jnp.asarray(self.lengths + NEW_TOKENS.value - CHUNK.value),
         )
-        generation = dataclasses.replace(generation, cache=cache)
-        return self.parts, generation, CHUNK.value, self.sampling
+        return self.split, dataclasses.replace(begun, cache=cache), CHUNK.value, self.sampling
 
 
 def time_prefills(decoder):
@@ -223,7 +223,7 @@ def time_generations(decoder):
     As in `llama.generate`, the device is given a call while the one before it runs. A CPU would run
     the second call before the host can note when the first one ended; it is given one at a time.
     """
-    in_turn = iter if jax.default_backend() == "cpu" else llama.one_ahead
+    in_turn = iter if jax.default_backend() == "cpu" else generation.one_ahead
     rows = []
     for _ in range(REPEATS.value + 1):
         ready = []
@@ -271,7 +271,7 @@ def chosen_dtype():
 
 
 def chosen_config():
-    config = CONFIGS[CONFIG.value]
+    config = llama.CONFIGS[CONFIG.value]
     return dataclasses.replace(config, num_hidden_layers=LAYERS.value or config.num_hidden_layers)
 
 
@@ -329,8 +329,8 @@ def measure(name, density, make):
         record["share_of_bandwidth"] = record["streamed_bytes_per_second"] / BANDWIDTH.value / 1e12
     if PROFILE.value:
         record["kernel_microseconds"] = {
-            "decode_step": kernel_times(llama.decode, decoder.decode_arguments(), CHUNK.value),
-            "prefill": kernel_times(llama.prefill, decoder.prefill_arguments()),
+            "decode_step": kernel_times(generation.decode, decoder.decode_arguments(), CHUNK.value),
+            "prefill": kernel_times(generation.prefill, decoder.prefill_arguments()),
         }
     print_record(record)
     return record

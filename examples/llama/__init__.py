@@ -1,1 +1,8 @@
-"""A Llama-architecture language model in Flax NNX."""
+"""The language model: the Llama family in Flax NNX, its checkpoints, compression and evaluation."""
+
+from examples.llama.config import CONFIGS, Config, RopeScaling
+from examples.llama.generation import generate
+from examples.llama.model import Llama
+from examples.llama.sampling import Sampling
+
+__all__ = ["CONFIGS", "Config", "Llama", "RopeScaling", "Sampling", "generate"]

@@ -21,7 +21,8 @@ from flax import nnx
 import dsf_jax
 import macko_jax
 import macko_jax.flax_nnx
-from examples.llama import model as llama
+from examples.llama.config import Config, RopeScaling
+from examples.llama.model import Llama
 from examples.records import replacing, write_json
 
 INDEX = "model.safetensors.index.json"  # names the file of every tensor
@@ -153,7 +154,7 @@ class Checkpoint:
         self._stored = {}
         for path in self._files():
             with _open(path) as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118 (no dict)
                     self._add(name, path, file.get_slice(name))
         self._check_tensors()
 
@@ -433,7 +434,7 @@ def _abstract_pair(linear, arrays):
 def abstract_model(config, *, dtype, param_dtype):
     """A `Llama` with shapes in the place of arrays."""
     return nnx.eval_shape(
-        lambda: llama.Llama(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+        lambda: Llama(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     )
 
 
@@ -480,7 +481,7 @@ def config_from_json(described):
     # Newer files gather the rotary fields in rope_parameters.
     rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
     theta = rope.get("rope_theta", described.get("rope_theta", 10000.0))
-    return llama.Config(
+    return Config(
         vocab_size=described["vocab_size"],
         hidden_size=described["hidden_size"],
         intermediate_size=described["intermediate_size"],
@@ -511,7 +512,7 @@ def _rope_scaling(rope, max_position_embeddings):
     fields = [rope[field] for field in _ROPE_FIELDS[kind]]
     if kind == "llama3":
         fields.append(rope.get("original_max_position_embeddings", max_position_embeddings))
-    return llama.RopeScaling(kind, *fields)
+    return RopeScaling(kind, *fields)
 
 
 def _sliding_windows(described, kind, layers):

@@ -29,7 +29,7 @@ from dsf_jax import export
 from dsf_jax.pipeline.solve import check_method
 from dsf_jax.solvers.problem import check_density
 from examples.llama import checkpoint
-from examples.llama import model as llama
+from examples.llama.rope import rotation
 from examples.records import write_json
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -244,7 +244,7 @@ def _renamed(layer, prefix):
 
 def _forward(config, block, hidden):
     positions = jnp.arange(hidden.shape[1])[None]
-    rotary = llama.rotation(positions, config)
+    rotary = rotation(positions, config)
     return block(hidden, positions, rotary, None, None)[0]
 
 
