@@ -12,6 +12,7 @@ its softmax with them.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,11 @@ class Plan:
         return WARPS * TOGETHER * self.unroll
 
     @property
+    def slots_of_a_step(self):
+        """Slots that all blocks of a cluster read in a step."""
+        return self.slots_at_once * self.splits
+
+    @property
     def width(self):
         """Float32 of a head's partial result: the mixture, its largest score and its weight."""
         return HEAD_DIM + 2
@@ -158,116 +164,176 @@ def attend(rows, rotation, cache, positions, *, heads, window, blanks=0):
 
 def program(ops, plan: Plan):
     """The lane program on rows, cos, sin, position, cache and out, all flat."""
-    thread, block = ops.thread(), ops.block()
-    lane, warp = thread & (lanes.WARP - 1), thread >> 5
-    chunk, place = lane & (LANES - 1), lane >> 3  # of the slot, and the slot of the warp's four
-    # Blocks in the order of sequences, key-value heads, their parts, and shares of the slots.
-    heads, split = block >> (plan.splits.bit_length() - 1), block & (plan.splits - 1)
-    kv_head = heads // plan.parts  # of all sequences
-    sequence = heads // (plan.parts * plan.kv_heads)
-
-    def slots_of(first):
-        """Those that a lane reads in the step that begins at slot `first` for its warp."""
-        return [first + (i * TOGETHER) + place for i in range(plan.unroll)]
-
-    def load(first, inside):
-        """A lane's parts of the keys and values of a step's slots, as words."""
-        return [
-            [
-                _load_head(ops, "cache", (kv_head * plan.slots + slot) * 2 + i, chunk, inside(slot))
-                for i in (0, 1)
-            ]
-            for slot in slots_of(first)
-        ]
-
-    swept = plan.slots_at_once * plan.splits  # slots, by all blocks in a step
-    start = (split * WARPS + warp) * (TOGETHER * plan.unroll)
-    if plan.window is None:  # the first loads do not wait for the position
-        loaded = load(start, lambda slot: slot < plan.slots)
-    live = ops.load_integer("position", sequence)  # slots before the token's own
-    has_slot = live < plan.slots
-    live = ops.select(has_slot, live, ops.integer(plan.slots))
-    oldest = ops.integer(0)
-    if plan.window is not None:
-        oldest = ops.select(live >= plan.window - 1, live - (plan.window - 1), oldest)
-        # Whole steps before the first visible slot are left out.
-        start = start + (oldest & (2**32 - swept))
-
-    def visible(slot):
-        return (slot >= oldest) & (slot < live)
-
-    if plan.window is not None:
-        loaded = load(start, visible)
-    last = (split == plan.splits - 1) & (warp == WARPS - 1)  # which has the fewest slots
-    own = sequence * plan.row + plan.heads + (kv_head - sequence * plan.kv_heads)
-    own_key, own_value = (
-        _load_head(ops, "rows", row, chunk, last) for row in (own, own + plan.kv_heads)
-    )
-    turn = _angles(ops, sequence, chunk)
-    first_query = heads * plan.group + sequence * (plan.row - plan.heads)
+    at = _place(ops, plan)
+    live, start, loaded = _begin(ops, plan, at)
+    last = (at.split == plan.splits - 1) & (at.warp == WARPS - 1)  # which has the fewest slots
+    own = at.sequence * plan.row + plan.heads + (at.kv_head - at.sequence * plan.kv_heads)
+    own_words = [_load_head(ops, "rows", row, at.chunk, last) for row in (own, own + plan.kv_heads)]
+    turn = _angles(ops, at.sequence, at.chunk)
+    first_query = at.heads * plan.group + at.sequence * (plan.row - plan.heads)
     scale = math.log2(math.e) / math.sqrt(HEAD_DIM)  # for scores in powers of two
     queries = [
-        [element * scale for element in _rotated_head(ops, plan, first_query + j, chunk, turn)]
+        [element * scale for element in _rotated_head(ops, plan, first_query + j, at.chunk, turn)]
         for j in range(plan.group)
     ]
-
-    def step(state):
-        first, loaded, softmaxes = state
-        following = load(first + swept, visible)
-        wheres = [visible(slot) for slot in slots_of(first)]
-        keys = [_numbers(ops, plan, key) for key, _ in loaded]
-        values = [_numbers(ops, plan, value) for _, value in loaded]
-        updated = []
-        for query, (largest, weight, mixed) in zip(queries, softmaxes):
-            scores = [
-                ops.select(where, _score(ops, query, key), ops.real(NEVER))
-                for where, key in zip(wheres, keys)
-            ]
-            new = _maximum(ops, [largest, *scores])
-            kept = ops.exp2(largest - new)
-            weight, mixed = weight * kept, [m * kept for m in mixed]
-            for score, value in zip(scores, values):
-                share = ops.exp2(score - new)
-                weight = weight + share
-                mixed = [ops.fma(share, v, m) for v, m in zip(value, mixed)]
-            updated.append((new, weight, mixed))
-        return first + swept, following, updated
-
-    def with_own_token():
-        """The softmaxes of a warp that has seen the new token, once it is in the cache."""
-        key = _rotate(_numbers(ops, plan, own_key), turn)
-        key = [ops.pack(a, b, plan.dtype) for a, b in zip(key[::2], key[1::2])]
-        first_part = heads == kv_head * plan.parts
-        for i, words in enumerate((key, own_value)):
-            slot = (kv_head * plan.slots + live) * 2 + i
-            _store_head(ops, "cache", slot, chunk, words, first_part & has_slot & (place == 0))
-        key, value = _numbers(ops, plan, key), _numbers(ops, plan, own_value)
-        return [
-            ops.select(place == 0, (_score(ops, query, key), ops.real(1), value), empty)
-            for query in queries
-        ]
-
     empty = (ops.real(NEVER), ops.real(0), [ops.real(0)] * (2 * CHUNK))
-    softmaxes = ops.branch(last, with_own_token, [empty for _ in queries])
+    softmaxes = ops.branch(
+        last,
+        lambda: _with_own_token(ops, plan, at, live, own_words, turn, queries, empty),
+        [empty for _ in queries],
+    )
     # What was read beyond the live slots may be anything; the next is being written.
     loaded = [
-        ops.select(visible(slot), words, [[ops.integer(0)] * CHUNK] * 2)
-        for slot, words in zip(slots_of(start), loaded)
+        ops.select(live.sees(slot), words, [[ops.integer(0)] * CHUNK] * 2)
+        for slot, words in zip(_slots(plan, at, start), loaded)
     ]
-    *_, softmaxes = ops.loop(lambda state: state[0] < live, step, (start, loaded, softmaxes))
-    _clear(ops, plan, block * (WARPS * lanes.WARP) + thread)
+    *_, softmaxes = ops.loop(
+        lambda state: state[0] < live.end,
+        lambda state: _step(ops, plan, at, live, queries, *state),
+        (start, loaded, softmaxes),
+    )
+    _clear(ops, plan, at.block * (WARPS * lanes.WARP) + at.thread)
     for j, softmax in enumerate(softmaxes):
-        largest, weight, mixed = _join_places(ops, softmax)
-        base = (warp * plan.group + j) * plan.width
-        for i, m in enumerate(mixed):
-            element = (i // CHUNK) * (HEAD_DIM // 2) + i % CHUNK
-            ops.store_shared(base + chunk * CHUNK + element, m, place == 0)
-        ops.store_shared(base + HEAD_DIM, largest, lane == 0)
-        ops.store_shared(base + (HEAD_DIM + 1), weight, lane == 0)
+        _share(ops, plan, at, j, _join_places(ops, softmax))
     ops.barrier()
-    _join_warps(ops, plan, thread, block)
+    _join_warps(ops, plan, at.thread, at.block)
     if plan.splits > 1:
-        _join_blocks(ops, plan, thread, heads, split)
+        _join_blocks(ops, plan, at.thread, at.heads, at.split)
+
+
+class _Place(NamedTuple):
+    """Where a thread works.
+
+    Attributes:
+      thread, block: of the launch.
+      lane, warp: of the thread in its block.
+      chunk: which of a slot's chunks the lane reads.
+      slot: which of the slots that the warp reads at once is the lane's.
+      heads: which group of query heads of all sequences is the block's.
+      split: which share of the slots is the block's.
+      kv_head: the key-value head of all sequences that these query heads share.
+      sequence: the sequence of the batch.
+    """
+
+    thread: object
+    block: object
+    lane: object
+    warp: object
+    chunk: object
+    slot: object
+    heads: object
+    split: object
+    kv_head: object
+    sequence: object
+
+
+def _place(ops, plan):
+    """Blocks come in the order of sequences, key-value heads, their parts and shares of slots."""
+    thread, block = ops.thread(), ops.block()
+    lane, warp = thread & (lanes.WARP - 1), thread >> 5
+    chunk, slot = lane & (LANES - 1), lane >> 3
+    heads, split = block >> (plan.splits.bit_length() - 1), block & (plan.splits - 1)
+    kv_head = heads // plan.parts
+    sequence = heads // (plan.parts * plan.kv_heads)
+    return _Place(thread, block, lane, warp, chunk, slot, heads, split, kv_head, sequence)
+
+
+class _Live(NamedTuple):
+    """The slots that a token sees: from `oldest` to before `end`; and if one is left for itself."""
+
+    oldest: object
+    end: object
+    has_slot: object
+
+    def sees(self, slot):
+        return (slot >= self.oldest) & (slot < self.end)
+
+
+def _begin(ops, plan, at):
+    """The live slots, the slot at which a warp's first step begins, and what that step reads."""
+    start = (at.split * WARPS + at.warp) * (TOGETHER * plan.unroll)
+    if plan.window is None:  # the first loads do not wait for the position
+        loaded = _load(ops, plan, at, start, lambda slot: slot < plan.slots)
+    end = ops.load_integer("position", at.sequence)  # slots before the token's own
+    has_slot = end < plan.slots
+    end = ops.select(has_slot, end, ops.integer(plan.slots))
+    oldest = ops.integer(0)
+    if plan.window is None:
+        return _Live(oldest, end, has_slot), start, loaded
+    oldest = ops.select(end >= plan.window - 1, end - (plan.window - 1), oldest)
+    # Whole steps before the first visible slot are left out.
+    start = start + (oldest & (2**32 - plan.slots_of_a_step))
+    live = _Live(oldest, end, has_slot)
+    return live, start, _load(ops, plan, at, start, live.sees)
+
+
+def _slots(plan, at, first):
+    """The slots that a lane reads in the step that begins at slot `first` for its warp."""
+    return [first + (i * TOGETHER) + at.slot for i in range(plan.unroll)]
+
+
+def _load(ops, plan, at, first, inside):
+    """A lane's parts of the keys and values of a step's slots, as words."""
+    return [
+        [
+            _load_head(
+                ops, "cache", (at.kv_head * plan.slots + slot) * 2 + i, at.chunk, inside(slot)
+            )
+            for i in (0, 1)
+        ]
+        for slot in _slots(plan, at, first)
+    ]
+
+
+def _step(ops, plan, at, live, queries, first, loaded, softmaxes):
+    """One step of the walk: loads the following slots, and adds those loaded to the softmaxes."""
+    following = _load(ops, plan, at, first + plan.slots_of_a_step, live.sees)
+    wheres = [live.sees(slot) for slot in _slots(plan, at, first)]
+    keys = [_numbers(ops, plan, key) for key, _ in loaded]
+    values = [_numbers(ops, plan, value) for _, value in loaded]
+    updated = []
+    for query, (largest, weight, mixed) in zip(queries, softmaxes):
+        scores = [
+            ops.select(where, _score(ops, query, key), ops.real(NEVER))
+            for where, key in zip(wheres, keys)
+        ]
+        new = _maximum(ops, [largest, *scores])
+        kept = ops.exp2(largest - new)
+        weight, mixed = weight * kept, [m * kept for m in mixed]
+        for score, value in zip(scores, values):
+            share = ops.exp2(score - new)
+            weight = weight + share
+            mixed = [ops.fma(share, v, m) for v, m in zip(value, mixed)]
+        updated.append((new, weight, mixed))
+    return first + plan.slots_of_a_step, following, updated
+
+
+def _with_own_token(ops, plan, at, live, own_words, turn, queries, empty):
+    """The softmaxes of a warp that has seen the new token, once it is in the cache."""
+    own_key, own_value = own_words
+    key = _rotate(_numbers(ops, plan, own_key), turn)
+    key = [ops.pack(a, b, plan.dtype) for a, b in zip(key[::2], key[1::2])]
+    first_part = at.heads == at.kv_head * plan.parts
+    for i, words in enumerate((key, own_value)):
+        row = (at.kv_head * plan.slots + live.end) * 2 + i
+        where = first_part & live.has_slot & (at.slot == 0)
+        _store_head(ops, "cache", row, at.chunk, words, where)
+    key, value = _numbers(ops, plan, key), _numbers(ops, plan, own_value)
+    return [
+        ops.select(at.slot == 0, (_score(ops, query, key), ops.real(1), value), empty)
+        for query in queries
+    ]
+
+
+def _share(ops, plan, at, j, softmax):
+    """Puts a warp's softmax of the block's query head `j` into shared memory."""
+    largest, weight, mixed = softmax
+    base = (at.warp * plan.group + j) * plan.width
+    for i, m in enumerate(mixed):
+        element = (i // CHUNK) * (HEAD_DIM // 2) + i % CHUNK
+        ops.store_shared(base + at.chunk * CHUNK + element, m, at.slot == 0)
+    ops.store_shared(base + HEAD_DIM, largest, at.lane == 0)
+    ops.store_shared(base + (HEAD_DIM + 1), weight, at.lane == 0)
 
 
 def _clear(ops, plan, thread):
@@ -303,13 +369,15 @@ def _join_warps(ops, plan, thread, block):
         element = ops.select(inside, element, ops.integer(0))
         j, d = element >> 7, element & (HEAD_DIM - 1)
 
-        def at(warp, offset):
-            row = j + warp * plan.group
-            return ops.load_shared((row * plan.width + offset) * 4, 1)[0]
-
         largest, weight, mixed = _join(
             ops,
-            [[at(warp, offset) for offset in (HEAD_DIM, HEAD_DIM + 1, d)] for warp in range(WARPS)],
+            [
+                [
+                    ops.load_shared(((j + warp * plan.group) * plan.width + offset) * 4, 1)[0]
+                    for offset in (HEAD_DIM, HEAD_DIM + 1, d)
+                ]
+                for warp in range(WARPS)
+            ],
         )
         if plan.splits == 1:
             out = block * elements + element
