@@ -1,0 +1,140 @@
+"""Packed model directories: one file that `macko_jax.save` writes for each part, and config.json.
+
+config.json comes last and so marks a whole model.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import dsf_jax
+import macko_jax
+import macko_jax.flax_nnx
+from examples.llama.hub_config import config_to_json, load_config
+from examples.llama.weights import abstract_model
+from examples.records import write_json
+
+
+def part_file(directory, name):
+    """File of a part of a packed model: "embed", "norm", "head" or the number of a block."""
+    name = f"{int(name):05d}" if str(name).isdigit() else name
+    return pathlib.Path(directory) / f"packed-{name}.safetensors"
+
+
+def part_names(config):
+    ends = ("embed", "norm") if config.tie_word_embeddings else ("embed", "norm", "head")
+    return (*ends, *range(config.num_hidden_layers))
+
+
+def is_packed(directory):
+    """Whether a directory holds a packed model."""
+    return part_file(directory, "embed").is_file()
+
+
+def save_packed(directory, model):
+    """Writes a model with packed layers.
+
+    Args:
+      directory: made if missing.
+      model: a `Llama` after `dsf_jax.export.pack` or `macko_jax.flax_nnx.substitute`.
+
+    Returns:
+      Size in bytes of the files of weights.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").unlink(missing_ok=True)
+    tree = macko_jax.flax_nnx.to_pure_dict(model)
+    files = []
+    for name in part_names(model.config):
+        files.append(part_file(directory, name))
+        macko_jax.save(files[-1], tree["layers"][name] if isinstance(name, int) else tree[name])
+    write_json(directory / "config.json", config_to_json(model.config))
+    return sum(file.stat().st_size for file in files)
+
+
+def load_packed(directory, *, dtype=jnp.float32, unpack=False):
+    """Reads a packed model; parameters keep the dtype in which they are stored.
+
+    Args:
+      directory: what `save_packed` or examples.compress_llm wrote.
+      dtype: what the model computes in.
+      unpack: give the pruned dense model instead, every matrix decompressed.
+
+    Raises:
+      FileNotFoundError: a part or config.json is missing.
+      ValueError: a part is damaged or does not fit config.json.
+    """
+    if not (pathlib.Path(directory) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the packed model in {directory} is not finished: it has no config.json yet; give the "
+            "command that packs it again, and it goes on"
+        )
+    config = load_config(directory)
+    names = part_names(config)
+    missing = [
+        part_file(directory, name).name
+        for name in names
+        if not part_file(directory, name).is_file()
+    ]
+    if missing:
+        raise FileNotFoundError(
+            f"{directory} lacks {', '.join(missing[:8])}; run what packed it to its end"
+        )
+    parts = {name: macko_jax.load(part_file(directory, name)) for name in names}
+    tree = {name: part for name, part in parts.items() if isinstance(name, str)}
+    tree["layers"] = {name: part for name, part in parts.items() if isinstance(name, int)}
+    param_dtype = tree["embed"]["embedding"].dtype
+    abstract = abstract_model(config, dtype=dtype, param_dtype=param_dtype)
+    for block, stored in zip(abstract.layers, tree["layers"].values()):
+        _expect_pairs(block, stored)
+    return macko_jax.flax_nnx.from_pure_dict(abstract, decompressed(tree) if unpack else tree)
+
+
+def load_block(directory, index, abstract_block, *, unpack=False):
+    """One block of a packed model, on an abstract block of its configuration."""
+    stored = macko_jax.load(part_file(directory, index))
+    block = nnx.clone(abstract_block)
+    _expect_pairs(block, stored)
+    return macko_jax.flax_nnx.from_pure_dict(block, decompressed(stored) if unpack else stored)
+
+
+def decompressed(tree):
+    """Nested dicts with a Flax kernel [in, out] in the place of each MackoMatrix [out, in]."""
+    return jax.tree.map(
+        lambda leaf: macko_jax.decompress(leaf).T if is_matrix(leaf) else leaf,
+        tree,
+        is_leaf=is_matrix,
+    )
+
+
+def is_matrix(leaf):
+    return isinstance(leaf, macko_jax.MackoMatrix)
+
+
+def _expect_pairs(abstract_block, stored):
+    """Puts abstract factor pairs into a block where the stored arrays are pairs."""
+    for name in ("attention", "mlp"):
+        module = getattr(abstract_block, name)
+        for layer, arrays in stored[name].items():
+            if "left" in arrays:
+                setattr(module, layer, _abstract_pair(getattr(module, layer), arrays))
+
+
+def _abstract_pair(linear, arrays):
+    """The factor pair that stands in the place of a linear layer."""
+    inner = arrays["right"]["kernel"].shape[0]
+
+    def make():
+        layer = functools.partial(
+            nnx.Linear, dtype=linear.dtype, param_dtype=linear.param_dtype, rngs=nnx.Rngs(0)
+        )
+        return dsf_jax.FactorPair(
+            layer(linear.in_features, inner, use_bias=False),
+            layer(inner, linear.out_features, use_bias=linear.bias is not None),
+        )
+
+    return nnx.eval_shape(make)

@@ -1,0 +1,269 @@
+"""Dense model directories as Hugging Face has them: config.json and safetensors.
+
+The byte-level model of this repository is stored in the same layout as published Llama-family
+checkpoints, so there is one loader. Stored weights are [out, in]; Flax kernels are [in, out], and
+`qkv` and `gate_up` join matrices that are stored apart.
+"""
+
+import contextlib
+import pathlib
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from examples.llama.hub_config import config_to_json, load_config, read_json
+from examples.llama.model import Llama
+from examples.records import replacing, write_json
+
+INDEX = "model.safetensors.index.json"  # names the file of every tensor
+
+# Parameter of a block -> the stored tensors that it joins, below "model.layers.N.".
+_BLOCK_TENSORS = {
+    "attention_norm.scale": ("input_layernorm.weight",),
+    "attention.qkv.kernel": (
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    ),
+    "attention.qkv.bias": (
+        "self_attn.q_proj.bias",
+        "self_attn.k_proj.bias",
+        "self_attn.v_proj.bias",
+    ),
+    "attention.query_norm.scale": ("self_attn.q_norm.weight",),
+    "attention.key_norm.scale": ("self_attn.k_norm.weight",),
+    "attention.out.kernel": ("self_attn.o_proj.weight",),
+    "mlp_norm.scale": ("post_attention_layernorm.weight",),
+    "mlp.gate_up.kernel": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.down.kernel": ("mlp.down_proj.weight",),
+}
+_OTHER_TENSORS = {
+    "embed.embedding": ("model.embed_tokens.weight",),
+    "norm.scale": ("model.norm.weight",),
+    "head.kernel": ("lm_head.weight",),
+}
+
+
+def stored_names(path):
+    """Names of the stored tensors that a parameter joins, from its path in the model."""
+    if path[0] == "layers":
+        prefix = f"model.layers.{path[1]}."
+        return tuple(prefix + name for name in _BLOCK_TENSORS[".".join(path[2:])])
+    return _OTHER_TENSORS[".".join(path)]
+
+
+def _sizes(config, path, shape):
+    """Output sizes of the tensors that a parameter joins."""
+    if "qkv" in path:
+        query, rest = config.num_attention_heads, config.num_key_value_heads
+        return [heads * config.head_dim for heads in (query, rest, rest)]
+    if "gate_up" in path:
+        return [config.intermediate_size] * 2
+    return [shape[-1] if path[-1] == "kernel" else shape[0]]
+
+
+def parameters(model):
+    """(path of strings, Param) of every parameter."""
+    state = nnx.state(model, nnx.Param)
+    return [(tuple(map(str, path)), param) for path, param in nnx.to_flat_state(state)]
+
+
+def save(directory, model, dtype, extra=None):
+    """Writes config.json and model.safetensors, each under a temporary name first.
+
+    Args:
+      directory: made if missing.
+      model: a dense `Llama`.
+      dtype: of the stored weights.
+      extra: further fields for config.json.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for path, param in parameters(model):
+        array = np.asarray(param[...]).astype(dtype)
+        if path[-1] == "kernel":
+            array = array.T
+        cuts = np.cumsum(_sizes(model.config, path, param.shape))[:-1]
+        for name, part in zip(stored_names(path), np.split(array, cuts)):
+            tensors[name] = np.ascontiguousarray(part)
+    with replacing(directory / "model.safetensors") as temporary:
+        safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+    (directory / INDEX).unlink(missing_ok=True)  # of a checkpoint that was there
+    described = config_to_json(model.config) | {"torch_dtype": jnp.dtype(dtype).name}
+    write_json(directory / "config.json", described | (extra or {}))
+
+
+def load(directory, *, dtype=jnp.float32, param_dtype=None):
+    """Reads a model directory.
+
+    Args:
+      directory: holds config.json and one or more safetensors files.
+      dtype: what the model computes in.
+      param_dtype: what it holds its parameters in; by default `dtype`.
+
+    Returns:
+      A dense `Llama` on the default device.
+
+    Raises:
+      FileNotFoundError: config.json or the tensors are missing.
+      ValueError: an unknown architecture, or missing, surplus or misshapen tensors, by name.
+    """
+    stored = Checkpoint(directory)
+    model = abstract_model(stored.config, dtype=dtype, param_dtype=param_dtype or dtype)
+    stored.fill(model)
+    return model
+
+
+class Stored(NamedTuple):
+    """Where a tensor is, its shape, and its type as safetensors calls it."""
+
+    path: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint:
+    """A dense model directory, whose tensors are read when they are asked for.
+
+    Files are open only while they are read, so that what was read leaves memory.
+
+    Args:
+      directory: holds config.json and one or more safetensors files, or those that its index names.
+
+    Attributes:
+      config: the model's `Config`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`.
+    """
+
+    def __init__(self, directory):
+        self.directory = pathlib.Path(directory)
+        self.config = load_config(directory)
+        self._stored = {}
+        for path in self._files():
+            with _open(path) as file:
+                for name in file.keys():  # noqa: SIM118 (no dict)
+                    self._add(name, path, file.get_slice(name))
+        self._check_tensors()
+
+    def _files(self):
+        """The model's files: those that its index names, where it has one."""
+        index = self.directory / INDEX
+        if index.is_file():
+            named = read_json(index).get("weight_map", {}).values()
+            paths = sorted(self.directory / name for name in set(named))
+            if absent := [path.name for path in paths if not path.is_file()]:
+                raise FileNotFoundError(
+                    f"{self.directory} lacks {', '.join(absent)}, which {INDEX} names; fetch the "
+                    "whole checkpoint"
+                )
+        else:
+            paths = sorted(self.directory.glob("*.safetensors"))
+        if not paths:
+            raise FileNotFoundError(
+                f"{self.directory} holds no .safetensors file; convert the checkpoint to "
+                "safetensors"
+            )
+        return paths
+
+    def _add(self, name, path, tensor):
+        if name in self._stored:
+            raise ValueError(
+                f"{name} is in both {self._stored[name].path} and {path}; remove the file that is "
+                f"not the model's, or name the others in {INDEX}"
+            )
+        self._stored[name] = Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
+
+    def fill(self, module, prefix=()):
+        """Gives an abstract module its parameters.
+
+        Args:
+          module: a `Llama` or a part of one, with shapes in the place of arrays.
+          prefix: path of the part in the model, such as ("layers", "3").
+        """
+        wanted = [((*prefix, *path), param) for path, param in parameters(module)]
+        names = [name for path, _ in wanted for name in stored_names(path)]
+        with contextlib.ExitStack() as stack:
+            files = {
+                path: stack.enter_context(_open(path))
+                for path in sorted({self._stored[name].path for name in names})
+            }
+            for path, param in wanted:
+                parts = [
+                    files[self._stored[name].path].get_tensor(name) for name in stored_names(path)
+                ]
+                joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
+                joined = jnp.asarray(joined, param.dtype)
+                param.set_value(joined.T if path[-1] == "kernel" else joined)
+
+    def dtype(self):
+        """Of the stored embedding, and so in practice of every tensor."""
+        (name,) = stored_names(("embed", "embedding"))
+        return dtype_of(self._stored[name].path, name)
+
+    def _check_tensors(self):
+        """Refuses a set of tensors that is not exactly the model's, before any is read."""
+        model = abstract_model(self.config, dtype=jnp.float32, param_dtype=jnp.float32)
+        wanted = {}
+        for path, param in parameters(model):
+            rest = param.shape[:-1] if path[-1] == "kernel" else param.shape[1:]
+            sizes = _sizes(self.config, path, param.shape)
+            wanted |= {name: (size, *rest) for name, size in zip(stored_names(path), sizes)}
+        # Buffers of older exports, and the head of a model that uses its embedding as head.
+        ignored = {name for name in self._stored if name.endswith("rotary_emb.inv_freq")}
+        if self.config.tie_word_embeddings:
+            ignored.add("lm_head.weight")
+        there = [(name, self._stored[name]) for name in sorted(wanted.keys() & self._stored.keys())]
+        misshapen = [
+            f"{name} of shape {stored.shape} instead of {wanted[name]}"
+            for name, stored in there
+            if stored.shape != wanted[name]
+        ]
+        other_types = [
+            f"{name} of {stored.dtype}"
+            for name, stored in there
+            if not stored.dtype.startswith(("F", "BF"))
+        ]
+        problems = [
+            f"{len(found)} {what}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
+            for what, found in (
+                ("missing", sorted(wanted.keys() - self._stored.keys())),
+                ("surplus", sorted(self._stored.keys() - wanted.keys() - ignored)),
+                ("misshapen", misshapen),
+                ("not of floats", other_types),
+            )
+            if found
+        ]
+        if problems:
+            raise ValueError(
+                f"the tensors of {self.directory} are not those that its config.json describes; "
+                + "; ".join(problems)
+            )
+
+
+def _open(path):
+    try:
+        return safetensors.safe_open(path, framework="np")
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}). It was cut off, or only points to "
+            "the file (git-lfs); fetch it again"
+        ) from error
+
+
+def dtype_of(path, name):
+    with _open(path) as file:
+        return file.get_slice(name)[:1].dtype
+
+
+def abstract_model(config, *, dtype, param_dtype):
+    """A `Llama` with shapes in the place of arrays."""
+    return nnx.eval_shape(
+        lambda: Llama(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    )
