@@ -213,7 +213,14 @@ def test_sampling_is_seeded_and_cut():
         (lambda: make_model(head_dim=15), "even"),
         (lambda: make_model(sliding_windows=(4,)), "2 layers"),
         (lambda: rope.rotary_frequencies(with_rope(llama.RopeScaling("yarn", 2.0))), "yarn"),
+        (lambda: llama.RopeScaling("llama3", 8.0, 4.0, 4.0), "low_freq_factor=4.0 must be less"),
         (lambda: continuations(make_model(), [[]], 4), "at least one token"),
+        (lambda: continuations(make_model(), [[1], [2, 61]], 4), "token 61 is not in .* 61 tokens"),
+        (lambda: continuations(make_model(), [[-1]], 4), "token -1 is not"),
+        (
+            lambda: evaluation.perplexity(make_model(), [1, 99], length=8, stride=8, batch=1),
+            "token 99 is not",
+        ),
         (lambda: continuations(make_model(), [[1] * 90], 10), "96 positions"),
     ],
 )

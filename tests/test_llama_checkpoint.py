@@ -5,8 +5,11 @@ The checkpoints in tests/data/llama were made by tests/make_llama_fixtures.py.
 
 import dataclasses
 import json
+import math
+import os
 import pathlib
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+import macko_jax.flax_nnx
 from examples import llama
 from examples.llama import checkpoint
 
@@ -164,15 +168,15 @@ def test_tensors_of_integers_are_refused(tmp_path):
     directory = copy_of(tmp_path, "llama3")
     name = "model.norm.weight"
     edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name].astype(np.int32)}))
-    with pytest.raises(ValueError, match="1 not of floats: model.norm.weight of I32"):
+    with pytest.raises(ValueError, match="1 not of F64, F32, F16, BF16: model.norm.weight of I32"):
         checkpoint.load(directory)
 
 
-def test_files_beside_the_model_are_refused_or_left_out_by_its_index(tmp_path):
+def test_files_beside_the_model_are_left_out(tmp_path):
     directory = copy_of(tmp_path, "llama3")
-    shutil.copy(directory / "model.safetensors", directory / "consolidated.safetensors")
-    with pytest.raises(ValueError, match=r"in both .*consolidated.* and .*/model.safetensors"):
-        checkpoint.load(directory)
+    stray = {"tok_embeddings.weight": np.zeros((4, 4), np.float32)}
+    safetensors.numpy.save_file(stray, directory / "consolidated.safetensors")
+    checkpoint.load(directory)
     tensors = safetensors.numpy.load_file(directory / "model.safetensors")
     index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
     (directory / checkpoint.INDEX).write_text(json.dumps(index))
@@ -182,6 +186,149 @@ def test_files_beside_the_model_are_refused_or_left_out_by_its_index(tmp_path):
     (directory / checkpoint.INDEX).write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match="lacks model-00002.safetensors"):
         checkpoint.load(directory)
+
+
+def test_shards_that_disagree_are_refused(tmp_path):
+    directory = copy_of(tmp_path, "llama3")
+    (directory / "model.safetensors").rename(directory / "a.safetensors")
+    checkpoint.load(directory)
+    shutil.copy(directory / "a.safetensors", directory / "b.safetensors")
+    with pytest.raises(ValueError, match=r"in both .*/a.safetensors and .*/b.safetensors"):
+        checkpoint.load(directory)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        1,
+        [],
+        {},
+        ["model.safetensors"],
+        "../llama3/model.safetensors",
+        "/etc/passwd",
+        "",
+        "a\0b",
+    ],
+)
+def test_index_names_files_beside_it(tmp_path, value):
+    directory = copy_of(tmp_path, "llama3")
+    index = directory / checkpoint.INDEX
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": value}}))
+    with pytest.raises(ValueError, match=f"{index}: weight_map must name files beside it"):
+        checkpoint.load(directory)
+    index.write_text(json.dumps({"weight_map": value}))
+    with pytest.raises((ValueError, FileNotFoundError), match="weight_map|holds no .safetensors"):
+        checkpoint.load(directory)
+
+
+def test_rope_scaling_takes_the_place_of_rope_parameters():
+    described = json.loads((DATA / "llama2" / "config.json").read_text())
+    assert described["rope_parameters"]["rope_type"] == "default"
+    linear = {"rope_type": "linear", "factor": 4}
+    config = checkpoint.config_from_json(described | {"rope_scaling": linear})
+    assert config.rope_scaling == llama.RopeScaling("linear", 4)
+    for kind in ("yarn", "dynamic"):
+        with pytest.raises(ValueError, match=f"rope type '{kind}' is not supported"):
+            checkpoint.config_from_json(described | {"rope_scaling": linear | {"rope_type": kind}})
+    own = {"rope_type": "default", "rope_theta": 5e5}
+    with pytest.warns(UserWarning, match="rope_theta=10000 is taken.*500000"):
+        checkpoint.config_from_json(described | {"rope_parameters": own, "rope_scaling": linear})
+
+
+FIELDS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "tie_word_embeddings",
+    "sliding_window",
+    "layer_types",
+    "use_sliding_window",
+    "max_window_layers",
+    "hidden_act",
+    "attention_bias",
+]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_fields_of_a_wrong_type_are_named(field):
+    described = json.loads((DATA / "qwen2_windows" / "config.json").read_text())
+    right = {"tie_word_embeddings": True, "use_sliding_window": True, "rms_norm_eps": 0.5}
+    for wrong in ("32", -1, 0.5, True, [], [1], {"a": {}}, math.inf, math.nan, 10**400):
+        if right.get(field) == wrong:
+            continue
+        with pytest.raises(ValueError, match=field) as caught:
+            checkpoint.config_from_json(described | {field: wrong})
+        assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a number from 1e-20 to 1, got 0"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_parameters: factor"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_parameters: rope_theta"),
+        ({"rope_parameters": {"full_attention": {}}}, "by the type of a layer"),
+        ({"num_hidden_layers": 2**20}, "num_hidden_layers must be an integer from 1 to 1024"),
+        ({"num_hidden_layers": 1000}, "missing: model.layers.10.input_layernorm.weight"),
+        ({"hidden_size": 2**24, "head_dim": None}, "misshapen"),
+        ({"num_attention_heads": 64, "head_dim": None}, "head_dim=0 must be even"),
+    ],
+)
+def test_hyperparameters_that_give_nonsense_are_refused_quickly(tmp_path, changes, message):
+    directory = copy_of(tmp_path, "llama3")
+    edit_config(directory, **changes)
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(directory)
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("text", ["[]", "true", '"x"', "null", "3", "[" * 10**5, "{", "\xff"])
+def test_files_that_hold_no_object_are_named(tmp_path, text):
+    directory = copy_of(tmp_path, "llama2")
+    for name in ("config.json", checkpoint.INDEX):
+        (directory / name).write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=f"{directory / name}"):
+            checkpoint.load(directory)
+        shutil.copy(DATA / "llama2" / name, directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", checkpoint.INDEX])
+def test_pipes_are_not_waited_for(tmp_path, name):
+    directory = copy_of(tmp_path, "llama3")
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+        checkpoint.load(directory)
+
+
+def test_packed_parts_of_another_place_are_named(tmp_path):
+    packed, _ = macko_jax.flax_nnx.substitute(checkpoint.load(DATA / "llama3"), "layers/.*")
+    checkpoint.save_packed(tmp_path, packed)
+    norm, block = checkpoint.part_file(tmp_path, "norm"), checkpoint.part_file(tmp_path, 1)
+    whole = block.read_bytes()
+    shutil.copy(norm, block)
+    with pytest.raises(ValueError, match=f"{block} is not the part that the config.json beside"):
+        checkpoint.load_any(tmp_path)
+    embed = checkpoint.part_file(tmp_path, "embed")
+    block.write_bytes(whole)
+    shutil.copy(norm, embed)
+    with pytest.raises(ValueError, match=f"{embed} has no tensor 'embedding'"):
+        checkpoint.load_any(tmp_path)
+
+
+def test_names_on_the_hub_get_the_way_to_a_directory():
+    with pytest.raises(FileNotFoundError, match="hf download meta-llama/Llama-2-7b-hf --local-dir"):
+        checkpoint.load("meta-llama/Llama-2-7b-hf")
 
 
 def test_files_that_are_cut_off_are_named(tmp_path):

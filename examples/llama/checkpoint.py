@@ -1,5 +1,7 @@
 """Model directories, dense or packed: where callers read and write them, whatever they hold."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -17,9 +19,9 @@ from examples.llama.weights import (
     INDEX,
     Checkpoint,
     abstract_model,
+    block_tensors,
     dtype_of,
     load,
-    parameters,
     save,
 )
 
@@ -61,11 +63,11 @@ def density(directory):
     """Non-zeros over all weights of the decoder's linear layers; 1 for a dense model."""
     if not is_packed(directory):
         return 1.0
-    nonzeros = size = 0
     config = load_config(directory)
-    model = abstract_model(config, dtype=jnp.float32, param_dtype=jnp.float32)
-    for i, block in enumerate(model.layers):
-        size += sum(p.size for path, p in parameters(block) if path[-1] == "kernel")
+    shapes = [shape for joined in block_tensors(config).values() for shape in joined.values()]
+    size = config.num_hidden_layers * sum(math.prod(s) for s in shapes if len(s) > 1)
+    nonzeros = 0
+    for i in range(config.num_hidden_layers):
         stored = jax.tree.leaves(macko_jax.load(part_file(directory, i)), is_leaf=is_matrix)
         nonzeros += sum(
             leaf.nnz if is_matrix(leaf) else leaf.size if leaf.ndim > 1 else 0 for leaf in stored

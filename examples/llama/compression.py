@@ -11,7 +11,6 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -29,6 +28,7 @@ from dsf_jax import export
 from dsf_jax.pipeline.solve import check_method
 from dsf_jax.solvers.problem import check_density
 from examples.llama import checkpoint
+from examples.llama.json_file import read_json
 from examples.llama.rope import rotation
 from examples.records import write_json
 
@@ -103,25 +103,11 @@ def compress_checkpoint(
     check_density(density)
     out = pathlib.Path(out)
     stored = _open_source(source, out)
+    stored.config.check_tokens(windows)
     out.mkdir(parents=True, exist_ok=True)
     with _alone_in(out):
-        record = _Record(
-            out / "report.json",
-            {
-                "checkpoint": str(stored.directory),
-                "files": {
-                    path.name: path.stat().st_size
-                    for path in sorted(stored.directory.iterdir())
-                    if path.suffix in (".safetensors", ".json")
-                },
-                "method": method,
-                "density": density,
-                "dtype": jnp.dtype(dtype).name,
-                "encoding": encoding,
-                "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
-                "windows": list(windows.shape),
-            },
-        )
+        settings = {"method": method, "density": density, "encoding": encoding}
+        record = _Record(out / "report.json", settings | _inputs(stored, windows, dtype))
         _remove_unfinished(out)
         record.begin()
         progress = _Progress(stored.config, callback)
@@ -152,11 +138,7 @@ def compress_checkpoint(
                 hidden = [_advance(block, stored.config, part) for part in hidden]
         for name in ("norm",) if model.head is None else ("norm", "head"):
             save(name)
-        for name in COPIED:
-            if (stored.directory / name).is_file():
-                shutil.copy(stored.directory / name, out)
-        shutil.rmtree(out / "work", ignore_errors=True)
-        write_json(out / "config.json", json.loads((stored.directory / "config.json").read_text()))
+        _finish(out, stored)
         return record.report(time.perf_counter() - began)
 
 
@@ -172,6 +154,31 @@ def _open_source(source, out):
             f"{out} is the directory of the checkpoint; give another one for the packed model"
         )
     return checkpoint.Checkpoint(source)
+
+
+def _inputs(stored, windows, dtype):
+    """What a run reads, for the record: a run that goes on must read the same."""
+    sizes = {
+        path.name: path.stat().st_size
+        for path in sorted(stored.directory.iterdir())
+        if path.suffix in (".safetensors", ".json")
+    }
+    return {
+        "checkpoint": str(stored.directory),
+        "files": sizes,
+        "dtype": jnp.dtype(dtype).name,
+        "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
+        "windows": list(windows.shape),
+    }
+
+
+def _finish(out, stored):
+    """Copies what a model has beside its weights; config.json comes last."""
+    for name in COPIED:
+        if (stored.directory / name).is_file():
+            shutil.copy(stored.directory / name, out)
+    shutil.rmtree(out / "work", ignore_errors=True)
+    write_json(out / "config.json", read_json(stored.directory / "config.json"))
 
 
 @contextlib.contextmanager
@@ -269,12 +276,12 @@ class _Record:
 
     def _read(self):
         try:
-            found = json.loads(self.path.read_text())
+            found = read_json(self.path)
             earlier = dict(found["settings"])
             for layer in found["layers"]:
                 report = dsf_jax.LayerReport(**layer | {"shape": tuple(layer["shape"])})
                 self.blocks.setdefault(int(report.path.split("/")[1]), []).append(report)
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.path} is not the report of a run, or was cut off ({error!r}). Give another "
                 "directory, or remove this one"

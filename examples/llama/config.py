@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -16,6 +18,17 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(
+                f"rope scaling {self.kind!r} is not supported; use 'linear' or 'llama3'"
+            )
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} must be less than "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +57,24 @@ class Config:
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        if self.head_dim % 2 or self.head_dim < 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even, and not 0, for rotary embeddings"
+            )
         windows = self.sliding_windows
         if windows is not None and len(windows) != self.num_hidden_layers:
             raise ValueError(
                 f"sliding_windows has {len(windows)} entries for {self.num_hidden_layers} layers"
+            )
+
+    def check_tokens(self, tokens):
+        """Refuses token ids that are not in the vocabulary, which a lookup would make others of."""
+        tokens = np.asarray(tokens)
+        outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+        if outside.size:
+            raise ValueError(
+                f"token {outside[0]} is not in the model's vocabulary of {self.vocab_size} tokens, "
+                "from 0; encode the text with the model's own tokenizer"
             )
 
 

@@ -73,6 +73,7 @@ def total_nats(model, tokens, *, length, stride, batch, limit=None, progress=Non
     Returns:
       The sum in nats, and the number of predicted tokens.
     """
+    model.config.check_tokens(tokens)
     graph, state = nnx.split(model)
     cut = windows(tokens, length, stride)
     if limit is not None and limit < len(cut[0]):

@@ -123,6 +123,10 @@ def generate(model, prompts, new_tokens, *, sampling=GREEDY, seed=0, chunk=32):
 
     Yields:
       [B, n] int32 arrays on the host, `new_tokens` columns in all: one column, then chunks.
+
+    Raises:
+      ValueError: no prompt, an empty one, one with a token that is not in the vocabulary, or more
+        tokens than the model has positions.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths) or lengths.min() < 1:
@@ -130,6 +134,8 @@ def generate(model, prompts, new_tokens, *, sampling=GREEDY, seed=0, chunk=32):
     if new_tokens < 1:
         raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
     split = model if isinstance(model, SplitModel) else SplitModel.of(model)
+    for prompt in prompts:
+        split.config.check_tokens(prompt)
     longest = int(lengths.max())
     if longest + new_tokens > split.config.max_position_embeddings:
         raise ValueError(

@@ -1,68 +1,144 @@
 """config.json of a Hugging Face model directory: read into a `Config`, and written from one."""
 
-import json
 import pathlib
+import warnings
 
 from examples.llama.config import Config, RopeScaling
+from examples.llama.json_file import Field, read_fields, read_json
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_MOST = 2**31 - 1  # tokens and positions are int32
+_SIZE = {"least": 1, "most": 2**24}
+_FIELDS = (
+    Field("model_type", str),
+    Field("hidden_act", str),
+    Field("mlp_bias", bool),
+    Field("attention_bias", bool),
+    Field("partial_rotary_factor", float),
+    Field("vocab_size", int, 1, _MOST, required=True),
+    Field("hidden_size", int, **_SIZE, required=True),
+    Field("intermediate_size", int, **_SIZE, required=True),
+    # Twice as many as any published model has, and few enough to be looked through at once.
+    Field("num_hidden_layers", int, 1, 1024, required=True),
+    Field("num_attention_heads", int, 1, 2**16, required=True),
+    Field("num_key_value_heads", int, 1, 2**16),
+    Field("head_dim", int, 2, 2**16),
+    Field("max_position_embeddings", int, 1, _MOST, required=True),
+    Field("rms_norm_eps", float, 1e-20, 1, required=True),  # 0 gives NaN where a row is zero
+    Field("rope_theta", float, 1, 1e15),
+    Field("rope_scaling", dict),
+    Field("rope_parameters", dict),
+    Field("tie_word_embeddings", bool),
+    Field("use_sliding_window", bool),
+    Field("sliding_window", int, 1, _MOST),
+    Field("max_window_layers", int, 0, _MOST),
+    Field("layer_types", list, items=str),
+)
+_ONLY = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1}
+_ROPE = (
+    Field("rope_type", str),
+    Field("type", str),  # the older name
+    Field("rope_theta", float, 1, 1e15),
+    Field("factor", float, 1, 1e6),
+    Field("low_freq_factor", float, 1e-6, 1e6),
+    Field("high_freq_factor", float, 1e-6, 1e6),
+    Field("original_max_position_embeddings", int, 1, _MOST),
+    Field("partial_rotary_factor", float),
+)
 _ROPE_FIELDS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 
 
 def load_config(directory):
-    """`Config` of a model directory."""
-    path = pathlib.Path(directory) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: not a Hugging Face model directory")
-    return config_from_json(read_json(path))
+    """`Config` of a model directory.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: it is damaged, or an option is one that the model does not have.
+    """
+    directory = pathlib.Path(directory)
+    path = directory / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: not a Hugging Face model directory{_hint(directory)}"
+        )
+    described = read_json(path)
+    try:
+        return config_from_json(described)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _hint(directory):
+    """The remedy for the name of a model on the hub that stands in the place of a directory."""
+    if directory.exists() or directory.is_absolute() or len(directory.parts) != 2:
+        return ""
+    return (
+        f". To fetch a model of that name from the hub: hf download {directory} "
+        f"--local-dir {directory.name}; then give --checkpoint={directory.name}"
+    )
 
 
 def config_from_json(described):
     """`Config` from the fields of a config.json.
 
     Raises:
-      ValueError: an architecture or an option that the model does not have.
+      ValueError: a field that is missing or malformed, or an architecture or an option that the
+        model does not have.
     """
-    kind = described.get("model_type")
-    if kind not in _MODEL_TYPES:
+    kind = described.get("model_type") if isinstance(described, dict) else None
+    if isinstance(described, dict) and kind not in _MODEL_TYPES:
         raise ValueError(f"model_type {kind!r} is not supported; known: {', '.join(_MODEL_TYPES)}")
-    for field, allowed in (("hidden_act", "silu"), ("mlp_bias", False)):
-        if described.get(field, allowed) != allowed:
-            raise ValueError(f"{field}={described[field]!r} is not supported; only {allowed!r} is")
-    if described.get("attention_bias", False):
+    found = read_fields(described, _FIELDS)
+    rope = _rope(found)
+    for name, allowed in _ONLY.items():
+        for fields in (found, rope):
+            if fields.get(name, allowed) != allowed:
+                raise ValueError(f"{name}={fields[name]!r} is not supported; only {allowed!r} is")
+    if found.get("attention_bias", False):
         raise ValueError("attention_bias=True is not supported: the output projection has no bias")
-    required = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-        "rms_norm_eps",
-    )
-    if absent := [field for field in required if field not in described]:
-        raise ValueError(f"config.json lacks {', '.join(absent)}")
-    layers, heads = described["num_hidden_layers"], described["num_attention_heads"]
-    # Newer files gather the rotary fields in rope_parameters.
-    rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", described.get("rope_theta", 10000.0))
+    layers, heads = found["num_hidden_layers"], found["num_attention_heads"]
     return Config(
-        vocab_size=described["vocab_size"],
-        hidden_size=described["hidden_size"],
-        intermediate_size=described["intermediate_size"],
+        vocab_size=found["vocab_size"],
+        hidden_size=found["hidden_size"],
+        intermediate_size=found["intermediate_size"],
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=described.get("num_key_value_heads") or heads,
-        head_dim=described.get("head_dim") or described["hidden_size"] // heads,
-        max_position_embeddings=described["max_position_embeddings"],
-        rms_norm_eps=described["rms_norm_eps"],
-        rope_theta=float(theta),
-        rope_scaling=_rope_scaling(rope, described["max_position_embeddings"]),
+        num_key_value_heads=found.get("num_key_value_heads", heads),
+        head_dim=found.get("head_dim", found["hidden_size"] // heads),
+        max_position_embeddings=found["max_position_embeddings"],
+        rms_norm_eps=found["rms_norm_eps"],
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=_rope_scaling(rope, found["max_position_embeddings"]),
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
-        tie_word_embeddings=described.get("tie_word_embeddings", False),
-        sliding_windows=_sliding_windows(described, kind, layers),
+        tie_word_embeddings=found.get("tie_word_embeddings", False),
+        sliding_windows=_sliding_windows(found, kind, layers),
     )
+
+
+def _rope(found):
+    """The rotary fields, with `rope_theta`, as transformers reads them.
+
+    Newer files gather them in rope_parameters. A rope_scaling, which users add for longer contexts,
+    takes its place as a whole.
+    """
+    name = "rope_scaling" if found.get("rope_scaling") else "rope_parameters"
+    stored = found.get(name, {})
+    if any(isinstance(value, dict) for value in stored.values()):
+        raise ValueError(f"{name} by the type of a layer is not supported")
+    try:
+        rope = read_fields(stored, _ROPE)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    theta = rope.setdefault("rope_theta", found.get("rope_theta", 10000.0))
+    passed_over = found.get("rope_parameters", {}).get("rope_theta", theta)
+    if passed_over != theta:
+        warnings.warn(
+            f"rope_theta={theta:g} is taken, as transformers does, since rope_scaling has none; "
+            f"rope_parameters has {passed_over}: add it to rope_scaling if that is meant",
+            stacklevel=2,
+        )
+    return rope
 
 
 def _rope_scaling(rope, max_position_embeddings):
@@ -73,24 +149,28 @@ def _rope_scaling(rope, max_position_embeddings):
         known = ", ".join(("default", *_ROPE_FIELDS))
         raise ValueError(f"rope type {kind!r} is not supported; known: {known}")
     if absent := [field for field in _ROPE_FIELDS[kind] if field not in rope]:
-        raise ValueError(f"config.json lacks {', '.join(absent)} of its rope type {kind!r}")
+        raise ValueError(f"it lacks {', '.join(absent)} of its rope type {kind!r}")
     fields = [rope[field] for field in _ROPE_FIELDS[kind]]
     if kind == "llama3":
         fields.append(rope.get("original_max_position_embeddings", max_position_embeddings))
     return RopeScaling(kind, *fields)
 
 
-def _sliding_windows(described, kind, layers):
+def _sliding_windows(found, kind, layers):
     """One window a layer, or None where every layer sees everything."""
-    window = described.get("sliding_window")
-    if window is None or (kind != "mistral" and not described.get("use_sliding_window", False)):
+    window = found.get("sliding_window")
+    if window is None or (kind != "mistral" and not found.get("use_sliding_window", False)):
         return None
     if kind == "mistral":
         return (window,) * layers
-    types = described.get("layer_types")
+    types = found.get("layer_types")
     if types is None:  # the first max_window_layers layers see everything
-        full = described.get("max_window_layers", layers)
+        full = found.get("max_window_layers", layers)
         return tuple(None if i < full else window for i in range(layers))
+    if len(types) != layers:
+        raise ValueError(f"layer_types has {len(types)} entries for {layers} layers")
+    if unknown := set(types) - {"sliding_attention", "full_attention"}:
+        raise ValueError(f"layer_types has {min(unknown)!r}, which is not supported")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
@@ -135,10 +215,3 @@ def config_to_json(config):
         "hidden_act": "silu",
     }
     return described | {field: getattr(config, field) for field in same} | fields
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error

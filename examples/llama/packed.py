@@ -14,7 +14,8 @@ import dsf_jax
 import macko_jax
 import macko_jax.flax_nnx
 from examples.llama.hub_config import config_to_json, load_config
-from examples.llama.weights import abstract_model
+from examples.llama.json_file import regular_file
+from examples.llama.weights import abstract_model, dtype_of
 from examples.records import write_json
 
 
@@ -84,22 +85,35 @@ def load_packed(directory, *, dtype=jnp.float32, unpack=False):
         raise FileNotFoundError(
             f"{directory} lacks {', '.join(missing[:8])}; run what packed it to its end"
         )
-    parts = {name: macko_jax.load(part_file(directory, name)) for name in names}
-    tree = {name: part for name, part in parts.items() if isinstance(name, str)}
-    tree["layers"] = {name: part for name, part in parts.items() if isinstance(name, int)}
-    param_dtype = tree["embed"]["embedding"].dtype
-    abstract = abstract_model(config, dtype=dtype, param_dtype=param_dtype)
-    for block, stored in zip(abstract.layers, tree["layers"].values()):
-        _expect_pairs(block, stored)
-    return macko_jax.flax_nnx.from_pure_dict(abstract, decompressed(tree) if unpack else tree)
+    param_dtype = dtype_of(part_file(directory, "embed"), "embedding")
+    model = abstract_model(config, dtype=dtype, param_dtype=param_dtype)
+    for name in names:
+        if isinstance(name, int):
+            model.layers[name] = _load_part(directory, name, model.layers[name], unpack)
+        else:
+            setattr(model, name, _load_part(directory, name, getattr(model, name), unpack))
+    return model
 
 
 def load_block(directory, index, abstract_block, *, unpack=False):
     """One block of a packed model, on an abstract block of its configuration."""
-    stored = macko_jax.load(part_file(directory, index))
-    block = nnx.clone(abstract_block)
-    _expect_pairs(block, stored)
-    return macko_jax.flax_nnx.from_pure_dict(block, decompressed(stored) if unpack else stored)
+    return _load_part(directory, index, nnx.clone(abstract_block), unpack)
+
+
+def _load_part(directory, name, abstract, unpack):
+    """A part of a packed model, on an abstract part of its configuration."""
+    path = regular_file(part_file(directory, name))
+    stored = macko_jax.load(path)
+    try:
+        if isinstance(name, int):
+            _expect_pairs(abstract, stored)
+        tree = decompressed(stored) if unpack else stored
+        return macko_jax.flax_nnx.from_pure_dict(abstract, tree)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not the part that the config.json beside it describes ({error}); pack the "
+            "model again"
+        ) from error
 
 
 def decompressed(tree):

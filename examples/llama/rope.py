@@ -14,15 +14,11 @@ def rotary_frequencies(config):
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    if scaling.kind == "llama3":
-        # Wavelengths per original context: many stay, few are stretched, a ramp lies between.
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-        ramp = (turns - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        keep = jnp.clip(ramp, 0.0, 1.0)
-        return keep * frequencies + (1 - keep) * frequencies / scaling.factor
-    raise ValueError(f"rope scaling {scaling.kind!r} is not supported; use 'linear' or 'llama3'")
+    # Wavelengths per original context: many stay, few are stretched, a ramp lies between.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(ramp, 0.0, 1.0)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
 def rotation(positions, config):

@@ -15,55 +15,66 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from examples.llama.hub_config import config_to_json, load_config, read_json
+from examples.llama.hub_config import config_to_json, load_config
+from examples.llama.json_file import Field, read_json, regular_file
 from examples.llama.model import Llama
 from examples.records import replacing, write_json
 
 INDEX = "model.safetensors.index.json"  # names the file of every tensor
 
-# Parameter of a block -> the stored tensors that it joins, below "model.layers.N.".
-_BLOCK_TENSORS = {
-    "attention_norm.scale": ("input_layernorm.weight",),
-    "attention.qkv.kernel": (
-        "self_attn.q_proj.weight",
-        "self_attn.k_proj.weight",
-        "self_attn.v_proj.weight",
-    ),
-    "attention.qkv.bias": (
-        "self_attn.q_proj.bias",
-        "self_attn.k_proj.bias",
-        "self_attn.v_proj.bias",
-    ),
-    "attention.query_norm.scale": ("self_attn.q_norm.weight",),
-    "attention.key_norm.scale": ("self_attn.k_norm.weight",),
-    "attention.out.kernel": ("self_attn.o_proj.weight",),
-    "mlp_norm.scale": ("post_attention_layernorm.weight",),
-    "mlp.gate_up.kernel": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.down.kernel": ("mlp.down_proj.weight",),
-}
-_OTHER_TENSORS = {
-    "embed.embedding": ("model.embed_tokens.weight",),
-    "norm.scale": ("model.norm.weight",),
-    "head.kernel": ("lm_head.weight",),
-}
+WHOLE = "model.safetensors"  # holds every tensor of a model that is not cut into shards
+# What safetensors calls the types that are read.
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def stored_names(path):
-    """Names of the stored tensors that a parameter joins, from its path in the model."""
-    if path[0] == "layers":
-        prefix = f"model.layers.{path[1]}."
-        return tuple(prefix + name for name in _BLOCK_TENSORS[".".join(path[2:])])
-    return _OTHER_TENSORS[".".join(path)]
+def block_tensors(config):
+    """The stored tensors that each parameter of a block joins, and their shapes.
+
+    Returns:
+      A dict from the parameter's path below the block to a dict from a name, below
+      "model.layers.N.", to a shape.
+    """
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    query, key = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    projections = {"q_proj": query, "k_proj": key, "v_proj": key}
+    joined = {
+        "attention_norm.scale": {"input_layernorm.weight": (hidden,)},
+        "attention.qkv.kernel": {
+            f"self_attn.{name}.weight": (size, hidden) for name, size in projections.items()
+        },
+        "attention.out.kernel": {"self_attn.o_proj.weight": (hidden, query)},
+        "mlp_norm.scale": {"post_attention_layernorm.weight": (hidden,)},
+        "mlp.gate_up.kernel": {
+            f"mlp.{name}.weight": (inner, hidden) for name in ("gate_proj", "up_proj")
+        },
+        "mlp.down.kernel": {"mlp.down_proj.weight": (hidden, inner)},
+    }
+    if config.qkv_bias:
+        joined["attention.qkv.bias"] = {
+            f"self_attn.{name}.bias": (size,) for name, size in projections.items()
+        }
+    if config.qk_norm:
+        joined["attention.query_norm.scale"] = {"self_attn.q_norm.weight": (dim,)}
+        joined["attention.key_norm.scale"] = {"self_attn.k_norm.weight": (dim,)}
+    return joined
 
 
-def _sizes(config, path, shape):
-    """Output sizes of the tensors that a parameter joins."""
-    if "qkv" in path:
-        query, rest = config.num_attention_heads, config.num_key_value_heads
-        return [heads * config.head_dim for heads in (query, rest, rest)]
-    if "gate_up" in path:
-        return [config.intermediate_size] * 2
-    return [shape[-1] if path[-1] == "kernel" else shape[0]]
+def model_tensors(config):
+    """As `block_tensors`, for the parameters of the whole model, names and paths from its top."""
+    table = (config.vocab_size, config.hidden_size)
+    joined = {
+        "embed.embedding": {"model.embed_tokens.weight": table},
+        "norm.scale": {"model.norm.weight": (config.hidden_size,)},
+    }
+    if not config.tie_word_embeddings:
+        joined["head.kernel"] = {"lm_head.weight": table}
+    block = block_tensors(config)
+    for i in range(config.num_hidden_layers):
+        for path, tensors in block.items():
+            joined[f"layers.{i}.{path}"] = {
+                f"model.layers.{i}.{name}": shape for name, shape in tensors.items()
+            }
+    return joined
 
 
 def parameters(model):
@@ -78,20 +89,21 @@ def save(directory, model, dtype, extra=None):
     Args:
       directory: made if missing.
       model: a dense `Llama`.
-      dtype: of the stored weights.
+      dtype: the type of the stored weights.
       extra: further fields for config.json.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors, joined = {}, model_tensors(model.config)
     for path, param in parameters(model):
         array = np.asarray(param[...]).astype(dtype)
         if path[-1] == "kernel":
             array = array.T
-        cuts = np.cumsum(_sizes(model.config, path, param.shape))[:-1]
-        for name, part in zip(stored_names(path), np.split(array, cuts)):
+        shapes = joined[".".join(path)]
+        cuts = np.cumsum([shape[0] for shape in shapes.values()])[:-1]
+        for name, part in zip(shapes, np.split(array, cuts)):
             tensors[name] = np.ascontiguousarray(part)
-    with replacing(directory / "model.safetensors") as temporary:
+    with replacing(directory / WHOLE) as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
     (directory / INDEX).unlink(missing_ok=True)  # of a checkpoint that was there
     described = config_to_json(model.config) | {"torch_dtype": jnp.dtype(dtype).name}
@@ -145,6 +157,7 @@ class Checkpoint:
     def __init__(self, directory):
         self.directory = pathlib.Path(directory)
         self.config = load_config(directory)
+        self._joined = model_tensors(self.config)
         self._stored = {}
         for path in self._files():
             with _open(path) as file:
@@ -154,15 +167,16 @@ class Checkpoint:
 
     def _files(self):
         """The model's files: those that its index names, where it has one."""
-        index = self.directory / INDEX
-        if index.is_file():
-            named = read_json(index).get("weight_map", {}).values()
-            paths = sorted(self.directory / name for name in set(named))
-            if absent := [path.name for path in paths if not path.is_file()]:
+        index, whole = self.directory / INDEX, self.directory / WHOLE
+        if index.exists():
+            paths = sorted(self.directory / name for name in _names_of(index))
+            if absent := [path.name for path in paths if not path.exists()]:
                 raise FileNotFoundError(
                     f"{self.directory} lacks {', '.join(absent)}, which {INDEX} names; fetch the "
                     "whole checkpoint"
                 )
+        elif whole.exists():  # others beside it are adapters, or the same weights once more
+            paths = [whole]
         else:
             paths = sorted(self.directory.glob("*.safetensors"))
         if not paths:
@@ -188,7 +202,7 @@ class Checkpoint:
           prefix: path of the part in the model, such as ("layers", "3").
         """
         wanted = [((*prefix, *path), param) for path, param in parameters(module)]
-        names = [name for path, _ in wanted for name in stored_names(path)]
+        names = [name for path, _ in wanted for name in self._joined[".".join(path)]]
         with contextlib.ExitStack() as stack:
             files = {
                 path: stack.enter_context(_open(path))
@@ -196,25 +210,21 @@ class Checkpoint:
             }
             for path, param in wanted:
                 parts = [
-                    files[self._stored[name].path].get_tensor(name) for name in stored_names(path)
+                    files[self._stored[name].path].get_tensor(name)
+                    for name in self._joined[".".join(path)]
                 ]
                 joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
                 joined = jnp.asarray(joined, param.dtype)
                 param.set_value(joined.T if path[-1] == "kernel" else joined)
 
     def dtype(self):
-        """Of the stored embedding, and so in practice of every tensor."""
-        (name,) = stored_names(("embed", "embedding"))
+        """The dtype of the stored embedding, and so in practice of every tensor."""
+        (name,) = self._joined["embed.embedding"]
         return dtype_of(self._stored[name].path, name)
 
     def _check_tensors(self):
         """Refuses a set of tensors that is not exactly the model's, before any is read."""
-        model = abstract_model(self.config, dtype=jnp.float32, param_dtype=jnp.float32)
-        wanted = {}
-        for path, param in parameters(model):
-            rest = param.shape[:-1] if path[-1] == "kernel" else param.shape[1:]
-            sizes = _sizes(self.config, path, param.shape)
-            wanted |= {name: (size, *rest) for name, size in zip(stored_names(path), sizes)}
+        wanted = {name: shape for shapes in self._joined.values() for name, shape in shapes.items()}
         # Buffers of older exports, and the head of a model that uses its embedding as head.
         ignored = {name for name in self._stored if name.endswith("rotary_emb.inv_freq")}
         if self.config.tie_word_embeddings:
@@ -226,9 +236,7 @@ class Checkpoint:
             if stored.shape != wanted[name]
         ]
         other_types = [
-            f"{name} of {stored.dtype}"
-            for name, stored in there
-            if not stored.dtype.startswith(("F", "BF"))
+            f"{name} of {stored.dtype}" for name, stored in there if stored.dtype not in FLOATS
         ]
         problems = [
             f"{len(found)} {what}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
@@ -236,7 +244,7 @@ class Checkpoint:
                 ("missing", sorted(wanted.keys() - self._stored.keys())),
                 ("surplus", sorted(self._stored.keys() - wanted.keys() - ignored)),
                 ("misshapen", misshapen),
-                ("not of floats", other_types),
+                (f"not of {', '.join(FLOATS)}", other_types),
             )
             if found
         ]
@@ -247,7 +255,20 @@ class Checkpoint:
             )
 
 
+def _names_of(index):
+    """Names of the files that an index names, all of them beside it."""
+    named = read_json(index, [Field("weight_map", dict, required=True)])["weight_map"].values()
+    for name in named:
+        file = isinstance(name, str) and name.isprintable() and len(name.encode()) < 256
+        if not file or pathlib.PurePath(name).name != name:
+            raise ValueError(
+                f"{index}: weight_map must name files beside it, got {str(name)[:60]!r}"
+            )
+    return set(named)
+
+
 def _open(path):
+    regular_file(path)
     try:
         return safetensors.safe_open(path, framework="np")
     except safetensors.SafetensorError as error:
@@ -258,7 +279,10 @@ def _open(path):
 
 
 def dtype_of(path, name):
+    """The dtype of a tensor in a safetensors file."""
     with _open(path) as file:
+        if name not in file.keys():  # noqa: SIM118 (no dict)
+            raise ValueError(f"{path} has no tensor {name!r}; it is not the file of that name")
         return file.get_slice(name)[:1].dtype
 
 
