@@ -4,8 +4,8 @@
 
 Memory holds one block at a time, so the checkpoint may be larger than it. A run that was killed
 goes on where it was when the same command is given again. PACKED serves examples.generate,
-examples.evaluate and examples.benchmarks.benchmark_decode as DIR does; its report.json says what became of
-each layer.
+examples.evaluate and examples.benchmarks.benchmark_decode as DIR does; its report.json says what
+became of each layer.
 """
 
 import pathlib
@@ -13,11 +13,11 @@ import resource
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 import dsf_jax
 from dsf_jax.pipeline.solve import METHODS
-from examples import stdlib_text
+from examples import cli, stdlib_text
 from examples.llama import checkpoint, compression, evaluation
 from examples.llama import tokenizer as tokenizers
 from macko_jax.format.codes import ENCODINGS
@@ -25,9 +25,9 @@ from macko_jax.format.codes import ENCODINGS
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     str(pathlib.Path(__file__).parent / "llama" / "checkpoint"),
-    "Hugging Face directory.",
+    "Hugging Face directory of the dense model.",
 )
-OUT = flags.DEFINE_string("out", None, "Directory of the packed model.", required=True)
+OUT = flags.DEFINE_string("out", None, "Required: directory of the packed model.", required=True)
 METHOD = flags.DEFINE_enum("method", "wanda", [*METHODS], "How to compress.")
 DENSITY = flags.DEFINE_float("density", 0.5, "Share of weights that stay, in (0, 1].")
 flags.register_validator(
@@ -38,16 +38,19 @@ CALIBRATION = flags.DEFINE_string(
     None,
     "Text file to calibrate on; by default, for a byte-level model, modules of the library.",
 )
-WINDOWS = flags.DEFINE_integer("windows", 128, "Windows of the text.", lower_bound=1)
+WINDOWS = flags.DEFINE_integer("windows", 128, "Windows to calibrate on.", lower_bound=1)
 LENGTH = flags.DEFINE_integer(
-    "length", None, "Window; by default the model's, at most 2048.", lower_bound=1
+    "length",
+    None,
+    "Tokens of a window; by default the model's positions, at most 2048.",
+    lower_bound=1,
 )
 BATCH = flags.DEFINE_integer("batch", 4, "Windows at a time.", lower_bound=1)
 ENCODING = flags.DEFINE_enum(
     "encoding",
     None,
     list(ENCODINGS),
-    "Of the packed matrices; by default the fastest for GPUs, or "
+    "Encoding of the packed matrices; by default the fastest for GPUs, or "
     "bitmask where this runs on a CPU.",
 )
 DTYPE = flags.DEFINE_enum(
@@ -104,4 +107,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -9,9 +9,9 @@ and timed while they continue a prompt. The result is a table, and a directory w
 checkpoints and results.json.
 """
 
+import dataclasses
 import datetime
 import importlib.metadata
-import json
 import pathlib
 import platform
 import sys
@@ -20,56 +20,76 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 import dsf_jax
 from dsf_jax import export
 from dsf_jax.pipeline.solve import METHODS
-from examples import llama, stdlib_text
+from examples import cli, llama, stdlib_text
 from examples.llama import checkpoint, compression, evaluation
 from examples.records import write_json
 from macko_jax.nn.rules import Rule
 
-CHECKPOINT = flags.DEFINE_string(
+flags.DEFINE_string(
     "checkpoint",
     str(pathlib.Path(__file__).parent / "llama" / "checkpoint"),
     "Directory of a byte-level model, as examples.train_lm writes it.",
 )
-TEXT = flags.DEFINE_string(
-    "text", None, "File to evaluate on; by default held-out modules of Python's standard library."
+flags.DEFINE_string(
+    "text", None, "Text file to evaluate on; by default held-out modules of Python's library."
 )
-CALIBRATION = flags.DEFINE_string(
-    "calibration", None, "File to calibrate on; by default other modules of the library."
+flags.DEFINE_string(
+    "calibration", None, "Text file to calibrate on; by default other modules of the library."
 )
-METHOD = flags.DEFINE_multi_enum(
-    "method", ["magnitude", "wanda"], [*METHODS, "all"], "How to prune; repeat for several."
+flags.DEFINE_multi_enum(
+    "method", ["magnitude", "wanda"], [*METHODS, "all"], "How to compress; repeatable."
 )
-DENSITY = flags.DEFINE_multi_float(
+flags.DEFINE_multi_float(
     "density",
     [0.5, 0.3],
-    "Share of weights that stay; repeat for several.",
+    "Share of weights that stay; repeatable.",
     lower_bound=0.0,
     upper_bound=1.0,
 )
-PROMPT = flags.DEFINE_string(
-    "prompt", "def read_lines(path, encoding='utf-8'):\n    ", "Text to continue."
+flags.DEFINE_string("prompt", "def read_lines(path, encoding='utf-8'):\n    ", "Text to continue.")
+flags.DEFINE_integer("new_tokens", 80, "Tokens to draw, which are bytes.", lower_bound=1)
+flags.DEFINE_float("temperature", 0.3, "0 takes the likeliest token.")
+flags.DEFINE_integer("windows", 4, "Windows to calibrate on.", lower_bound=1)
+flags.DEFINE_integer(
+    "eval_windows", 12, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
 )
-NEW_BYTES = flags.DEFINE_integer("new_bytes", 80, "Length of the continuation.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.3, "Of the continuation; 0 is greedy.")
-WINDOWS = flags.DEFINE_integer(
-    "windows", 12, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
-)
-CALIBRATION_WINDOWS = flags.DEFINE_integer(
-    "calibration_windows", 4, "Windows to calibrate on.", lower_bound=1
-)
-DSF_OPTIONS = flags.DEFINE_string(
+flags.DEFINE_string(
     "dsf_options", "{}", "JSON object of options of `dsf`, such as '{\"refine_rounds\": 60}'."
 )
-OUT = flags.DEFINE_string("out", "runs/demo", "Directory for packed checkpoints and results.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the continuation.")
+flags.DEFINE_string("out", "runs/demo", "Directory of packed checkpoints and results.")
+flags.DEFINE_integer("seed", 0, "Seed of the draws.")
 
 BATCH = 4  # windows per call
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the demo does; the flags of the same names say what each is."""
+
+    checkpoint: str
+    text: str | None
+    calibration: str | None
+    method: tuple[str, ...]
+    density: tuple[float, ...]
+    prompt: str
+    new_tokens: int
+    temperature: float
+    windows: int
+    eval_windows: int
+    dsf_options: str
+    out: str
+    seed: int
+
+    def runs(self):
+        """(method, density) of each row of the table but the first, which is dense."""
+        methods = tuple(METHODS) if "all" in self.method else tuple(dict.fromkeys(self.method))
+        return [(method, density) for density in self.density for method in methods]
 
 
 def show(line, done=True):
@@ -83,8 +103,9 @@ def show(line, done=True):
 class Bench:
     """What every model, dense or packed, is asked to do."""
 
-    def __init__(self, tokens, length):
-        self.tokens, self.length = tokens, length
+    def __init__(self, settings, length):
+        self.settings, self.length = settings, length
+        self.tokens = tokens = stdlib_text.read_tokens(settings.text)
         # The shape that the evaluation compiles for.
         self.sample = evaluation.windows(tokens[: BATCH * length], length, length)[0]
 
@@ -99,13 +120,14 @@ class Bench:
             length=self.length,
             stride=self.length // 2,
             batch=BATCH,
-            limit=WINDOWS.value or None,
+            limit=self.settings.eval_windows or None,
             progress=lambda done, all_: show(f"    evaluated {done} of {all_} windows", done=False),
         )
 
     def continuation(self, model):
         """Text that follows the prompt, and tokens per second of a second, compiled run."""
-        prompt = list(stdlib_text.START + PROMPT.value.encode())
+        settings = self.settings
+        prompt = list(stdlib_text.START + settings.prompt.encode())
         for _ in range(2):
             show("    generating", done=False)
             began = time.perf_counter()
@@ -113,15 +135,15 @@ class Bench:
                 llama.generate(
                     model,
                     [prompt],
-                    NEW_BYTES.value,
-                    sampling=llama.Sampling(TEMPERATURE.value),
-                    seed=SEED.value,
-                    chunk=NEW_BYTES.value,
+                    settings.new_tokens,
+                    sampling=llama.Sampling(settings.temperature),
+                    seed=settings.seed,
+                    chunk=settings.new_tokens,
                 )
             )
             seconds = time.perf_counter() - began
         text = bytes(np.concatenate(drawn, axis=1)[0].tolist()).decode(errors="replace")
-        return text, NEW_BYTES.value / seconds
+        return text, settings.new_tokens / seconds
 
 
 def check_agreement(found, wanted, dtype):
@@ -138,19 +160,20 @@ def check_agreement(found, wanted, dtype):
     difference = float(jnp.abs(found - wanted).max() / jnp.abs(wanted).max())
     allowed = 1e-4 if dtype == jnp.float32 else 0.05
     if not difference <= allowed:
-        raise SystemExit(
+        raise ArithmeticError(
             f"the packed model differs from the pruned dense one by {difference:.2g} of the "
             f"largest logit; rounding explains at most {allowed:g}"
         )
     return difference
 
 
-def run_method(model, method, density, batches, grams, bench, out):
+def run_method(model, method, density, batches, grams, bench):
     """Prunes, packs, checks, saves, reloads, evaluates and times one model; a row of the table."""
 
     def report(progress):
         show(f"    pruned {progress.index} of {progress.total} layers", done=False)
 
+    settings = bench.settings
     # Both encodings run everywhere; programs with bitmasks compile three times faster for CPUs.
     encoding = "bitmask" if jax.default_backend() == "cpu" else None
     began = time.perf_counter()
@@ -161,7 +184,7 @@ def run_method(model, method, density, batches, grams, bench, out):
         density=density,
         calibration="one-pass",
         grams=grams,
-        options=json.loads(DSF_OPTIONS.value) if method == "dsf" else None,
+        options=cli.read_options(settings.dsf_options) if method == "dsf" else None,
         callback=report,
     )
     pruned_at = time.perf_counter()
@@ -173,12 +196,12 @@ def run_method(model, method, density, batches, grams, bench, out):
     )
     difference = check_agreement(bench.logits(packed), bench.logits(pruned.model), model.dtype)
 
-    directory = out / f"{method}-{density:g}"
+    directory = pathlib.Path(settings.out) / f"{method}-{density:g}"
     size = checkpoint.save_packed(directory, packed)
     loaded = checkpoint.load_packed(directory, dtype=model.dtype)
     same = jax.tree.map(np.array_equal, nnx.state(loaded), nnx.state(packed))
     if not all(jax.tree.leaves(same)):
-        raise SystemExit(f"{directory} holds other arrays than the model that was saved there")
+        raise ArithmeticError(f"{directory} holds other arrays than the model that was saved there")
     show(
         f"    packed and pruned logits agree within {difference:.1e}; saved to "
         f"{directory} ({size / 1e6:.2f} MB) and reloaded"
@@ -200,23 +223,27 @@ def run_method(model, method, density, batches, grams, bench, out):
     }
 
 
-def write_results(out, rows, length, seconds):
+def write_results(settings, rows, length, seconds):
     """Writes results.json, anew after each row."""
     results = {
         "rows": rows,
-        "checkpoint": CHECKPOINT.value,
-        "text": TEXT.value or stdlib_text.HELD_OUT,
-        "prompt": PROMPT.value,
-        "windowing": {"length": length, "stride": length // 2, "windows": WINDOWS.value or "all"},
-        "calibration_windows": CALIBRATION_WINDOWS.value,
-        "dsf_options": json.loads(DSF_OPTIONS.value),
+        "checkpoint": settings.checkpoint,
+        "text": settings.text or stdlib_text.HELD_OUT,
+        "prompt": settings.prompt,
+        "windowing": {
+            "length": length,
+            "stride": length // 2,
+            "windows": settings.eval_windows or "all",
+        },
+        "calibration_windows": settings.windows,
+        "dsf_options": cli.read_options(settings.dsf_options),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
         "date": datetime.date.today().isoformat(),
         "seconds": seconds,
     }
-    write_json(out / "results.json", results)
+    write_json(pathlib.Path(settings.out) / "results.json", results)
 
 
 def format_table(rows):
@@ -242,60 +269,69 @@ def format_table(rows):
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def main(_):
-    began = time.perf_counter()
+def load_model(settings):
+    """The dense model, which computes in bfloat16 but for CPUs."""
     device = jax.devices()[0]
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
-    show(f"loading {CHECKPOINT.value} on {device.device_kind}, computing in {jnp.dtype(dtype)}")
-    model = checkpoint.load(CHECKPOINT.value, dtype=dtype, param_dtype=jnp.bfloat16)
+    show(f"loading {settings.checkpoint} on {device.device_kind}, computing in {jnp.dtype(dtype)}")
+    model = checkpoint.load(settings.checkpoint, dtype=dtype, param_dtype=jnp.bfloat16)
     if model.config.vocab_size != 256:
         raise ValueError(
-            f"{CHECKPOINT.value} has {model.config.vocab_size} tokens; the demo needs a byte-level "
-            "model, of 256"
+            f"{settings.checkpoint} has {model.config.vocab_size} tokens; the demo needs a "
+            "byte-level model, of 256"
         )
-    length = model.config.max_position_embeddings
-    tokens = stdlib_text.read_tokens(TEXT.value)
-    calibration = stdlib_text.read_tokens(CALIBRATION.value, stdlib_text.CALIBRATION)
-    batches = compression.calibration_batches(calibration, length, CALIBRATION_WINDOWS.value, BATCH)
-    bench = Bench(tokens, length)
-    show(f"calibrating on {CALIBRATION_WINDOWS.value} windows of {length} bytes", done=False)
-    grams = dsf_jax.gram_matrices(model, batches)
-    methods = tuple(METHODS) if "all" in METHOD.value else tuple(dict.fromkeys(METHOD.value))
-    runs = [(method, density) for density in DENSITY.value for method in methods]
-    out = pathlib.Path(OUT.value)
+    return model
 
-    show(f"[1/{len(runs) + 1}] dense")
-    leaves = jax.tree.leaves(nnx.state(model))
+
+def run_dense(model, bench):
+    """Evaluates and times the model as it is; the first row of the table."""
     text, speed = bench.continuation(model)
-    rows = [
-        {
-            "method": "dense",
-            "density": 1.0,
-            "bits_per_byte": bench.bits_per_byte(model),
-            "megabytes": sum(leaf.nbytes for leaf in leaves) / 1e6,
-            "tokens_per_second": speed,
-            "continuation": text,
-        }
-    ]
-    for i, (method, density) in enumerate(runs):
-        left = (time.perf_counter() - began) / (i + 1) * (len(runs) - i)
-        show(f"[{i + 2}/{len(runs) + 1}] {method}, density {density:g}; about {left:.0f} s left")
-        rows.append(run_method(model, method, density, batches, grams, bench, out))
-        write_results(out, rows, length, time.perf_counter() - began)
+    return {
+        "method": "dense",
+        "density": 1.0,
+        "bits_per_byte": bench.bits_per_byte(model),
+        "megabytes": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))) / 1e6,
+        "tokens_per_second": speed,
+        "continuation": text,
+    }
 
-    seconds = time.perf_counter() - began
+
+def show_results(settings, rows, seconds):
+    """The continuations, and the table."""
     show("")
     for row in rows:
         show(f"--- {row['method']}, density {row['density']:.2f}, continues the prompt:")
-        show(PROMPT.value + row["continuation"] + "\n")
+        show(settings.prompt + row["continuation"] + "\n")
     show(format_table(rows))
-    windows = f"{WINDOWS.value} windows of" if WINDOWS.value else "all of"
+    windows = f"{settings.eval_windows} windows of" if settings.eval_windows else "all of"
     show(
-        f"\nbits per byte on {windows} {TEXT.value or 'held-out standard library modules'}; "
+        f"\nbits per byte on {windows} {settings.text or 'held-out standard library modules'}; "
         f"density of the decoder's linear layers; MB of all weights in bfloat16.\n"
-        f"Packed checkpoints and results.json are in {out} ({seconds:.0f} s in all)."
+        f"Packed checkpoints and results.json are in {settings.out} ({seconds:.0f} s in all)."
     )
 
 
+def main(_):
+    began = time.perf_counter()
+    settings = cli.settings(Settings)
+    model = load_model(settings)
+    length = model.config.max_position_embeddings
+    bench = Bench(settings, length)
+    calibration = stdlib_text.read_tokens(settings.calibration, stdlib_text.CALIBRATION)
+    batches = compression.calibration_batches(calibration, length, settings.windows, BATCH)
+    show(f"calibrating on {settings.windows} windows of {length} bytes", done=False)
+    grams = dsf_jax.gram_matrices(model, batches)
+
+    runs = settings.runs()
+    show(f"[1/{len(runs) + 1}] dense")
+    rows = [run_dense(model, bench)]
+    for i, (method, density) in enumerate(runs):
+        left = (time.perf_counter() - began) / (i + 1) * (len(runs) - i)
+        show(f"[{i + 2}/{len(runs) + 1}] {method}, density {density:g}; about {left:.0f} s left")
+        rows.append(run_method(model, method, density, batches, grams, bench))
+        write_results(settings, rows, length, time.perf_counter() - began)
+    show_results(settings, rows, time.perf_counter() - began)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

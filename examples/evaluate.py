@@ -13,9 +13,9 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from examples import stdlib_text
+from examples import cli, stdlib_text
 from examples.llama import checkpoint, evaluation
 from examples.llama import tokenizer as tokenizers
 from examples.records import write_json
@@ -32,13 +32,16 @@ TEXT = flags.DEFINE_string(
     "text", None, "Text file, in UTF-8; by default the held-out standard library modules."
 )
 LENGTH = flags.DEFINE_integer(
-    "length", None, "Window; by default the model's, at most 2048.", lower_bound=1
+    "length",
+    None,
+    "Tokens of a window; by default the model's positions, at most 2048.",
+    lower_bound=1,
 )
 STRIDE = flags.DEFINE_integer(
-    "stride", None, "Step between windows; by default half a window.", lower_bound=1
+    "stride", None, "Tokens from one window to the next; by default half a window.", lower_bound=1
 )
-WINDOWS = flags.DEFINE_integer(
-    "windows", None, "Take at most this many, spread over the text.", lower_bound=1
+EVAL_WINDOWS = flags.DEFINE_integer(
+    "eval_windows", 0, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
 )
 BATCH = flags.DEFINE_integer("batch", 4, "Windows per call.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "File of the results, in JSON; by default none.")
@@ -78,7 +81,12 @@ def evaluate(directory, kind, model, text):
     length, stride = windowing(model.config)
     with jax.default_matmul_precision("highest"):
         nats, count = evaluation.total_nats(
-            model, tokens, length=length, stride=stride, batch=BATCH.value, limit=WINDOWS.value
+            model,
+            tokens,
+            length=length,
+            stride=stride,
+            batch=BATCH.value,
+            limit=EVAL_WINDOWS.value or None,
         )
     # Bytes per token of the whole text, should only some of its windows have been read.
     size = len(text.encode()) / (len(tokens) - 1)
@@ -104,9 +112,13 @@ def main(_):
     text = read_text()
     results = [evaluate(*model, text) for model in models()]
     if OUT.value:
-        described = {"text": TEXT.value, "windows": WINDOWS.value, "dtype": DTYPE.value}
+        described = {
+            "text": TEXT.value,
+            "windows": EVAL_WINDOWS.value or "all",
+            "dtype": DTYPE.value,
+        }
         write_json(pathlib.Path(OUT.value), described | {"results": results})
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -21,6 +21,7 @@ from sklearn.model_selection import train_test_split
 import dsf_jax
 import macko_jax
 import macko_jax.flax_nnx
+from examples import cli
 
 DENSITY = flags.DEFINE_float(
     "density", 0.05, "Kept share of the hidden layers' weights.", lower_bound=0.0, upper_bound=1.0
@@ -30,8 +31,8 @@ EPOCHS = flags.DEFINE_integer("epochs", 30, "Passes over the data, before and af
 BATCH = flags.DEFINE_integer("batch", 128, "Images per step.", lower_bound=1)
 RATE = flags.DEFINE_float("learning_rate", 1e-3, "AdamW's learning rate.")
 DECAY = flags.DEFINE_float("weight_decay", 1e-2, "AdamW's weight decay.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the weights, the split and the order of the data.")
-OUT = flags.DEFINE_string("out", None, "Where to save the packed model, if anywhere.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the weights, the split and the order of the data.")
+OUT = flags.DEFINE_string("out", None, "File of the packed model; by default none is written.")
 
 
 class Classifier(nnx.Module):
@@ -103,8 +104,7 @@ def zero_patterns(model):
     return [np.asarray(macko_jax.decompress(layer.matrix)) == 0 for layer in model.hidden]
 
 
-def main(argv):
-    del argv
+def main(_):
     digits = load_digits()
     images = (digits.data / 16).astype(np.float32)
     train_images, test_images, train_labels, test_labels = train_test_split(
@@ -144,4 +144,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -13,8 +13,9 @@ import pathlib
 import sysconfig
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from examples import cli
 from examples.records import replacing
 
 HELD_OUT = (
@@ -140,10 +141,10 @@ def main(_):
 
 
 if __name__ == "__main__":
-    _OUT = flags.DEFINE_string("out", ".corpus/stdlib.npz", "Where to write the corpus.")
+    _OUT = flags.DEFINE_string("out", ".corpus/stdlib.npz", "File of the corpus.")
     _LIBRARY = flags.DEFINE_multi_string(
         "library",
         [sysconfig.get_path("stdlib")],
-        "A standard library directory; repeat for several. Held-out text comes from the first.",
+        "A standard library directory; repeatable. Held-out text comes from the first.",
     )
-    app.run(main)
+    cli.run(main)

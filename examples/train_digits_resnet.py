@@ -5,32 +5,53 @@ training images, and is then fine-tuned for the same number of steps with its ze
 Printed and recorded for each: accuracy and cross-entropy on held-out digits before and after
 fine-tuning, and the bytes of the packed convolutions. Takes some minutes on two CPU cores.
 
-    python -m examples.train_digits_resnet --densities=0.2,0.1
+    python -m examples.train_digits_resnet --density=0.2 --density=0.1
 """
 
+import dataclasses
+import itertools
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from sklearn.datasets import load_digits
 
 import dsf_jax
 from dsf_jax import export
+from dsf_jax.pipeline.solve import METHODS
+from examples import cli
 from examples.records import write_json
 
-flags.DEFINE_list("densities", ["0.2", "0.1"], "kept non-zeros over size, per layer")
-flags.DEFINE_list("methods", ["magnitude", "sparsegpt", "admm", "dsf"], "methods to compare")
-flags.DEFINE_integer("epochs", 20, "epochs of training the dense network")
-flags.DEFINE_integer("finetune_epochs", 6, "epochs of fine-tuning each compressed network")
-flags.DEFINE_integer("width", 16, "channels of the first stage; then 2 and 4 times as many")
-flags.DEFINE_integer("batch", 64, "images per step")
-flags.DEFINE_integer("seed", 0, "of weights, data order and split")
-flags.DEFINE_string("record", "docs/results/digits_resnet.json", "where the record is written")
-FLAGS = flags.FLAGS
+flags.DEFINE_multi_float(
+    "density", [0.2, 0.1], "Kept non-zeros over size, in each layer; repeatable.", 0, 1
+)
+flags.DEFINE_multi_enum(
+    "method", ["magnitude", "sparsegpt", "admm", "dsf"], [*METHODS], "How to compress; repeatable."
+)
+flags.DEFINE_integer("epochs", 20, "Epochs of training the dense network.")
+flags.DEFINE_integer("finetune_epochs", 6, "Epochs of fine-tuning each compressed network.")
+flags.DEFINE_integer("width", 16, "Channels of the first stage; then 2 and 4 times as many.")
+flags.DEFINE_integer("batch", 64, "Images per step.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Seed of weights, data order and split.")
+flags.DEFINE_string("out", "runs/digits_resnet.json", "File of the record.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run compares; the flags of the same names say what each is."""
+
+    density: tuple[float, ...]
+    method: tuple[str, ...]
+    epochs: int
+    finetune_epochs: int
+    width: int
+    batch: int
+    seed: int
+    out: str
 
 
 def batch_norm(size, rngs):
@@ -132,80 +153,75 @@ def schedule(peak, epochs, images, batch):
     return optax.cosine_decay_schedule(peak, epochs * (images // batch))
 
 
+def compress(model, batches, method, density, training, held_out, settings):
+    """Compresses, fine-tunes and packs the network; a row of the record."""
+    # The stem has 9 inputs and 0.1 % of the weights; like the head it stays dense.
+    rules = [dsf_jax.Rule("stem", skip=True)]
+    start = time.time()
+    new, report = dsf_jax.compress_model(
+        model, batches, method=method, density=density, rules=rules
+    )
+    seconds = time.time() - start
+    new.eval()
+    before = evaluate(new, held_out)
+    rate = schedule(1e-3, settings.finetune_epochs, len(training[1]), settings.batch)
+    train(
+        new,
+        training,
+        dsf_jax.keep_sparsity(optax.adam(rate)),
+        settings.finetune_epochs,
+        settings.batch,
+        settings.seed + 1,
+    )
+    after = evaluate(new, held_out)
+    packed, packing = export.pack(new)
+    packed.eval()
+    agreement = float(jnp.abs(logits_of(packed, held_out[0]) - logits_of(new, held_out[0])).max())
+    return {
+        "density": density,
+        "method": method,
+        "nonzeros": report.nonzeros,
+        "mean_relative_error": float(np.mean([layer.error for layer in report.layers])),
+        "before": before,
+        "after": after,
+        "dense_bytes": sum(p.bytes_before for p in packing.packed),
+        "packed_bytes": sum(p.bytes_after for p in packing.packed),
+        "packed_logits_differ_by": agreement,
+        "compression_seconds": round(seconds, 1),
+    }
+
+
 def main(_):
     began = time.time()
-    training, held_out = load_split(FLAGS.seed)
+    settings = cli.settings(Settings)
+    training, held_out = load_split(settings.seed)
     count = len(training[1])
-    model = ResNet(FLAGS.width, nnx.Rngs(FLAGS.seed))
+    model = ResNet(settings.width, nnx.Rngs(settings.seed))
     size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"ResNet of {size} parameters, {count} digits to train on, {len(held_out[1])} held out")
-    rate = schedule(3e-3, FLAGS.epochs, count, FLAGS.batch)
+    rate = schedule(3e-3, settings.epochs, count, settings.batch)
     optimizer = optax.adamw(rate, weight_decay=1e-3)
-    train(model, training, optimizer, FLAGS.epochs, FLAGS.batch, FLAGS.seed)
+    train(model, training, optimizer, settings.epochs, settings.batch, settings.seed)
     dense = evaluate(model, held_out)
     print(f"dense: {dense}  ({time.time() - began:.0f} s)", flush=True)
 
-    # The stem has 9 inputs and 0.1 % of the weights; like the head it stays dense.
-    rules = [dsf_jax.Rule("stem", skip=True)]
     batches = np.array_split(training[0], 8)[:-1]
     batches = [batch[: len(batches[-1])] for batch in batches]
-    rows = []
-    for density in map(float, FLAGS.densities):
-        for method in FLAGS.methods:
-            start = time.time()
-            new, report = dsf_jax.compress_model(
-                model, batches, method=method, density=density, rules=rules
-            )
-            seconds = time.time() - start
-            new.eval()
-            before = evaluate(new, held_out)
-            rate = schedule(1e-3, FLAGS.finetune_epochs, count, FLAGS.batch)
-            train(
-                new,
-                training,
-                dsf_jax.keep_sparsity(optax.adam(rate)),
-                FLAGS.finetune_epochs,
-                FLAGS.batch,
-                FLAGS.seed + 1,
-            )
-            after = evaluate(new, held_out)
-            packed, packing = export.pack(new)
-            packed.eval()
-            agreement = float(
-                jnp.abs(logits_of(packed, held_out[0]) - logits_of(new, held_out[0])).max()
-            )
-            rows.append(
-                {
-                    "density": density,
-                    "method": method,
-                    "nonzeros": report.nonzeros,
-                    "mean_relative_error": float(np.mean([layer.error for layer in report.layers])),
-                    "before": before,
-                    "after": after,
-                    "dense_bytes": sum(p.bytes_before for p in packing.packed),
-                    "packed_bytes": sum(p.bytes_after for p in packing.packed),
-                    "packed_logits_differ_by": agreement,
-                    "compression_seconds": round(seconds, 1),
-                }
-            )
-            print(format_row(rows[-1]), flush=True)
-
-            write_record(dense, size, rows)  # after each row: a run that is cut short leaves some
-
-    print("\n" + format_table(dense, rows))
-    print(f"\nrecord: {FLAGS.record}  ({time.time() - began:.0f} s in all)")
-
-
-def write_record(dense, size, rows):
-    settings = ("densities", "methods", "epochs", "finetune_epochs", "width", "batch", "seed")
     record = {
         "dense": dense,
         "parameters": size,
-        "settings": {name: FLAGS[name].value for name in settings},
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"},
         "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
-        "rows": rows,
+        "rows": [],
     }
-    write_json(FLAGS.record, record)
+    for density, method in itertools.product(settings.density, settings.method):
+        row = compress(model, batches, method, density, training, held_out, settings)
+        record["rows"].append(row)
+        print(format_row(row), flush=True)
+        write_json(settings.out, record)  # after each row: a run that is cut short leaves some
+
+    print("\n" + format_table(dense, record["rows"]))
+    print(f"\nwritten: {settings.out}  ({time.time() - began:.0f} s in all)")
 
 
 def format_row(row):
@@ -229,4 +245,4 @@ def format_table(dense, rows):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
-from examples import llama
+from examples import cli, llama
 from examples.llama import checkpoint, evaluation
 from examples.records import write_json
 from examples.stdlib_text import HELD_OUT
@@ -34,7 +34,7 @@ MINUTES = flags.DEFINE_float(
 STEPS = flags.DEFINE_integer("steps", None, "Number of steps, instead of --minutes.")
 CHUNK = flags.DEFINE_integer("chunk", 100, "Steps per call of the device.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 64, "Sequences per step.")
-LENGTH = flags.DEFINE_integer("length", 1024, "Bytes per sequence.")
+LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a sequence, which are bytes.")
 HIDDEN = flags.DEFINE_integer("hidden", 320, "Hidden size.")
 INTERMEDIATE = flags.DEFINE_integer("intermediate", 832, "Hidden size of the MLP.")
 LAYERS = flags.DEFINE_integer("layers", 7, "Decoder layers.")
@@ -45,7 +45,7 @@ RATE = flags.DEFINE_float("learning_rate", 2e-3, "Peak learning rate.")
 WARMUP = flags.DEFINE_integer("warmup", 200, "Steps of linear warm-up.")
 DECAY = flags.DEFINE_float("weight_decay", 0.1, "AdamW's weight decay, on matrices.")
 DROPOUT = flags.DEFINE_float("dropout", 0.1, "Share of each branch's features dropped.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the initial weights, the data order and dropout.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights, the data order and dropout.")
 
 START = 0  # the byte before every document
 
@@ -262,4 +262,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -119,7 +119,9 @@ def test_directory_holds_the_model_and_the_report(packed):
         ]
     )
     stored = json.loads((out / "report.json").read_text())
-    assert [layer["error"] for layer in stored["layers"]] == [l.error for l in report.layers]
+    assert [layer["error"] for layer in stored["layers"]] == [
+        layer.error for layer in report.layers
+    ]
     assert stored["density"] == report.density == 0.5
     assert stored["settings"]["method"] == "wanda"
 
@@ -284,7 +286,7 @@ def test_scripts_compress_and_evaluate(tmp_path):
         "--pruned",
         f"--text={text}",
         "--length=32",
-        "--windows=4",
+        "--eval_windows=4",
         f"--out={found}",
     )
     results = json.loads(found.read_text())["results"]

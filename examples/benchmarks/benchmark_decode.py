@@ -27,57 +27,95 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx, traverse_util
 
 import macko_jax
 import macko_jax.flax_nnx
-from examples import llama
+from examples import cli, llama
 from examples.llama import checkpoint, generation
 from examples.llama.cache import Cache, final_slots, widen
 from examples.llama.split import SplitModel
 from examples.records import write_json
 from macko_jax.format.codes import ENCODINGS
 
-CONFIG = flags.DEFINE_enum("config", "tiny", list(llama.CONFIGS), "Shape of the model.")
-LAYERS = flags.DEFINE_integer("layers", None, "Decoder layers; by default the model's.", 1)
-CHECKPOINT = flags.DEFINE_multi_string(
+flags.DEFINE_enum("config", "tiny", list(llama.CONFIGS), "Shape of the model.")
+flags.DEFINE_integer("layers", None, "Decoder layers; by default the model's.", 1)
+flags.DEFINE_multi_string(
     "checkpoint",
     [],
     "Directory of a dense or packed model, in the place of random ones; repeatable.",
 )
-DENSITY = flags.DEFINE_multi_float(
+flags.DEFINE_multi_float(
     "density",
     [1.0, 0.5, 0.3, 0.1],
     "Share of weights kept, 1 for the dense model; repeatable.",
     lower_bound=0.0,
     upper_bound=1.0,
 )
-DTYPE = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "dtype",
     None,
     ["float32", "bfloat16", "float16"],
-    "Of weights and computation; by default float16, or as a checkpoint is stored; on a CPU "
-    "float32.",
+    "What weights are held in and computed in; by default float16, or as a checkpoint is stored; "
+    "on a CPU float32.",
 )
-ENCODING = flags.DEFINE_enum(
-    "encoding", None, list(ENCODINGS), "Of random packed matrices; by default the library's choice."
+flags.DEFINE_enum(
+    "encoding",
+    None,
+    list(ENCODINGS),
+    "Encoding of random packed matrices; by default the library's choice.",
 )
-PROMPT = flags.DEFINE_integer("prompt", 512, "Tokens of the prompt.", lower_bound=1)
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Tokens per generation.", lower_bound=1)
-CHUNK = flags.DEFINE_integer("chunk", 32, "Tokens per call of the device.", lower_bound=1)
-REPEATS = flags.DEFINE_integer("repeats", 10, "Timed generations.", lower_bound=1)
-BATCH = flags.DEFINE_integer("batch", 1, "Sequences at a time.", lower_bound=1)
-BANDWIDTH = flags.DEFINE_float(
+flags.DEFINE_integer("prompt_tokens", 512, "Tokens of the prompt.", lower_bound=1)
+flags.DEFINE_integer("new_tokens", 128, "Tokens per generation.", lower_bound=1)
+flags.DEFINE_integer("chunk", 32, "Tokens per call of the device.", lower_bound=1)
+flags.DEFINE_integer("repeats", 10, "Timed generations.", lower_bound=1)
+flags.DEFINE_integer("batch", 1, "Sequences at a time.", lower_bound=1)
+flags.DEFINE_float(
     "bandwidth", None, "The device's memory bandwidth in TB/s, to compare with; H200: 4.8."
 )
-PROFILE = flags.DEFINE_bool(
+flags.DEFINE_bool(
     "profile", False, "Show the kernels of a decode step and of the prefill, and their times."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of weights, masks and prompt.")
-OUT = flags.DEFINE_string(
-    "out", None, "File of the record; by default docs/results/decode_CONFIG_DEVICE.json."
-)
+flags.DEFINE_integer("seed", 0, "Seed of weights, masks and prompt.")
+flags.DEFINE_string("out", "runs/decode.json", "File of the record.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run measures; the flags of the same names say what each is."""
+
+    config: str
+    layers: int | None
+    checkpoint: tuple[str, ...]
+    density: tuple[float, ...]
+    dtype: str | None
+    encoding: str | None
+    prompt_tokens: int
+    new_tokens: int
+    chunk: int
+    repeats: int
+    batch: int
+    bandwidth: float | None
+    profile: bool
+    seed: int
+    out: str
+
+    def model_config(self):
+        """The shape of random models."""
+        config = llama.CONFIGS[self.config]
+        return dataclasses.replace(
+            config, num_hidden_layers=self.layers or config.num_hidden_layers
+        )
+
+    def model_dtype(self):
+        """What the models are held in and compute in."""
+        default = "float16"
+        if jax.default_backend() == "cpu":
+            default = "float32"
+        elif self.checkpoint:
+            default = checkpoint.stored_dtype(self.checkpoint[0])
+        return jnp.dtype(self.dtype or default)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "cols", "dtype"))
@@ -88,14 +126,14 @@ def random_weight(key, density, rows, cols, dtype):
     return jnp.where(jax.random.uniform(of_mask, (rows, cols)) < density, weight, 0)
 
 
-def pack(weight, layouts):
+def pack(weight, layouts, encoding):
     """A packed matrix whose arrays have the shapes of all packed matrices of its shape.
 
     The first matrix of a shape decides, with room for a little more than it holds; layers of one
     shape then share compiled kernels. The room is never read.
     """
     if weight.shape not in layouts:
-        packed = macko_jax.compress(weight, encoding=ENCODING.value)
+        packed = macko_jax.compress(weight, encoding=encoding)
         groups = packed.stored // 8
         layouts[weight.shape] = {
             "encoding": packed.encoding,
@@ -105,7 +143,7 @@ def pack(weight, layouts):
     return macko_jax.compress(weight, **layouts[weight.shape])
 
 
-def random_model(config, density, dtype, seed):
+def random_model(config, density, dtype, seed, encoding=None):
     """A model of random weights whose decoder layers are packed if the density is below 1."""
     began = time.perf_counter()
     abstract = checkpoint.abstract_model(config, dtype=dtype, param_dtype=dtype)
@@ -121,7 +159,7 @@ def random_model(config, density, dtype, seed):
         weight = random_weight(
             jax.random.fold_in(key, i), density if sparse else 1.0, rows, cols, dtype
         )
-        tree[path] = pack(weight, layouts) if sparse else weight.T
+        tree[path] = pack(weight, layouts, encoding) if sparse else weight.T
         jax.block_until_ready(tree[path])
         if sys.stdout.isatty():
             print(f"\r  built {i + 1} of {len(flat)} arrays", end="", flush=True)
@@ -134,7 +172,7 @@ def array_bytes(tree):
 
 
 def added_bytes(compiled):
-    """Device memory that a compiled program needs beside its arguments; None if XLA does not say."""
+    """Device memory that a program needs beside its arguments; None if XLA does not say."""
     sizes = compiled.memory_analysis()
     if sizes is None:
         return None
@@ -171,67 +209,71 @@ def peak_bytes(decoder):
 
 
 class Decoder:
-    """A model taken apart, with a prompt to continue."""
+    """A model taken apart, with a random prompt to continue as the settings say."""
 
-    def __init__(self, model):
+    def __init__(self, model, settings):
         self.split = SplitModel.of(model)
-        rng = np.random.default_rng(SEED.value)
-        shape = (BATCH.value, PROMPT.value)
+        self.settings = settings
+        rng = np.random.default_rng(settings.seed)
+        shape = (settings.batch, settings.prompt_tokens)
         self.prompt = rng.integers(0, model.config.vocab_size, shape).astype(np.int32)
-        self.lengths = np.full(BATCH.value, PROMPT.value, np.int32)
-        self.key = jax.random.key(SEED.value)
+        self.lengths = np.full(settings.batch, settings.prompt_tokens, np.int32)
+        self.key = jax.random.key(settings.seed)
         self.sampling = llama.Sampling()
 
     def draw(self):
+        """The calls of one generation, prefill first."""
         return generation.draw(
             self.split,
             self.prompt,
             self.lengths,
-            NEW_TOKENS.value + 1,
+            self.settings.new_tokens + 1,
             self.key,
             self.sampling,
-            CHUNK.value,
+            self.settings.chunk,
         )
 
     def prefill_arguments(self):
         return self.split, self.prompt, self.lengths, self.key, self.sampling
 
     def decode_arguments(self):
-        """Those of the last call of a generation, with its widest cache."""
+        """The arguments of the last call of a generation, with its widest cache."""
+        settings = self.settings
         begun = generation.prefill(*self.prefill_arguments())
-        slots = final_slots(PROMPT.value, NEW_TOKENS.value + 1, CHUNK.value)
+        slots = final_slots(settings.prompt_tokens, settings.new_tokens + 1, settings.chunk)
         cache = dataclasses.replace(
             widen(begun.cache, slots),
-            lengths=jnp.asarray(self.lengths + NEW_TOKENS.value - CHUNK.value),
+            lengths=jnp.asarray(self.lengths + settings.new_tokens - settings.chunk),
         )
-        return self.split, dataclasses.replace(begun, cache=cache), CHUNK.value, self.sampling
+        begun = dataclasses.replace(begun, cache=cache)
+        return self.split, begun, settings.chunk, self.sampling
 
 
-def time_prefills(decoder):
-    """Seconds of each prefill, [REPEATS]."""
+def time_prefills(decoder, repeats):
+    """Seconds of each prefill, [repeats]."""
     seconds = []
-    for _ in range(REPEATS.value + 1):
+    for _ in range(repeats + 1):
         began = time.perf_counter()
         jax.block_until_ready(next(decoder.draw()))
         seconds.append(time.perf_counter() - began)
     return np.array(seconds[1:])  # the first warms up
 
 
-def time_generations(decoder):
-    """Seconds per token of each call after the prefill, [REPEATS, calls].
+def time_generations(decoder, repeats):
+    """Seconds of each call after the prefill, [repeats, calls].
 
     As in `llama.generate`, the device is given a call while the one before it runs. A CPU would run
     the second call before the host can note when the first one ended; it is given one at a time.
     """
     in_turn = iter if jax.default_backend() == "cpu" else generation.one_ahead
     rows = []
-    for _ in range(REPEATS.value + 1):
+    for _ in range(repeats + 1):
         ready = []
         for tokens in in_turn(decoder.draw()):
             jax.block_until_ready(tokens)
             ready.append(time.perf_counter())
         rows.append(np.diff(ready))
-    return np.array(rows[1:]) / CHUNK.value
+    return np.array(rows[1:])
 
 
 def kernel_times(function, arguments, calls=1):
@@ -261,56 +303,49 @@ def kernel_times(function, arguments, calls=1):
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
-def chosen_dtype():
-    default = "float16"
-    if jax.default_backend() == "cpu":
-        default = "float32"
-    elif CHECKPOINT.value:
-        default = checkpoint.stored_dtype(CHECKPOINT.value[0])
-    return jnp.dtype(DTYPE.value or default)
-
-
-def chosen_config():
-    config = llama.CONFIGS[CONFIG.value]
-    return dataclasses.replace(config, num_hidden_layers=LAYERS.value or config.num_hidden_layers)
-
-
-def check_positions():
+def check_positions(settings):
     """Refuses generations that are longer than a model's positions."""
-    configs = {directory: checkpoint.load_config(directory) for directory in CHECKPOINT.value}
-    for name, config in (configs or {CONFIG.value: chosen_config()}).items():
-        if PROMPT.value + NEW_TOKENS.value > config.max_position_embeddings:
+    configs = {directory: checkpoint.load_config(directory) for directory in settings.checkpoint}
+    for name, config in (configs or {settings.config: settings.model_config()}).items():
+        if settings.prompt_tokens + settings.new_tokens > config.max_position_embeddings:
             raise ValueError(
-                f"--prompt={PROMPT.value} and --new_tokens={NEW_TOKENS.value} exceed the "
-                f"{config.max_position_embeddings} positions of {name}; shorten one of them"
+                f"--prompt_tokens={settings.prompt_tokens} and --new_tokens={settings.new_tokens} "
+                f"exceed the {config.max_position_embeddings} positions of {name}; shorten one of "
+                "them"
             )
 
 
-def models():
+def models(settings):
     """(name, density, function that makes the model) of every model, the smallest first."""
-    if not CHECKPOINT.value:
-        for density in sorted(DENSITY.value):
+    dtype = settings.model_dtype()
+    if not settings.checkpoint:
+        for density in sorted(settings.density):
             make = functools.partial(
-                random_model, chosen_config(), density, chosen_dtype(), SEED.value
+                random_model,
+                settings.model_config(),
+                density,
+                dtype,
+                settings.seed,
+                settings.encoding,
             )
             yield f"density {density:g}", density, make
-    for directory in CHECKPOINT.value:
-        make = functools.partial(
-            checkpoint.load_any, directory, dtype=chosen_dtype(), param_dtype=chosen_dtype()
-        )
+    for directory in settings.checkpoint:
+        make = functools.partial(checkpoint.load_any, directory, dtype=dtype, param_dtype=dtype)
         yield directory, checkpoint.density(directory), make
 
 
-def measure(name, density, make):
+def measure(name, density, make, settings):
+    """Times a model and weighs it; the record of both."""
     print(name, flush=True)
     model = make()
     weights = array_bytes(nnx.state(model))
     # A decode step reads everything but the embedding table, of which it takes a row.
     tied = model.head is None
     streamed = weights - (0 if tied else model.embed.embedding.nbytes)
-    decoder = Decoder(model)
-    prefill, per_token = time_prefills(decoder), time_generations(decoder)
-    speed = BATCH.value / float(np.median(per_token.mean(axis=1)))
+    decoder = Decoder(model, settings)
+    prefill = time_prefills(decoder, settings.repeats)
+    per_token = time_generations(decoder, settings.repeats) / settings.chunk
+    speed = settings.batch / float(np.median(per_token.mean(axis=1)))
     sizes = peak_bytes(decoder)
     record = {
         "name": name,
@@ -323,20 +358,24 @@ def measure(name, density, make):
         "weight_bytes": weights,
         **sizes,
         "peak_bytes": None if None in sizes.values() else max(sizes.values()),
-        "streamed_bytes_per_second": streamed * speed / BATCH.value,
+        "streamed_bytes_per_second": streamed * speed / settings.batch,
     }
-    if BANDWIDTH.value:
-        record["share_of_bandwidth"] = record["streamed_bytes_per_second"] / BANDWIDTH.value / 1e12
-    if PROFILE.value:
+    if settings.bandwidth:
+        record["share_of_bandwidth"] = (
+            record["streamed_bytes_per_second"] / settings.bandwidth / 1e12
+        )
+    if settings.profile:
         record["kernel_microseconds"] = {
-            "decode_step": kernel_times(generation.decode, decoder.decode_arguments(), CHUNK.value),
+            "decode_step": kernel_times(
+                generation.decode, decoder.decode_arguments(), settings.chunk
+            ),
             "prefill": kernel_times(generation.prefill, decoder.prefill_arguments()),
         }
-    print_record(record)
+    print_record(record, settings.prompt_tokens)
     return record
 
 
-def print_record(record):
+def print_record(record, prompt_tokens):
     percentiles = record["milliseconds_per_token"]
     gigabytes = [
         f"{what} {record[field] / 1e9:.2f} GB"
@@ -351,7 +390,7 @@ def print_record(record):
     print(
         f"  {record['tokens_per_second']:.1f} tokens/s; ms per token "
         + ", ".join(f"{name} {value:.3f}" for name, value in percentiles.items())
-        + f"; prefill of {PROMPT.value} tokens {1e3 * record['prefill_seconds']:.1f} ms\n  "
+        + f"; prefill of {prompt_tokens} tokens {1e3 * record['prefill_seconds']:.1f} ms\n  "
         + ", ".join(gigabytes)
         + f"; weights read at {record['streamed_bytes_per_second'] / 1e12:.2f} TB/s"
         + (f", {share:.0%} of the bandwidth" if share else ""),
@@ -363,11 +402,11 @@ def print_record(record):
             print(f"  {microseconds:10.1f} us  {name[:100]}")
 
 
-def print_table(records):
+def print_table(records, with_names):
     dense = next((record for record in records if record["density"] == 1), None)
     print(
         "density  tokens/s  of dense  prefill ms  of dense  weights GB  peak GB"
-        + ("  checkpoint" if CHECKPOINT.value else "")
+        + ("  checkpoint" if with_names else "")
     )
     for record in reversed(records):
         for field, ratio in (("tokens_per_second", "speed"), ("prefill_seconds", "prefill")):
@@ -377,29 +416,26 @@ def print_table(records):
             f"{record['density']:7.2f}  {record['tokens_per_second']:8.1f}  {over[0]:8.2f}  "
             f"{1e3 * record['prefill_seconds']:10.1f}  {over[1]:8.2f}  "
             f"{record['weight_bytes'] / 1e9:10.2f}  {(record['peak_bytes'] or np.nan) / 1e9:7.2f}"
-            + (f"  {record['name']}" if CHECKPOINT.value else "")
+            + (f"  {record['name']}" if with_names else "")
         )
 
 
-def describe(device, records):
+def describe(settings, records):
+    """The record of a run, as it is stored."""
+    random = {"name": settings.config} | dataclasses.asdict(settings.model_config())
     return {
-        "config": {"name": CONFIG.value} | dataclasses.asdict(chosen_config())
-        if not CHECKPOINT.value
-        else None,
-        "dtype": chosen_dtype().name,
-        "batch": BATCH.value,
-        "prompt": PROMPT.value,
-        "new_tokens": NEW_TOKENS.value,
-        "chunk": CHUNK.value,
-        "encoding": ENCODING.value,
-        "repeats": REPEATS.value,
-        "seed": SEED.value,
-        "device": device.device_kind,
+        "config": None if settings.checkpoint else random,
+        "dtype": settings.model_dtype().name,
+        "batch": settings.batch,
+        "prompt": settings.prompt_tokens,
+        "new_tokens": settings.new_tokens,
+        "chunk": settings.chunk,
+        "encoding": settings.encoding,
+        "repeats": settings.repeats,
+        "seed": settings.seed,
+        "device": jax.devices()[0].device_kind,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(
-            ["python -m examples.benchmarks.benchmark_decode"]
-            + [argument for argument in sys.argv[1:] if not argument.startswith("--out")]
-        ),
+        "command": cli.command("benchmarks.benchmark_decode"),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "results": records,
@@ -407,25 +443,22 @@ def describe(device, records):
 
 
 def main(_):
-    check_positions()
-    device = jax.devices()[0]
-    what = "checkpoints" if CHECKPOINT.value else CONFIG.value
+    settings = cli.settings(Settings)
+    check_positions(settings)
     print(
-        f"{what}, {chosen_dtype()}, batch {BATCH.value}, prompt {PROMPT.value}, on "
-        f"{device.device_kind}",
+        f"{'checkpoints' if settings.checkpoint else settings.config}, {settings.model_dtype()}, "
+        f"batch {settings.batch}, prompt {settings.prompt_tokens}, on "
+        f"{jax.devices()[0].device_kind}",
         flush=True,
     )
-    name = f"decode_{what}_{device.device_kind.replace(' ', '_')}.json"
-    out = pathlib.Path(OUT.value or pathlib.Path("docs") / "results" / name)
-    out.parent.mkdir(parents=True, exist_ok=True)
     records = []
-    for model in models():
-        records.append(measure(*model))
-        write_json(out, describe(device, records))
-    print_table(records)
-    write_json(out, describe(device, records))
-    print(f"written: {out}")
+    for model in models(settings):
+        records.append(measure(*model, settings))
+        write_json(settings.out, describe(settings, records))
+    print_table(records, with_names=bool(settings.checkpoint))
+    write_json(settings.out, describe(settings, records))
+    print(f"written: {settings.out}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

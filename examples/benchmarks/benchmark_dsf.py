@@ -1,6 +1,6 @@
 """Times and judges the factorization of layers of large-model size.
 
-    python -m examples.benchmarks.benchmark_dsf --sizes=4096x4096,11008x4096 --density=0.5
+    python -m examples.benchmarks.benchmark_dsf --shape=4096x4096 --density=0.5
 
 For every size a layer is made whose inputs are correlated as a network's are: a Gram matrix with a
 decaying spectrum, a dense mean component and outlier channels, and a weight of heavy tails with
@@ -8,29 +8,49 @@ low-rank structure. Printed and saved, after each case, are the relative output 
 `published`, the seconds of compilation and of the run, the peak memory so far and the packed bytes.
 """
 
+import dataclasses
 import datetime
-import json
+import itertools
 import platform
-import sys
 import time
 
 import jax
 import jax.monitoring
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 import dsf_jax
+from dsf_jax.solvers.factorize import PRESETS
+from examples import cli
+from examples.benchmarks.timing import parse_shape
 from examples.records import write_json
 
-_SIZES = flags.DEFINE_list("sizes", ["4096x4096", "11008x4096"], "Layers, out x in.")
-_DENSITY = flags.DEFINE_float("density", 0.5, "Non-zeros of both factors over out * in.")
-_PRESETS = flags.DEFINE_list("presets", ["published", "quality"], "Presets, in order.")
-_OPTIONS = flags.DEFINE_string("options", "{}", "JSON object of options over each preset.")
-_AGAIN_BELOW = flags.DEFINE_float(
+flags.DEFINE_multi_string("shape", ["4096x4096", "11008x4096"], "Layer, out x in; repeatable.")
+flags.DEFINE_multi_float(
+    "density", [0.5], "Non-zeros of both factors over out * in; repeatable.", 0, 1
+)
+flags.DEFINE_multi_enum(
+    "preset", ["published", "quality"], list(PRESETS), "Preset; repeatable, run in order."
+)
+flags.DEFINE_string("dsf_options", "{}", "JSON object of options over each preset.")
+flags.DEFINE_float(
     "again_below", 5.0, "A first call that takes fewer seconds, less compilation, is run again."
 )
-_STOP_AFTER = flags.DEFINE_float("stop_after", 240.0, "Seconds after which no case is begun.")
-_OUTPUT = flags.DEFINE_string("output", "runs/benchmark_dsf.json", "Where the record goes.")
+flags.DEFINE_float("stop_after", 240.0, "Seconds after which no case is begun.")
+flags.DEFINE_string("out", "runs/benchmark_dsf.json", "File of the record.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run measures; the flags of the same names say what each is."""
+
+    shape: tuple[str, ...]
+    density: tuple[float, ...]
+    preset: tuple[str, ...]
+    dsf_options: str
+    again_below: float
+    stop_after: float
+    out: str
 
 
 def make_layer(rows, cols, seed=0):
@@ -68,18 +88,18 @@ class CompileTime:
             self.seconds += seconds
 
 
-def measure(weight, gram, preset, options, compile_time):
+def measure(weight, gram, density, preset, options, again_below, compile_time):
     """Factorizes once to compile and, unless that took long, once again; returns a record."""
 
     def run():
         start, compiled = time.perf_counter(), compile_time.seconds
-        result = dsf_jax.factorize(weight, gram, density=_DENSITY.value, preset=preset, **options)
+        result = dsf_jax.factorize(weight, gram, density=density, preset=preset, **options)
         jax.block_until_ready((result.left, result.right))
         compiled = compile_time.seconds - compiled
         return result, compiled, time.perf_counter() - start - compiled
 
     result, compiled, seconds = run()
-    again = seconds < _AGAIN_BELOW.value
+    again = seconds < again_below
     if again:  # without what a first call loads and allocates
         seconds = min(seconds, run()[2])
     stats = jax.devices()[0].memory_stats() or {}
@@ -101,44 +121,48 @@ def measure(weight, gram, preset, options, compile_time):
 
 def main(_):
     began = time.perf_counter()
+    settings = cli.settings(Settings)
+    options = cli.read_options(settings.dsf_options)
     device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}, density {_DENSITY.value}", flush=True)
+    print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": "python -m examples.benchmarks.benchmark_dsf "
-        + " ".join(argument for argument in sys.argv[1:] if not argument.startswith("--output")),
+        "command": cli.command("benchmarks.benchmark_dsf"),
         "device": device.device_kind,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "layers": "synthetic, inputs correlated, see make_layer",
         "results": [],
     }
-    options = json.loads(_OPTIONS.value)
     compile_time = CompileTime()
     published = {}
-    # The presets one after the other over all sizes, so that the peak memory is that of the last.
-    for preset in _PRESETS.value:
-        for size in _SIZES.value:
-            if time.perf_counter() - began > _STOP_AFTER.value:
-                print(f"{size:>12} {preset:10} not begun: --stop_after={_STOP_AFTER.value:g} s")
-                continue
-            rows, cols = map(int, size.split("x"))
-            result = measure(*make_layer(rows, cols), preset, options, compile_time)
-            result = {"rows": rows, "cols": cols, "density": _DENSITY.value} | result
-            if preset == "published":
-                published[size] = result["relative_output_error"]
-            if size in published:
-                result["ratio_to_published"] = result["relative_output_error"] / published[size]
-            record["results"].append(result)
-            write_json(_OUTPUT.value, record)
-            _show(size, result)
-    print(f"wrote {_OUTPUT.value}")
+    # The presets one after the other over all layers, so that the peak memory is the last one's.
+    for preset, density, shape in itertools.product(
+        settings.preset, settings.density, settings.shape
+    ):
+        if time.perf_counter() - began > settings.stop_after:
+            print(f"{shape:>12} {preset:10} not begun: --stop_after={settings.stop_after:g} s")
+            continue
+        rows, cols = parse_shape(shape)
+        result = measure(
+            *make_layer(rows, cols), density, preset, options, settings.again_below, compile_time
+        )
+        result = {"rows": rows, "cols": cols, "density": density} | result
+        case = shape, density
+        if preset == "published":
+            published[case] = result["relative_output_error"]
+        if case in published:
+            result["ratio_to_published"] = result["relative_output_error"] / published[case]
+        record["results"].append(result)
+        write_json(settings.out, record)
+        _show(shape, result)
+    print(f"written: {settings.out}")
 
 
-def _show(size, result):
+def _show(shape, result):
     peak = result["peak_bytes_so_far"]
     print(
-        f"{size:>12} {result['preset']:10} {result['method']:9} "
+        f"{shape:>12} {result['preset']:10} {result['method']:9} "
         f"error {result['relative_output_error']:.5f} "
         f"ratio {result.get('ratio_to_published', float('nan')):.3f}  "
         f"{result['seconds']:.2f} s, compiled in {result['compile_seconds']:.1f} s  "
@@ -149,4 +173,4 @@ def _show(size, result):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -1,6 +1,6 @@
 """Times the sparse matrix-vector product against what a user would have without it.
 
-    python -m examples.benchmarks.benchmark_spmv --shapes=4096x4096,11008x4096 --densities=0.5,0.1
+    python -m examples.benchmarks.benchmark_spmv --shape=4096x4096 --shape=11008x4096 --density=0.5
 
 Every implementation is checked against float64 first. Matrices are rotated so that none comes from
 a cache; printed and saved are medians and percentiles. With --read_floor, on a GPU, a kernel that
@@ -12,37 +12,17 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
-import sys
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental import sparse
 
 import macko_jax
+from examples import cli
 from examples.benchmarks import timing as benchmark
 from examples.records import replacing, write_json
 from macko_jax.format.codes import ENCODINGS
-
-SHAPES = flags.DEFINE_list("shapes", ["4096x4096"], "Matrices, rows x cols.")
-DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.3", "0.1"], "Shares of non-zeros.")
-DTYPES = flags.DEFINE_list("dtypes", ["float16"], "Of matrix and vector.")
-PRODUCT = flags.DEFINE_enum(
-    "product",
-    "forward",
-    ["forward", "transposed", "by_values"],
-    "y = A x, or one of its derivatives: x = A^T y, and y x^T where A has values.",
-)
-BATCHES = flags.DEFINE_list("batches", ["1"], "Numbers of vectors.")
-IMPLEMENTATIONS = flags.DEFINE_list(
-    "implementations",
-    ["macko", "dense"],
-    "Of macko, which may end in an encoding and a type (macko_delta5, macko_int8, "
-    "macko_two_bank_fp8), macko_xla, dense, bcsr, bcoo, torch (cuBLAS, where torch is).",
-)
-REPEATS = flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)
-READ_FLOOR = flags.DEFINE_bool("read_floor", True, "Time a plain read of the same bytes (GPU).")
-OUT = flags.DEFINE_string("out", "runs/spmv", "Records go to <out>.json and <out>.csv.")
 
 # Of rounding the result, and of rivals that sum in 16 bits.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 5e-2}
@@ -85,17 +65,62 @@ PRODUCTS = {
 
 
 def values_of(matrix):
-    """Of the gradient of a matrix, the part that is not about positions."""
+    """The part of a matrix's gradient that is not about positions."""
     return matrix.values if isinstance(matrix, macko_jax.MackoMatrix) else matrix
 
 
-def error_of(result, dense, x, y, matrix) -> float:
+flags.DEFINE_multi_string("shape", ["4096x4096"], "Matrix, rows x cols; repeatable.")
+flags.DEFINE_multi_float(
+    "density", [0.5, 0.3, 0.1], "Share of non-zeros; repeatable.", lower_bound=0.0, upper_bound=1.0
+)
+flags.DEFINE_multi_enum(
+    "dtype",
+    ["float16"],
+    list(TOLERANCE),
+    "Type of matrix and vector; repeatable. XLA's products in float32 are computed in full "
+    "(matmul precision 'highest'), not in TensorFloat-32, which fails the check.",
+)
+flags.DEFINE_enum(
+    "product",
+    "forward",
+    list(PRODUCTS),
+    "y = A x, or one of its derivatives: x = A^T y, and y x^T where A has values.",
+)
+flags.DEFINE_multi_integer("batch", [1], "Vectors at a time; repeatable.", lower_bound=1)
+flags.DEFINE_multi_enum(
+    "implementation",
+    ["macko", "dense"],
+    [*MAKERS, "torch"],
+    "What to time; repeatable. macko may end in an encoding and a type; torch is cuBLAS, where "
+    "torch is installed.",
+)
+flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)
+flags.DEFINE_bool("read_floor", True, "Time a plain read of the same bytes (GPU).")
+flags.DEFINE_string("out", "runs/spmv", "Records go to OUT.json and OUT.csv.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run measures; the flags of the same names say what each is."""
+
+    shape: tuple[str, ...]
+    density: tuple[float, ...]
+    dtype: tuple[str, ...]
+    product: str
+    batch: tuple[int, ...]
+    implementation: tuple[str, ...]
+    repeats: int
+    read_floor: bool
+    out: str
+
+
+def error_of(product, result, dense, x, y, matrix) -> float:
     """Relative error of a result against float64, apart from the rounding of 8-bit values."""
     if isinstance(matrix, macko_jax.MackoMatrix):
         dense = macko_jax.decompress(matrix)
-    if PRODUCT.value == "forward":
+    if product == "forward":
         return benchmark.relative_error(result, dense, x)
-    if PRODUCT.value == "transposed":
+    if product == "transposed":
         return benchmark.relative_error(result, dense.T, y)
     kept = np.asarray(dense) != 0
     if isinstance(matrix, macko_jax.MackoMatrix):
@@ -105,7 +130,7 @@ def error_of(result, dense, x, y, matrix) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(exact))
 
 
-def time_torch(dense, x):
+def time_torch(dense, x, repeats):
     """(bytes, result, timing) of cuBLAS through torch, in a CUDA graph."""
     import torch
 
@@ -122,7 +147,7 @@ def time_torch(dense, x):
     with torch.cuda.graph(graph):
         kept = [m @ vectors for m in matrices]
     seconds = []
-    for _ in range(REPEATS.value + 1):
+    for _ in range(repeats + 1):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -134,29 +159,29 @@ def time_torch(dense, x):
     return dense.nbytes, result.T if x.ndim > 1 else result, timing
 
 
-def time_read(count: int) -> float:
+def time_read(count: int, repeats: int) -> float:
     """Median seconds that a kernel takes to read `count` bytes."""
     from examples.benchmarks import read_floor as read
 
     size = max(1, count // 16) * 8
     array = benchmark.random_sparse(1, size, 1.0, "float16").reshape(-1)
     arrays = benchmark.distinct(array)
-    return benchmark.time_products(read.read, arrays, repeats=REPEATS.value).median
+    return benchmark.time_products(read.read, arrays, repeats=repeats).median
 
 
-def measure(name, dense, x, y) -> dict:
+def measure(name, dense, x, y, settings) -> dict:
     """Checks one implementation, then times it."""
     if name == "torch":
-        matrix, (size, result, timing) = None, time_torch(dense, x)
+        matrix, (size, result, timing) = None, time_torch(dense, x, settings.repeats)
     else:
         matrix, product = MAKERS[name](dense)
-        product = PRODUCTS[PRODUCT.value](product)
+        product = PRODUCTS[settings.product](product)
         size, result = benchmark.nbytes(matrix), jax.jit(product)(matrix, x, y)
         matrices = benchmark.distinct(matrix)
-        timing = benchmark.time_products(product, matrices, x, y, repeats=REPEATS.value)
-    error = error_of(result, dense, x, y, matrix)
+        timing = benchmark.time_products(product, matrices, x, y, repeats=settings.repeats)
+    error = error_of(settings.product, result, dense, x, y, matrix)
     if not error < TOLERANCE[x.dtype.name]:
-        raise AssertionError(f"{name} is wrong: relative error {error:.1e}")
+        raise ArithmeticError(f"{name} is wrong: relative error {error:.1e}")
     record = {
         "implementation": name,
         "bytes": size,
@@ -166,35 +191,62 @@ def measure(name, dense, x, y) -> dict:
         "microseconds_p90": 1e6 * timing.p90,
         "gigabytes_per_second": size / timing.median / 1e9,
     }
-    if READ_FLOOR.value and jax.default_backend() == "gpu":
-        floor = time_read(size)
+    if settings.read_floor and jax.default_backend() == "gpu":
+        floor = time_read(size, settings.repeats)
         record |= {"read_floor_microseconds": 1e6 * floor, "of_read_floor": floor / timing.median}
     return record
 
 
-def save(out: str, records: list) -> None:
+def save(settings, records: list) -> None:
     """Writes all records so far, as JSON with the environment and as a table."""
-    command = " ".join(["python -m examples.benchmarks.benchmark_spmv", *sys.argv[1:]])
     environment = benchmark.environment()
-    if "torch" in IMPLEMENTATIONS.value:
+    if "torch" in settings.implementation:
         environment["versions"]["torch"] = importlib.metadata.version("torch")
-    whole = {"command": command, **environment, "records": records}
-    write_json(f"{out}.json", whole)
+    command = cli.command("benchmarks.benchmark_spmv")
+    write_json(f"{settings.out}.json", {"command": command, **environment, "records": records})
     columns = list(dict.fromkeys(key for record in records for key in record))
-    with replacing(f"{out}.csv") as table, table.open("w", newline="") as file:
+    with replacing(f"{settings.out}.csv") as table, table.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(records)
 
 
-def main(_):
-    unknown = set(IMPLEMENTATIONS.value) - set(MAKERS) - {"torch"}
-    if unknown:
-        raise app.UsageError(
-            f"unknown --implementations {sorted(unknown)}; choose of {[*MAKERS, 'torch']}"
+def measure_case(shape, density, dtype, batch, settings) -> list[dict]:
+    """The records of all implementations for one matrix and number of vectors."""
+    rows, cols = benchmark.parse_shape(shape)
+    dense = benchmark.random_sparse(rows, cols, density, dtype)
+    x = jax.random.normal(jax.random.key(1), (batch, cols), dtype)
+    y = jax.random.normal(jax.random.key(2), (batch, rows), dtype)
+    x, y = (x[0], y[0]) if batch == 1 else (x, y)
+    case = {
+        "rows": rows,
+        "cols": cols,
+        "density": density,
+        "dtype": dtype,
+        "batch": batch,
+        "product": settings.product,
+    }
+    # XLA's dense float32 products would round their operands to TensorFloat-32 on a GPU.
+    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+        group = [case | measure(name, dense, x, y, settings) for name in settings.implementation]
+    rivals = [r["microseconds"] for r in group if r["implementation"] in ("dense", "torch")]
+    for record in group:
+        if rivals:
+            record["speedup"] = min(rivals) / record["microseconds"]
+        print(
+            f"{rows:>7} x {cols:<5} {density:>7} {dtype:>9} {batch:>5} "
+            f"{record['implementation']:14} {record['microseconds']:>9.2f} "
+            f"{record['gigabytes_per_second']:>6.0f} {record.get('speedup', 0):>8.2f} "
+            f"{record.get('of_read_floor', 0):>8.2f}",
+            flush=True,
         )
-    if "torch" in IMPLEMENTATIONS.value and importlib.util.find_spec("torch") is None:
-        raise app.UsageError("torch is not installed; leave it out of --implementations")
+    return group
+
+
+def main(_):
+    settings = cli.settings(Settings)
+    if "torch" in settings.implementation and importlib.util.find_spec("torch") is None:
+        raise ValueError("torch is not installed; leave it out of --implementation")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     header = (
         f"{'rows x cols':>15} {'density':>7} {'dtype':>9} {'batch':>5} {'':14} "
@@ -202,37 +254,11 @@ def main(_):
     )
     print(header, flush=True)
     records = []
-    cases = itertools.product(SHAPES.value, DENSITIES.value, DTYPES.value, BATCHES.value)
-    for shape, density, dtype, batch in cases:
-        rows, cols = map(int, shape.split("x"))
-        dense = benchmark.random_sparse(rows, cols, float(density), dtype)
-        x = jax.random.normal(jax.random.key(1), (int(batch), cols), dtype)
-        y = jax.random.normal(jax.random.key(2), (int(batch), rows), dtype)
-        x, y = (x[0], y[0]) if batch == "1" else (x, y)
-        case = {
-            "rows": rows,
-            "cols": cols,
-            "density": float(density),
-            "dtype": dtype,
-            "batch": int(batch),
-            "product": PRODUCT.value,
-        }
-        group = [case | measure(name, dense, x, y) for name in IMPLEMENTATIONS.value]
-        rivals = [r["microseconds"] for r in group if r["implementation"] in ("dense", "torch")]
-        for record in group:
-            if rivals:
-                record["speedup"] = min(rivals) / record["microseconds"]
-            print(
-                f"{rows:>7} x {cols:<5} {density:>7} {dtype:>9} {batch:>5} "
-                f"{record['implementation']:14} {record['microseconds']:>9.2f} "
-                f"{record['gigabytes_per_second']:>6.0f} {record.get('speedup', 0):>8.2f} "
-                f"{record.get('of_read_floor', 0):>8.2f}",
-                flush=True,
-            )
-        records += group
-        save(OUT.value, records)
-    print(f"written: {OUT.value}.json, {OUT.value}.csv")
+    for case in itertools.product(settings.shape, settings.density, settings.dtype, settings.batch):
+        records += measure_case(*case, settings)
+        save(settings, records)
+    print(f"written: {settings.out}.json, {settings.out}.csv")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

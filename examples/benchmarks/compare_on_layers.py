@@ -1,6 +1,6 @@
 """Prunes and factorizes real layers by every method and compares with the reference errors.
 
-    python -m examples.benchmarks.compare_on_layers --methods=admm,published,quality
+    python -m examples.benchmarks.compare_on_layers --method=admm --method=quality
 
 Reads the layers of --data (their README says what they are) and prints, for each layer, density and
 method, the relative output error on the calibration text and on other text, both also as ratio to
@@ -8,29 +8,50 @@ the published program's, with non-zeros, packed bytes and seconds. The record is
 every case, so that a long run can be watched.
 """
 
+import dataclasses
 import datetime
+import itertools
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import dsf_jax
 from dsf_jax.solvers.budget import packed_nbytes
 from dsf_jax.solvers.factorize import PRESETS
 from dsf_jax.solvers.pruners import METHODS
+from examples import cli
 from examples.records import write_json
 
-_DATA = flags.DEFINE_string("data", "tests/data/dsf_layers", "Folder of .npz layers.")
-_LAYERS = flags.DEFINE_list("layers", None, "Layers such as l0.query; all in --data if not given.")
-_DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.4", "0.3", "0.2"], "Densities.")
-_METHODS = flags.DEFINE_list("methods", [*METHODS, *PRESETS], "Pruning methods and presets.")
-_OPTIONS = flags.DEFINE_string("options", "{}", "JSON object of options over the presets.")
-_OUTPUT = flags.DEFINE_string("output", "runs/compare_on_layers.json", "Where the record goes.")
+flags.DEFINE_string("data", "tests/data/dsf_layers", "Folder of .npz layers.")
+flags.DEFINE_multi_string(
+    "layer", [], "Layer such as l0.query; repeatable; by default all in --data."
+)
+flags.DEFINE_multi_float("density", [0.5, 0.4, 0.3, 0.2], "Density; repeatable.", 0, 1)
+flags.DEFINE_multi_enum(
+    "method",
+    [*METHODS, *PRESETS],
+    [*METHODS, *PRESETS],
+    "Pruning method or preset of the factorization; repeatable.",
+)
+flags.DEFINE_string("dsf_options", "{}", "JSON object of options over the presets.")
+flags.DEFINE_string("out", "runs/compare_on_layers.json", "File of the record.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run compares; the flags of the same names say what each is."""
+
+    data: str
+    layer: tuple[str, ...]
+    density: tuple[float, ...]
+    method: tuple[str, ...]
+    dsf_options: str
+    out: str
 
 
 def load_layer(path):
@@ -79,11 +100,13 @@ def run_case(weight, gram, other, density, method, options):
 
 
 def main(_):
-    reference = load_reference(_DATA.value)
-    layers = _LAYERS.value or sorted(path.stem for path in Path(_DATA.value).glob("*.npz"))
+    settings = cli.settings(Settings)
+    options = cli.read_options(settings.dsf_options)
+    reference = load_reference(settings.data)
+    layers = settings.layer or sorted(path.stem for path in Path(settings.data).glob("*.npz"))
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": "python -m examples.benchmarks.compare_on_layers " + " ".join(sys.argv[1:]),
+        "command": cli.command("benchmarks.compare_on_layers"),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
@@ -93,23 +116,22 @@ def main(_):
         "layer         density method      error    other    | to published, other | nnz, bytes, s"
     )
     for layer in layers:
-        arrays = load_layer(Path(_DATA.value) / f"{layer}.npz")
-        for density in map(float, _DENSITIES.value):
-            for method in _METHODS.value:
-                case = run_case(*arrays, density, method, json.loads(_OPTIONS.value))
-                case = {"layer": layer, "density": density, "method": method, **case}
-                if published := reference.get((layer, "published DSF", density)):
-                    case["ratio_to_published"] = case["relative_output_error"] / published[0]
-                    case["ratio_to_published_on_other_text"] = case["on_other_text"] / published[1]
-                record["results"].append(case)
-                print(
-                    f"{layer:13} {density:<7} {method:10} {case['relative_output_error']:.6f} "
-                    f"{case['on_other_text']:.6f} | {case.get('ratio_to_published', 0):.3f} "
-                    f"{case.get('ratio_to_published_on_other_text', 0):.3f} | "
-                    f"{case['nonzeros']} {case['packed_bytes']} {case['seconds']}",
-                    flush=True,
-                )
-                write_json(_OUTPUT.value, record)
+        arrays = load_layer(Path(settings.data) / f"{layer}.npz")
+        for density, method in itertools.product(settings.density, settings.method):
+            case = run_case(*arrays, density, method, options)
+            case = {"layer": layer, "density": density, "method": method, **case}
+            if published := reference.get((layer, "published DSF", density)):
+                case["ratio_to_published"] = case["relative_output_error"] / published[0]
+                case["ratio_to_published_on_other_text"] = case["on_other_text"] / published[1]
+            record["results"].append(case)
+            print(
+                f"{layer:13} {density:<7} {method:10} {case['relative_output_error']:.6f} "
+                f"{case['on_other_text']:.6f} | {case.get('ratio_to_published', 0):.3f} "
+                f"{case.get('ratio_to_published_on_other_text', 0):.3f} | "
+                f"{case['nonzeros']} {case['packed_bytes']} {case['seconds']}",
+                flush=True,
+            )
+            write_json(settings.out, record)
     _print_means(record["results"])
 
 
@@ -131,4 +153,4 @@ def _print_means(results):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -1,58 +1,241 @@
-"""Draws speed-up over dense against density, a line per shape, from records of benchmark_spmv.
+"""Draws the figures of the documentation from records.
 
-    python -m examples.benchmarks.plot_results --record=docs/results/spmv_h200.json --out=docs/spmv_h200.png
+    python -m examples.benchmarks.plot_results --kind=spmv --record=runs/spmv.json --out=spmv.png
 
-Several records, of one device, are given one after the other, between commas.
+Kinds, and who writes their records:
+
+- spmv: speed-up over dense against density, a line per shape; examples.benchmarks.benchmark_spmv.
+- decode: tokens a second and memory by density; examples.benchmarks.benchmark_decode.
+- methods: quality lost against stored bytes, a line per method;
+  examples.benchmarks.compare_methods.
+- errors: relative output error by layer; report.json of examples.compress_llm, or what
+  `to_dict` of a report of `dsf_jax.compress_model` gives, as JSON.
+
+Several records of one kind are joined: measurements of one device, or layers of one model.
 """
 
 import collections
+import dataclasses
 import json
 import pathlib
+import re
 
-from absl import app, flags
+from absl import flags
 
+from examples import cli
+from examples.llama.json_file import read_json
 from examples.records import replacing
 
-RECORDS = flags.DEFINE_list(
-    "record", ["runs/spmv.json"], "Written by examples.benchmarks.benchmark_spmv."
-)
-OUT = flags.DEFINE_string("out", "runs/spmv.png", "The figure.")
-IMPLEMENTATION = flags.DEFINE_string("implementation", "macko", "Whose speed-up to draw.")
+GREY = "0.45"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is drawn; the flags of the same names say what each is."""
+
+    kind: str
+    record: tuple[str, ...]
+    implementation: str
+    out: str
+
+
+def only(records, field):
+    """The one value that a field has in all records."""
+    values = {json.dumps(record[field]) for record in records}
+    if len(values) > 1:
+        raise ValueError(
+            f"records of several {field}s, {', '.join(sorted(values))}; draw each on its own"
+        )
+    return json.loads(values.pop())
+
+
+def annotate(axes, text, place, offset=(0, 5), **options):
+    """Writes a label `offset` points from a place of the axes."""
+    options = {"fontsize": "x-small", "ha": "center", "va": "bottom"} | options
+    axes.annotate(text, place, xytext=offset, textcoords="offset points", **options)
+
+
+def draw_spmv(records, implementation, pyplot):
+    """Speed-up over dense against density, a line per shape."""
+    lines = collections.defaultdict(dict)
+    dtypes = set()
+    for r in (r for record in records for r in record["records"]):
+        if r["implementation"] == implementation and r["batch"] == 1 and "speedup" in r:
+            lines[r["rows"], r["cols"], r["dtype"]][r["density"]] = r["speedup"]
+            dtypes.add(r["dtype"])
+    if not lines:
+        raise ValueError(
+            f"the records have no speed-up of {implementation!r} for one vector; run "
+            "benchmark_spmv with --implementation=macko --implementation=dense"
+        )
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    # The lines in the order in which they begin, so that the legend reads as the figure does.
+    for (rows, cols, dtype), points in sorted(
+        lines.items(), key=lambda line: -line[1][min(line[1])]
+    ):
+        label = f"{rows} x {cols}" + (f", {dtype}" if len(dtypes) > 1 else "")
+        points = sorted(points.items())
+        axes.plot(*zip(*points), marker="o", markersize=4, linewidth=1.4, label=label)
+    densities = sorted({density for points in lines.values() for density in points})
+    for density in densities:
+        found = [points[density] for points in lines.values() if density in points]
+        least, most = (f"{value:.2f}" for value in (min(found), max(found)))
+        text = least if least == most else f"{least} to {most}"
+        annotate(axes, text, (density, max(found)), (5, 3), ha="left")
+    axes.axhline(1, color="black", linewidth=1)
+    axes.plot(1, 1, marker="s", color="black", clip_on=False)
+    annotate(axes, "dense", (1, 1), (2, 5), ha="right")
+    axes.set(
+        xlabel="density (share of weights that are stored)",
+        ylabel="speed-up over the faster dense product",
+        xlim=(0, 1.02),
+        ylim=(0, None),
+        xticks=[0, *densities, 1],
+        title=f"MACKO SpMV, {', '.join(sorted(dtypes))}, {only(records, 'device')}",
+    )
+    axes.margins(y=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="small", title="rows x cols", frameon=False)
+    return figure
+
+
+def draw_decode(records, pyplot):
+    """Tokens a second and memory, a bar per density."""
+    results = sorted(
+        (result for record in records for result in record["results"]), key=lambda r: r["density"]
+    )
+    device, dtype = only(records, "device"), only(records, "dtype")
+    name = (only(records, "config") or {"name": "checkpoints"})["name"]
+    names = ["dense" if r["density"] == 1 else f"{r['density']:g}" for r in results]
+    dense = next((r for r in results if r["density"] == 1), None)
+    colors = [GREY if r is dense else "C0" for r in results]
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
+    values = [r["tokens_per_second"] for r in results]
+    speed.bar(names, values, width=0.6, color=colors)
+    for i, value in enumerate(values):
+        times = f"\n{value / dense['tokens_per_second']:.2f} x" if dense else ""
+        annotate(speed, f"{value:.0f}{times}", (i, value), (0, 2), fontsize="small")
+    weights = [r["weight_bytes"] / 1e9 for r in results]
+    peaks = [(r["peak_bytes"] or r["weight_bytes"]) / 1e9 for r in results]
+    memory.bar(names, weights, width=0.6, color=colors)
+    rest = [peak - held for peak, held in zip(peaks, weights)]
+    memory.bar(
+        names, rest, width=0.6, bottom=weights, color="0.8", label="KV cache and temporaries"
+    )
+    for i, (held, peak) in enumerate(zip(weights, peaks)):
+        annotate(memory, f"{peak:.1f}", (i, peak), (0, 2), fontsize="small")
+        annotate(memory, f"{held:.1f}", (i, held / 2), (0, 0), color="white", fontsize="small")
+    memory.legend(fontsize="small", frameon=False, loc="upper left")
+    for axes, label, top in ((speed, "tokens a second", values), (memory, "GB at the peak", peaks)):
+        axes.set(xlabel="density", ylabel=label, ylim=(0, 1.2 * max(top)))
+        axes.spines[["top", "right"]].set_visible(False)
+    prompt, batch = only(records, "prompt"), only(records, "batch")
+    figure.suptitle(
+        f"Decoding with the shape of {name}, {dtype}, {device}; batch {batch}, "
+        f"prompt of {prompt} tokens",
+        fontsize="medium",
+    )
+    return figure
+
+
+def draw_methods(records, pyplot):
+    """Bits per byte lost against stored megabytes, a line per method; points have their density."""
+    dense = only(records, "dense")
+    rows = [row for record in records for row in record["rows"]]
+    figure, axes = pyplot.subplots(figsize=(8, 5.2), layout="constrained")
+    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        found = [
+            (row["bytes"] / 1e6, row["bits_per_byte"] - dense["bits_per_byte"], row)
+            for row in rows
+            if row["method"] == method
+        ]
+        sizes, lost, kept = zip(
+            *sorted((point for point in found if point[1] > 0), key=lambda p: p[0])
+        )
+        (line,) = axes.plot(sizes, lost, marker="o", markersize=4, label=method)
+        # Neighbouring lines have their labels on opposite sides.
+        sides = [((3, 2), "left", "bottom"), ((-3, -2), "right", "top")]
+        for x, y, row in zip(sizes, lost, kept):
+            left = i % 2 and x < dense["bytes"] / 1e6
+            offset, align, height = sides[1 if left else 0]
+            text, color = f"{row['asked_density']:g}", line.get_color()
+            annotate(axes, text, (x, y), offset, ha=align, va=height, fontsize=6.5, color=color)
+    axes.axvline(dense["bytes"] / 1e6, color=GREY, linewidth=1)
+    axes.set(
+        xlabel="stored megabytes of the whole model",
+        yscale="log",
+        ylabel=f"bits per byte lost, of {dense['bits_per_byte']:.3f}",
+        title="Byte-level language model of 8 million parameters; numbers: density",
+    )
+    annotate(
+        axes,
+        f"dense, {dense['bytes'] / 1e6:.1f} MB",
+        (dense["bytes"] / 1e6, axes.get_ylim()[1]),
+        (-4, -4),
+        ha="right",
+        va="top",
+        color=GREY,
+        fontsize="small",
+    )
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="small", frameon=False, loc="lower left")
+    return figure
+
+
+def draw_errors(records, pyplot):
+    """Relative output error of each layer: against the number of its block, a line per kind."""
+    kinds = collections.defaultdict(list)
+    for i, layer in enumerate(layer for record in records for layer in record["layers"]):
+        numbered = re.fullmatch(r"(?:.*/)?(\d+)/(.*)", layer["path"])
+        block, kind = (int(numbered[1]), numbered[2]) if numbered else (i, layer["path"])
+        kinds[kind].append((block, layer["error"]))
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for kind, points in kinds.items():
+        axes.plot(*zip(*sorted(points)), marker="o", markersize=4, linewidth=1.4, label=kind)
+    blocks = sorted({block for points in kinds.values() for block, _ in points})
+    methods = sorted({layer["method"] for record in records for layer in record["layers"]})
+    density = ", ".join(f"{record['density']:.2g}" for record in records)
+    axes.set(
+        xlabel="block",
+        yscale="log",
+        ylabel="relative output error",
+        xticks=blocks if len(blocks) <= 16 else blocks[:: len(blocks) // 8],
+        title=f"{', '.join(methods)} at density {density}",
+    )
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="small", frameon=False)
+    return figure
+
+
+KINDS = {"decode": draw_decode, "methods": draw_methods, "errors": draw_errors, "spmv": draw_spmv}
+flags.DEFINE_enum("kind", "spmv", list(KINDS), "Which figure to draw.")
+flags.DEFINE_multi_string("record", ["runs/spmv.json"], "Record to draw; repeatable.")
+flags.DEFINE_string("implementation", "macko", "Whose speed-up --kind=spmv draws.")
+flags.DEFINE_string("out", "runs/figure.png", "File of the figure; its ending says the format.")
 
 
 def main(_):
+    settings = cli.settings(Settings)
     try:
+        import matplotlib
         from matplotlib import pyplot
     except ImportError as error:
-        raise SystemExit("matplotlib is missing: pip install 'macko-dsf-jax[plots]'") from error
-    records = [json.loads(pathlib.Path(path).read_text()) for path in RECORDS.value]
-    devices = {record["device"] for record in records}
-    if len(devices) > 1:
-        raise SystemExit(f"records of several devices, {sorted(devices)}; draw each on its own")
-    lines = collections.defaultdict(list)
-    for r in (r for record in records for r in record["records"]):
-        if r["implementation"] == IMPLEMENTATION.value and r["batch"] == 1 and "speedup" in r:
-            lines[r["rows"], r["cols"], r["dtype"]].append((r["density"], r["speedup"]))
-    if not lines:
-        raise SystemExit(
-            f"{', '.join(RECORDS.value)}: no speed-up of {IMPLEMENTATION.value!r} "
-            "at batch 1; run benchmark_spmv with --implementations=macko,dense"
-        )
-    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
-    for (rows, cols, dtype), points in sorted(lines.items()):
-        axes.plot(*zip(*sorted(points)), marker="o", label=f"{rows} x {cols}, {dtype}")
-    axes.axhline(1, color="grey", linewidth=1)
-    axes.set(
-        xlabel="density",
-        ylabel="speed-up over the faster dense product",
-        ylim=(0, None),
-        title=f"MACKO SpMV, {records[0]['device']}, jax {records[0]['versions']['jax']}",
-    )
-    axes.legend(fontsize="small")
-    with replacing(OUT.value) as temporary:
-        figure.savefig(temporary, dpi=150, format=pathlib.Path(OUT.value).suffix[1:])
-    print(f"written: {OUT.value}")
+        raise ImportError("matplotlib is missing: pip install 'macko-dsf-jax[plots]'") from error
+    matplotlib.use("agg")
+    records = [read_json(path) for path in settings.record]
+    options = [settings.implementation] if settings.kind == "spmv" else []
+    try:
+        figure = KINDS[settings.kind](records, *options, pyplot)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{', '.join(settings.record)}: no records of --kind={settings.kind} ({error!r})"
+        ) from error
+    with replacing(settings.out) as temporary:
+        figure.savefig(temporary, dpi=150, format=pathlib.Path(settings.out).suffix[1:] or "png")
+    print(f"written: {settings.out}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""Timing of products: distinct matrices from memory, not from a cache, and results checked first."""
+"""Timing of products: distinct matrices from memory, not from a cache; results checked first."""
 
 import dataclasses
 import datetime
@@ -27,6 +27,14 @@ class Timing:
     p90: float
 
 
+def parse_shape(text: str) -> tuple[int, int]:
+    """(rows, cols) of a shape such as "4096x11008"."""
+    rows, _, cols = text.partition("x")
+    if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
+        raise ValueError(f"a shape is given as ROWSxCOLS, such as 4096x11008; got {text!r}")
+    return int(rows), int(cols)
+
+
 def copies(size: int) -> int:
     """How many matrices of `size` bytes make up the rotation of the default backend."""
     total, most = ROTATION.get(jax.default_backend(), ROTATION["cpu"])
@@ -34,7 +42,7 @@ def copies(size: int) -> int:
 
 
 def nbytes(matrix) -> int:
-    """Of all arrays of a matrix, whatever its format."""
+    """Bytes of all arrays of a matrix, whatever its format."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(matrix))
 
 

@@ -1,39 +1,59 @@
 """Times the ways of a product with several vectors, to find from how many on which is the fastest.
 
-    python -m examples.benchmarks.tune_many --shapes=4096x11008 --densities=0.5,0.1 --batches=8,16,32
+    python -m examples.benchmarks.tune_many --shape=4096x11008 --density=0.5 --batch=8
 
 The ways are those of macko_jax/gpu/select.py: passes over the packed matrix, and a dense decode
 with a dense product. Printed and saved is what each takes, and which one the rule in
 macko_jax/gpu/tuning.py chooses, where a better rule would go.
 """
 
+import dataclasses
 import functools
 import itertools
 
 import jax
-from absl import app, flags
+from absl import flags
 
 import macko_jax
+from examples import cli
 from examples.benchmarks import timing as benchmark
 from examples.records import write_json
 from macko_jax.gpu import select as products
 from macko_jax.ops import dispatch
 
-SHAPES = flags.DEFINE_list("shapes", ["4096x11008", "22016x4096"], "Matrices, rows x cols.")
-DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.3", "0.1"], "Shares of non-zeros.")
-BATCHES = flags.DEFINE_list("batches", ["8", "16", "32", "64", "512"], "Numbers of vectors.")
-PRODUCT = flags.DEFINE_enum("product", "spmv", list(products.WAYS), "Forward or transposed.")
-DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "bfloat16", "float32"], "Of the vectors.")
-VALUES = flags.DEFINE_string("values", None, "Type of the values, if not that of the vectors.")
-ENCODING = flags.DEFINE_string("encoding", None, "As in macko_jax.compress; None chooses.")
-MOST_PASSES = flags.DEFINE_integer("most_passes", 64, "Vectors, beyond which passes are left out.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Passes over all matrices.", lower_bound=1)
-OUT = flags.DEFINE_string("out", "runs/tune_many.json", "Where the record goes.")
+flags.DEFINE_multi_string("shape", ["4096x11008", "22016x4096"], "Matrix, rows x cols; repeatable.")
+flags.DEFINE_multi_float("density", [0.5, 0.3, 0.1], "Share of non-zeros; repeatable.", 0, 1)
+flags.DEFINE_multi_integer(
+    "batch", [8, 16, 32, 64, 512], "Vectors at a time; repeatable.", lower_bound=1
+)
+flags.DEFINE_enum("product", "spmv", list(products.WAYS), "Forward or transposed.")
+flags.DEFINE_enum("dtype", "float16", ["float16", "bfloat16", "float32"], "Type of the vectors.")
+flags.DEFINE_string("values", None, "Type of the values, if not that of the vectors.")
+flags.DEFINE_string("encoding", None, "Encoding, as in macko_jax.compress; by default its choice.")
+flags.DEFINE_integer("most_passes", 64, "Vectors, beyond which passes are left out.")
+flags.DEFINE_integer("repeats", 5, "Passes over all matrices.", lower_bound=1)
+flags.DEFINE_string("out", "runs/tune_many.json", "File of the record.")
 
 
-def multiply(way: str, matrix, x) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run times; the flags of the same names say what each is."""
+
+    shape: tuple[str, ...]
+    density: tuple[float, ...]
+    batch: tuple[int, ...]
+    product: str
+    dtype: str
+    values: str | None
+    encoding: str | None
+    most_passes: int
+    repeats: int
+    out: str
+
+
+def multiply(product: str, way: str, matrix, x) -> jax.Array:
     """The product by one of the ways, without scales of 8-bit values."""
-    return products.WAYS[PRODUCT.value][way](
+    return products.WAYS[product][way](
         matrix.values,
         x,
         matrix.codes,
@@ -47,40 +67,44 @@ def multiply(way: str, matrix, x) -> jax.Array:
     )
 
 
-def tune(matrices: list, batch: int) -> dict:
+def tune(settings, matrices: list, batch: int) -> dict:
     """Microseconds by way, and the way that is chosen."""
-    length = matrices[0].shape[PRODUCT.value == "spmv"]
-    x = jax.random.normal(jax.random.key(1), (batch, length), DTYPE.value)
-    problem = dispatch.problem_of(PRODUCT.value, "cuda", matrices[0], x, x.dtype)
+    length = matrices[0].shape[settings.product == "spmv"]
+    x = jax.random.normal(jax.random.key(1), (batch, length), settings.dtype)
+    problem = dispatch.problem_of(settings.product, "cuda", matrices[0], x, x.dtype)
     microseconds = {}
-    for way in products.WAYS[PRODUCT.value]:
-        if way == "passes" and batch > MOST_PASSES.value:
+    for way in products.WAYS[settings.product]:
+        if way == "passes" and batch > settings.most_passes:
             continue
         if products.why_not_by(way, problem) is None:
             timing = benchmark.time_products(
-                functools.partial(multiply, way), matrices, x, repeats=REPEATS.value
+                functools.partial(multiply, settings.product, way),
+                matrices,
+                x,
+                repeats=settings.repeats,
             )
             microseconds[way] = 1e6 * timing.median
     return {"batch": batch, "microseconds": microseconds, "chosen": products.way(problem)}
 
 
 def main(_):
+    settings = cli.settings(Settings)
     if jax.default_backend() != "gpu":
-        raise app.UsageError(f"the ways are kernels; this needs a GPU, not {jax.default_backend()}")
+        raise ValueError(f"the ways are kernels; this needs a GPU, not {jax.default_backend()}")
     record = {
         **benchmark.environment(),
-        "product": PRODUCT.value,
-        "dtype": DTYPE.value,
+        "product": settings.product,
+        "dtype": settings.dtype,
         "cases": [],
     }
-    for shape, density in itertools.product(SHAPES.value, DENSITIES.value):
-        rows, cols = map(int, shape.split("x"))
-        dense = benchmark.random_sparse(rows, cols, float(density), DTYPE.value)
+    for shape, density in itertools.product(settings.shape, settings.density):
+        rows, cols = benchmark.parse_shape(shape)
+        dense = benchmark.random_sparse(rows, cols, density, settings.dtype)
         matrices = benchmark.distinct(
-            macko_jax.compress(dense, encoding=ENCODING.value, dtype=VALUES.value)
+            macko_jax.compress(dense, encoding=settings.encoding, dtype=settings.values)
         )
         first = matrices[0]
-        times = [tune(matrices, int(batch)) for batch in BATCHES.value]
+        times = [tune(settings, matrices, batch) for batch in settings.batch]
         for row in times:
             each = "  ".join(f"{way} {t:.1f}" for way, t in row["microseconds"].items())
             print(
@@ -92,7 +116,7 @@ def main(_):
             {
                 "rows": rows,
                 "cols": cols,
-                "density": float(density),
+                "density": density,
                 "encoding": first.encoding,
                 "lanes": first.lanes,
                 "stored": first.stored,
@@ -100,8 +124,8 @@ def main(_):
                 "times": times,
             }
         )
-        write_json(OUT.value, record)
+        write_json(settings.out, record)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

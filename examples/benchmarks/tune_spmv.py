@@ -1,6 +1,6 @@
 """Times the settings of the GPU kernel, to find the best for a device.
 
-    python -m examples.benchmarks.tune_spmv --shapes=4096x4096,22016x4096 --densities=0.5,0.1
+    python -m examples.benchmarks.tune_spmv --shape=4096x4096 --density=0.5
 
 Every number of lanes a row (fixed when a matrix is packed) is tried with every pair of warps and
 unroll. Printed and saved are the times, the best first, beside those of the default rule in
@@ -12,31 +12,47 @@ import functools
 import itertools
 
 import jax
-from absl import app, flags
+from absl import flags
 
 import macko_jax
+from examples import cli
 from examples.benchmarks import timing as benchmark
 from examples.records import write_json
 from macko_jax.gpu import row_walk as strips
 from macko_jax.gpu import spmv
 
-SHAPES = flags.DEFINE_list("shapes", ["4096x4096", "11008x4096"], "Matrices, rows x cols.")
-DENSITIES = flags.DEFINE_list("densities", ["0.5", "0.3", "0.1"], "Shares of non-zeros.")
-DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "bfloat16"], "Of matrix and vector.")
-VALUES = flags.DEFINE_string("values", None, "Type of the values, if not that of the vector.")
-ENCODING = flags.DEFINE_string("encoding", None, "As in macko_jax.compress; None chooses.")
-LANES = flags.DEFINE_multi_integer("lanes", [8, 16, 32], "Lanes that share a row.")
-SETTINGS = flags.DEFINE_list(
-    "settings",
+flags.DEFINE_multi_string("shape", ["4096x4096", "11008x4096"], "Matrix, rows x cols; repeatable.")
+flags.DEFINE_multi_float("density", [0.5, 0.3, 0.1], "Share of non-zeros; repeatable.", 0, 1)
+flags.DEFINE_enum("dtype", "float16", ["float16", "bfloat16"], "Type of matrix and vector.")
+flags.DEFINE_string("values", None, "Type of the values, if not that of the vector.")
+flags.DEFINE_string("encoding", None, "Encoding, as in macko_jax.compress; by default its choice.")
+flags.DEFINE_multi_integer("lanes", [8, 16, 32], "Lanes that share a row; repeatable.")
+flags.DEFINE_multi_string(
+    "warps_and_unroll",
     ["32x1", "32x2", "32x4", "28x2", "24x2", "24x4", "16x4"],
-    "Warps of a block x groups that a lane loads ahead.",
+    "Warps of a block x groups that a lane loads ahead; repeatable.",
 )
-REPEATS = flags.DEFINE_integer("repeats", 5, "Passes over all matrices.", lower_bound=1)
-OUT = flags.DEFINE_string("out", "runs/tune_spmv.json", "Where the record goes.")
+flags.DEFINE_integer("repeats", 5, "Passes over all matrices.", lower_bound=1)
+flags.DEFINE_string("out", "runs/tune_spmv.json", "File of the record.")
 
 
-def time_settings(matrices, x, **changes) -> float:
-    """Median microseconds of a product with changed settings, without scales of 8-bit values."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run times; the flags of the same names say what each is."""
+
+    shape: tuple[str, ...]
+    density: tuple[float, ...]
+    dtype: str
+    values: str | None
+    encoding: str | None
+    lanes: tuple[int, ...]
+    warps_and_unroll: tuple[str, ...]
+    repeats: int
+    out: str
+
+
+def time_plan(matrices, x, repeats, **changes) -> float:
+    """Median microseconds of a product by a changed plan, without scales of 8-bit values."""
 
     def product(m, x):
         static = strips.Matrix(m.shape, m.encoding, m.lanes, m.stored, m.values.dtype)
@@ -44,43 +60,49 @@ def time_settings(matrices, x, **changes) -> float:
         plan = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, **changes))
         return spmv.run(plan, x.dtype, m.values, m.codes, m.row_offsets, m.starts, x[None])
 
-    return 1e6 * benchmark.time_products(product, matrices, x, repeats=REPEATS.value).median
+    return 1e6 * benchmark.time_products(product, matrices, x, repeats=repeats).median
 
 
-def tune(rows: int, cols: int, density: float) -> list[dict]:
-    """The times of all settings for one matrix, the fastest first."""
-    dense = benchmark.random_sparse(rows, cols, density, DTYPE.value)
-    x = jax.random.normal(jax.random.key(1), cols, DTYPE.value)
-    pack = functools.partial(macko_jax.compress, dense, encoding=ENCODING.value, dtype=VALUES.value)
+def tune(settings, rows: int, cols: int, density: float) -> list[dict]:
+    """The times of all plans for one matrix, the fastest first."""
+    dense = benchmark.random_sparse(rows, cols, density, settings.dtype)
+    x = jax.random.normal(jax.random.key(1), cols, settings.dtype)
+    pack = functools.partial(
+        macko_jax.compress, dense, encoding=settings.encoding, dtype=settings.values
+    )
     default, out = pack().lanes, []
-    for lanes in LANES.value:
+    for lanes in settings.lanes:
         matrix = pack(lanes=lanes)
         matrices = benchmark.distinct(matrix)
-        for pair in ["default"] * (lanes == default) + SETTINGS.value:
+        for pair in ["default"] * (lanes == default) + list(settings.warps_and_unroll):
             changes = {}
             if pair != "default":
-                warps, unroll = map(int, pair.split("x"))
+                warps, unroll = benchmark.parse_shape(pair)
                 changes = {"warps": warps, "unroll": unroll}
             out.append(
                 {
                     "lanes": lanes,
                     "settings": pair,
                     "encoding": matrix.encoding,
-                    "microseconds": time_settings(matrices, x, **changes),
+                    "microseconds": time_plan(matrices, x, settings.repeats, **changes),
                 }
             )
     return sorted(out, key=lambda row: row["microseconds"])
 
 
 def main(_):
+    settings = cli.settings(Settings)
     if jax.default_backend() != "gpu":
-        raise app.UsageError(
-            f"settings are of kernels; this needs a GPU, not {jax.default_backend()}"
-        )
-    record = {**benchmark.environment(), "dtype": DTYPE.value, "values": VALUES.value, "cases": []}
-    for shape, density in itertools.product(SHAPES.value, DENSITIES.value):
-        rows, cols = map(int, shape.split("x"))
-        times = tune(rows, cols, float(density))
+        raise ValueError(f"plans are of kernels; this needs a GPU, not {jax.default_backend()}")
+    record = {
+        **benchmark.environment(),
+        "dtype": settings.dtype,
+        "values": settings.values,
+        "cases": [],
+    }
+    for shape, density in itertools.product(settings.shape, settings.density):
+        rows, cols = benchmark.parse_shape(shape)
+        times = tune(settings, rows, cols, density)
         default = next(t for t in times if t["settings"] == "default")
         best = "  ".join(f"{t['lanes']}:{t['settings']} {t['microseconds']:.2f}" for t in times[:4])
         print(
@@ -88,11 +110,9 @@ def main(_):
             f"{default['microseconds']:.2f} us; best {best}",
             flush=True,
         )
-        record["cases"].append(
-            {"rows": rows, "cols": cols, "density": float(density), "times": times}
-        )
-        write_json(OUT.value, record)
+        record["cases"].append({"rows": rows, "cols": cols, "density": density, "times": times})
+        write_json(settings.out, record)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)
