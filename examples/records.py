@@ -1,8 +1,8 @@
-"""Files of results: each is written under a temporary name beside it, and renamed when whole."""
+"""Files of results: text and JSON, each replaced only by a whole new one."""
 
 import json
 
-from macko_jax.io.checkpoint import replacing
+from macko_jax.io.atomic import replacing
 
 
 def write_text(path, text):

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from examples import cli
-from examples.records import replacing
+from macko_jax.io.atomic import replacing
 
 HELD_OUT = (
     "argparse",

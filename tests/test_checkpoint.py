@@ -1,5 +1,6 @@
 """Saving and loading: exact round trips, and no broken file is ever accepted."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -155,7 +156,7 @@ def test_existing_file_is_replaced_and_nothing_is_left_behind(path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("moment", ["safetensors.numpy.save_file", "os.replace"])
+@pytest.mark.parametrize("moment", ["pathlib.Path.chmod", "os.replace"])
 def test_a_failed_save_leaves_the_old_file(path, monkeypatch, moment):
     macko_jax.save(path, {"x": jnp.ones(4)})
 
@@ -167,6 +168,57 @@ def test_a_failed_save_leaves_the_old_file(path, monkeypatch, moment):
         with pytest.raises(OSError, match="no space"):
             macko_jax.save(path, {"x": jnp.zeros(4)})
     np.testing.assert_array_equal(macko_jax.load(path)["x"], np.ones(4))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
+    macko_jax.save(path, {"x": jnp.ones(4)})
+
+    def write_half(temporary, tensors, metadata):
+        temporary.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write", write_half)
+    with pytest.raises(OSError, match="no space"):
+        macko_jax.save(path, {"x": jnp.zeros(4)})
+    np.testing.assert_array_equal(macko_jax.load(path)["x"], np.ones(4))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_equal_trees_give_equal_bytes(path):
+    tree = {"b": matrix(dtype=jnp.bfloat16), "a": [jnp.ones(3), jnp.arange(5, dtype=jnp.int8)]}
+    macko_jax.save(path, tree)
+    first = path.read_bytes()
+    for _ in range(8):  # safetensors' own writer orders four entries by chance
+        macko_jax.save(path, tree)
+        assert path.read_bytes() == first
+
+
+def test_tensors_are_aligned_and_any_name_is_allowed(path):
+    expected = {
+        "a": jnp.arange(3, dtype=jnp.int8),
+        "__metadata__": jnp.arange(5.0),
+        "z": jnp.eye(2),
+    }
+    macko_jax.save(path, expected)
+    assert_same(macko_jax.load(path), expected)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    for name, entry in header.items():
+        if name != "__metadata__":
+            assert (8 + length + entry["data_offsets"][0]) % {"I8": 1, "F32": 4}[
+                entry["dtype"]
+            ] == 0
+
+
+def test_threads_save_to_one_path(path):
+    def work(value):
+        macko_jax.save(path, {"x": jnp.full(20_000, value)})
+        return np.unique(macko_jax.load(path)["x"]).size
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(work, map(float, range(40)))) == {1}
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -216,8 +268,8 @@ def test_another_version(path):
 def rewrite(path, change):
     """Read a file with safetensors, change its tensors and metadata, and write it again."""
     with safetensors.safe_open(path, framework="np") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
         metadata = file.metadata()
+    tensors = safetensors.numpy.load_file(path)
     change(tensors, metadata)
     safetensors.numpy.save_file(tensors, path, metadata=metadata)
 

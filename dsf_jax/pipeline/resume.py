@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-import os
 import pathlib
 import re
-import tempfile
 import warnings
 
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from dsf_jax.pipeline.solve import Solution
+from macko_jax.io.atomic import replacing
 
 
 def fingerprint(settings: dict, *trees) -> str:
@@ -31,9 +30,8 @@ def fingerprint(settings: dict, *trees) -> str:
 class WorkDirectory:
     """A directory with one safetensors file per finished layer.
 
-    Files are written to a temporary name and renamed, so that a file which exists is whole. Each
-    carries the fingerprint of the run; results of another model, other batches or other settings
-    are refused, never mixed in.
+    A file which exists is whole (`macko_jax.io.atomic.replacing`). Each carries the fingerprint of
+    the run; results of another model, other batches or other settings are refused, never mixed in.
 
     Args:
       path: The directory; it is made if there is none.
@@ -66,8 +64,7 @@ class WorkDirectory:
         metadata = _metadata(file) if file.exists() else None
         if metadata is None:
             return None
-        with safe_open(file, framework="numpy") as arrays:
-            values = {name: arrays.get_tensor(name) for name in arrays.keys()}
+        values = load_file(file)
         return Solution(
             product=values["product"],
             left=values.get("left"),
@@ -90,14 +87,8 @@ class WorkDirectory:
             "error": repr(solution.error),
             "seconds": repr(solution.seconds),
         }
-        handle, temporary = tempfile.mkstemp(dir=self.path, suffix=".unfinished")
-        os.close(handle)
-        try:
+        with replacing(self.file(layer)) as temporary:
             save_file(arrays, temporary, metadata)
-            os.replace(temporary, self.file(layer))
-        except BaseException:
-            os.unlink(temporary)
-            raise
 
 
 def _metadata(file) -> dict | None:

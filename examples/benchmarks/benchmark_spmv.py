@@ -21,8 +21,9 @@ from jax.experimental import sparse
 import macko_jax
 from examples import cli
 from examples.benchmarks import timing as benchmark
-from examples.records import replacing, write_json
+from examples.records import write_json
 from macko_jax.format.codes import ENCODINGS
+from macko_jax.io.atomic import replacing
 
 # Of rounding the result, and of rivals that sum in 16 bits.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 5e-2}

@@ -24,7 +24,7 @@ from absl import flags
 
 from examples import cli
 from examples.llama.json_file import read_json
-from examples.records import replacing
+from macko_jax.io.atomic import replacing
 
 GREY = "0.45"
 

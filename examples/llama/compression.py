@@ -31,17 +31,10 @@ from examples.llama import checkpoint
 from examples.llama.json_file import read_json
 from examples.llama.rope import rotation
 from examples.records import write_json
+from macko_jax.io.atomic import remove_unfinished
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 LAYERS_OF_BLOCK = 4  # qkv, out, gate_up, down
-# What macko_jax, safetensors and dsf_jax call a file while they write it.
-UNFINISHED = (
-    ".packed-*.tmp",
-    "*.json.*.tmp",
-    ".tmp??????",
-    "work/*/*.unfinished",
-    "work/*/.tmp??????",
-)
 
 
 def calibration_windows(tokens, length, count):
@@ -108,7 +101,7 @@ def compress_checkpoint(
     with _alone_in(out):
         settings = {"method": method, "density": density, "encoding": encoding}
         record = _Record(out / "report.json", settings | _inputs(stored, windows, dtype))
-        _remove_unfinished(out)
+        remove_unfinished(out)
         record.begin()
         progress = _Progress(stored.config, callback)
         model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
@@ -197,13 +190,6 @@ def _alone_in(directory):
         yield
     finally:
         os.close(handle)
-
-
-def _remove_unfinished(out):
-    """Removes the files that a killed run was writing."""
-    for pattern in UNFINISHED:
-        for path in sorted(out.glob(pattern)):
-            path.unlink()
 
 
 def _batches(windows, most):

@@ -18,7 +18,8 @@ from flax import nnx
 from examples.llama.hub_config import config_to_json, load_config
 from examples.llama.json_file import Field, read_json, regular_file
 from examples.llama.model import Llama
-from examples.records import replacing, write_json
+from examples.records import write_json
+from macko_jax.io.atomic import replacing
 
 INDEX = "model.safetensors.index.json"  # names the file of every tensor
 

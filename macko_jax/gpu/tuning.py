@@ -208,7 +208,9 @@ def groups_ahead(matrix, blocks: int, vectors: int = 1) -> int:
 def _chooses(matrix, x_dtype, vectors: int) -> bool:
     """Whether x is to lie in shared memory twice: a word for each column, if there is room."""
     one_word = vectors * jnp.dtype(x_dtype).itemsize <= 4
-    return matrix.encoding == "two_bank" and one_word and _fits(matrix, x_dtype, vectors, twice=True)
+    return (
+        matrix.encoding == "two_bank" and one_word and _fits(matrix, x_dtype, vectors, twice=True)
+    )
 
 
 def _fits(matrix, x_dtype, vectors: int, twice: bool = False) -> bool:

@@ -15,7 +15,6 @@ product. Dtypes that safetensors' NumPy reader does not know (the 8-bit floats) 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
@@ -27,31 +26,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from macko_jax.format.matrix import MackoMatrix, validate
+from macko_jax.io.atomic import replacing
 
 FORMAT = "macko_jax"
 VERSION = "1"
 
+METADATA = "__metadata__"  # no tensor of a safetensors file has this name
+
 MATRIX_ARRAYS = ("values", "codes", "row_offsets", "starts", "scales")
 
-NATIVE_DTYPES = (
-    "bool",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "uint8",
-    "uint16",
-    "uint32",
-    "uint64",
-    "float16",
-    "bfloat16",
-    "float32",
-    "float64",
-    "complex64",
-)
+# The names that safetensors gives to the types of NumPy.
+NATIVE_DTYPES = {
+    "bool": "BOOL",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+}
+# These are stored as U8.
 BYTE_DTYPES = (
     "float8_e4m3fn",
     "float8_e5m2",
@@ -64,8 +67,9 @@ BYTE_DTYPES = (
 def save(path: str | os.PathLike, tree: Any) -> None:
     """Save a pytree of arrays and MACKO matrices to one file.
 
-    The file is written under a temporary name in the same directory and then renamed, so that
-    `path` never holds half a file.
+    The file is written beside its place and then renamed (`io.atomic.replacing`), so that `path`
+    never holds half a file, and threads that save to one path do not disturb each other. Equal
+    trees give equal bytes.
 
     Args:
         path: the file; `.safetensors` is the customary suffix. An existing one is replaced.
@@ -84,28 +88,7 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     text = json.dumps(_encode(tree, (), tensors), separators=(",", ":"))
     metadata = {"format": FORMAT, "version": VERSION, "tree": text, "crc32": _crc32(text.encode())}
     with replacing(path) as temporary:
-        safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike):
-    """A temporary path beside `path`, renamed to it on success and removed on failure.
-
-    Its folder is made where it is missing. The name does not end as the file's does, so that what a
-    killed program leaves behind is not taken for a file. The file's mode is that of the umask.
-    """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what safetensors writes only its owner may read
-        temporary.unlink()
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _write(temporary, tensors, metadata)
 
 
 def load(path: str | os.PathLike) -> Any:
@@ -195,6 +178,30 @@ def _decode_file(file) -> Any:
     return tree
 
 
+def _write(path: pathlib.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whose header is in a fixed order.
+
+    The writer of the library leaves the order of the metadata to chance, so that no two files are
+    alike. As in its files, wide types come first, which keeps all tensors aligned.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header, end = {METADATA: metadata}, 0
+    for name in names:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": NATIVE_DTYPES[tensor.dtype.name],
+            "shape": tensor.shape,
+            "data_offsets": [end, end := end + tensor.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in names:
+            file.write(_as_bytes(tensors[name]).data)
+
+
 def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
     """The JSON description of a tree; its arrays are added to `tensors`."""
     place = "/".join(map(str, path))
@@ -243,15 +250,15 @@ def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
 
 def _encode_array(array: np.ndarray, place: str, tensors: dict[str, np.ndarray]) -> dict:
     dtype = array.dtype.name
-    if dtype not in NATIVE_DTYPES + BYTE_DTYPES:
+    if dtype not in (*NATIVE_DTYPES, *BYTE_DTYPES):
         raise TypeError(
             f"Cannot save the array of {dtype} at {place!r}; allowed are "
-            f"{', '.join(NATIVE_DTYPES + BYTE_DTYPES)}"
+            f"{', '.join((*NATIVE_DTYPES, *BYTE_DTYPES))}"
         )
     array = np.ascontiguousarray(array).reshape(array.shape)  # the former makes 0-d arrays 1-d
     stored = array.view(np.uint8) if dtype in BYTE_DTYPES else array
     name = place
-    while name in tensors:  # the paths ("a/b",) and ("a", "b") read the same
+    while name in tensors or name == METADATA:  # the paths ("a/b",) and ("a", "b") read the same
         name += "'"
     tensors[name] = stored
     return {"array": name, "dtype": dtype, "crc32": _crc32(_as_bytes(stored))}

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from macko_jax.format import quantization
-from macko_jax.format.matrix import MackoMatrix, compress
 from macko_jax.format.choose import shared_capacity
+from macko_jax.format.matrix import MackoMatrix, compress
 from macko_jax.nn.rules import VALUE_DTYPES, LayerReport, Rule
 from macko_jax.ops.fused import fused_spmv
 

@@ -38,13 +38,7 @@ def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, store
         return y.reshape(-1, batch)[:rows].T.astype(out_dtype)
     if encoding in DELTA_BITS and batch <= FEW:
         return _gather_slots(
-            values,
-            x.astype(acc),
-            split_parts(codes, encoding),
-            encoding,
-            row_offsets,
-            rows,
-            lanes,
+            values, x.astype(acc), split_parts(codes, encoding), encoding, row_offsets, rows, lanes
         ).astype(out_dtype)
     return reference.spmv(
         values,
