@@ -176,7 +176,9 @@ def test_second_run_in_a_directory_is_refused_and_harms_nothing(dense, packed, w
 def test_time_left_is_by_the_pace_of_what_was_solved():
     seen = []
     progress = compression._Progress(CONFIG, seen.append)
-    solved = dsf_jax.LayerReport("", "linear", (32, 32), "wanda", 0.5, None, 512, 0.1, seconds=10.0)
+    solved = dsf_jax.LayerReport(
+        "", "linear", (32, 32), 512, 4096, 4096, method="wanda", inner=None, error=0.1, seconds=10.0
+    )
     progress.add(dataclasses.replace(solved, shape=(64, 32), seconds=1e6, resumed=True))
     progress.add(solved)
     # A block is as much work as six layers of 32 x 32.

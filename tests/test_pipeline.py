@@ -448,7 +448,7 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="batches is empty"):
         compress_model(model, [], method="wanda")
     with pytest.raises(TypeError, match="dsf_jax.Rule"):
-        compress_model(model, batches, method="wanda", rules=["gate"])
+        compress_model(model, batches, method="wanda", rules=[3])
     with pytest.raises(ValueError, match="regular expression"):
         Rule("(")
 

@@ -1,10 +1,16 @@
-"""Rules by module path, and the report."""
+"""Rules by module path, and reports: one base for packing, pruning and factorization."""
 
+import csv
 import json
 
 import pytest
 
-from macko_jax.nn.rules import LayerReport, Report, Rule, assign_rules
+import dsf_jax
+import macko_jax
+from dsf_jax.pipeline.rules import match_rules
+from macko_jax.nn import report as reports
+from macko_jax.nn.report import PackedLayerReport, PackingReport
+from macko_jax.nn.rules import PathRule, Rule, assign_rules
 
 PATHS = ["embed", "layers/0/up", "layers/0/down", "layers/1/up", "layers/1/down", "head"]
 
@@ -25,16 +31,30 @@ def test_one_rule_needs_no_list():
     assert set(assign_rules(None, PATHS).values()) == {Rule()}
 
 
-def test_a_rule_matches_the_whole_path():
-    with pytest.raises(ValueError, match="'up' matches no layer"):
-        assign_rules("up", PATHS)
-
-
-def test_unmatched_rule_lists_the_paths():
+@pytest.mark.parametrize("assign", [assign_rules, match_rules])
+def test_rules_of_both_packages_match_alike(assign):
+    assigned = assign(["layers/0/.*", "head"], PATHS)
+    assert assigned["layers/0/up"].path == "layers/0/.*" and assigned["head"].path == "head"
+    assert assigned["embed"] is None
+    assert assign("head", PATHS)["head"].path == "head"  # and not four rules, a letter each
+    with pytest.raises(ValueError, match="'up' matches no layer. A rule has to match a whole path"):
+        assign("up", PATHS)
     with pytest.raises(ValueError) as error:
-        assign_rules([Rule(".*"), Rule("decoder/.*")], PATHS)
+        assign([".*", "decoder/.*"], PATHS)
     assert "'decoder/.*' matches no layer" in str(error.value)
     assert all(path in str(error.value) for path in PATHS)
+
+
+@pytest.mark.parametrize("rule", [macko_jax.Rule, dsf_jax.Rule])
+def test_rules_differ_in_their_own_fields_only(rule):
+    assert issubclass(rule, PathRule)
+    assert rule("head", True) == rule(path="head", skip=True)
+    with pytest.raises(ValueError, match="'layers/.' is not a valid regular expression"):
+        rule("layers/[")
+    other = {macko_jax.Rule: dsf_jax.Rule, dsf_jax.Rule: macko_jax.Rule}[rule]
+    package = rule.__module__.split(".")[0]
+    with pytest.raises(TypeError, match=f"A rule is a {package}.Rule or a regular .* not Rule"):
+        rule.assign([other("head")], PATHS)
 
 
 def test_model_without_layers():
@@ -46,7 +66,6 @@ def test_model_without_layers():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(path="layers/["), "not a valid regular expression"),
         (dict(max_density=80), "between 0 and 1"),
         (dict(dtype="int4"), "float16, bfloat16, float32, int8, float8_e4m3fn"),
     ],
@@ -61,28 +80,47 @@ def test_rule_of_another_type():
         assign_rules(["head", 3], PATHS)
 
 
-REPORT = Report(
+REPORT = PackingReport(
     layers=(
-        LayerReport("layers/0/up", "Linear", (512, 2048), 0.5, 4_194_304, 2_300_000, "bitmask"),
-        LayerReport(
-            "head",
-            "Linear",
-            (512, 256),
-            1.0,
-            524_288,
-            524_288,
-            skipped="from density 0.8 on dense is faster",
+        PackedLayerReport(
+            "layers/0/up", "Linear", (2048, 512), 2**19, 2**22, 2_300_000, "delta4", "delta4"
+        ),
+        PackedLayerReport(
+            "head", "Linear", (256, 512), 2**17, 2**19, 2**19, "from density 0.8 on dense is faster"
         ),
     ),
     other_bytes=1000,
 )
 
+COMPRESSED = dsf_jax.Report(
+    layers=(
+        dsf_jax.LayerReport(
+            "layers/0/up",
+            "linear",
+            (2048, 512),
+            2**19,
+            2**22,
+            2**22,
+            method="dsf",
+            inner=400,
+            error=0.0125,
+            seconds=200.0,
+        ),
+    ),
+    other_bytes=1000,
+    skipped={"head": "the output head"},
+    groups=1,
+    seconds=201.0,
+)
+
 
 def test_report_totals():
-    assert REPORT.bytes_before == 4_194_304 + 524_288 + 1000
-    assert REPORT.bytes_after == 2_300_000 + 524_288 + 1000
+    assert REPORT.bytes_before == 2**22 + 2**19 + 1000
+    assert REPORT.bytes_after == 2_300_000 + 2**19 + 1000
     assert [layer.path for layer in REPORT.packed] == ["layers/0/up"]
-    assert [layer.path for layer in REPORT.skipped] == ["head"]
+    assert REPORT.skipped == {"head": "from density 0.8 on dense is faster"}
+    assert REPORT.layers[0].density == 0.5
+    assert REPORT.density == (2**19 + 2**17) / (2**20 + 2**17)
 
 
 def test_report_prints_a_table():
@@ -90,25 +128,47 @@ def test_report_prints_a_table():
     assert lines[2].split() == [
         "layers/0/up",
         "Linear",
-        "512",
-        "x",
         "2048",
+        "x",
+        "512",
         "0.500",
         "4.19",
         "MB",
         "2.30",
         "MB",
-        "bitmask",
+        "delta4",
     ]
-    assert lines[3].endswith("skipped: from density 0.8 on dense is faster")
+    assert lines[3].endswith("from density 0.8 on dense is faster")
     assert lines[-1].endswith("1 of 2 layers packed, 60% of the bytes")
     # The columns line up: the numbers of a column end at one place.
     assert lines[2].index("4.19 MB") + 7 == lines[3].index("524.29 kB") + 9
 
 
-def test_report_as_json():
-    record = json.loads(REPORT.to_json())
-    assert record == json.loads(json.dumps(REPORT.to_dict()))
+def test_both_packages_print_alike():
+    lines = str(COMPRESSED).splitlines()
+    assert lines[0].split()[:5] == ["path", "matrix", "method", "density", "inner"]
+    assert lines[2].split()[:6] == ["layers/0/up", "2048", "x", "512", "dsf", "0.5000"]
+    assert lines[2].endswith("1.25e-02  3 min 20 s")
+    assert lines[-1] == "left as it is: head (the output head)"
+    assert isinstance(COMPRESSED, reports.Report) and isinstance(REPORT, reports.Report)
+
+
+def test_report_of_a_model_without_layers():
+    assert "0 of 0 layers packed, 100% of the bytes" in str(PackingReport((), 8))
+    assert PackingReport(()).density == 0 and PackingReport(()).to_csv() == ""
+
+
+@pytest.mark.parametrize("report", [REPORT, COMPRESSED], ids=["packed", "compressed"])
+def test_report_as_json_and_csv(report):
+    record = json.loads(report.to_json())
+    assert record == json.loads(json.dumps(report.to_dict()))
     assert record["layers"][0]["density"] == 0.5
-    assert record["layers"][1]["skipped"].startswith("from density")
-    assert record["bytes_after"] == REPORT.bytes_after
+    assert record["bytes_after"] == report.bytes_after
+    rows = list(csv.DictReader(report.to_csv().splitlines()))
+    assert [row["path"] for row in rows] == [layer.path for layer in report.layers]
+    assert rows[0]["shape"] == "2048 x 512" and float(rows[0]["density"]) == 0.5
+    if report is COMPRESSED:
+        assert record["skipped"] == {"head": "the output head"}
+        assert rows[0]["method"] == "dsf" and float(rows[0]["error"]) == 0.0125
+    else:
+        assert rows[1]["note"].startswith("from density") and rows[0]["encoding"] == "delta4"

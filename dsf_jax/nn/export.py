@@ -21,7 +21,8 @@ from dsf_jax.nn.layers import FactorizedKernel, as_tuple
 from macko_jax.format.choose import shared_capacity
 from macko_jax.nn import flax_linen, flax_nnx
 from macko_jax.nn.projection import pack_kernel, project
-from macko_jax.nn.rules import Report, Rules, assign_rules
+from macko_jax.nn.report import PackingReport
+from macko_jax.nn.rules import Rules, assign_rules
 
 
 class MackoConv(nnx.Module):
@@ -60,7 +61,7 @@ def _without_arrays(conv):
     return bare
 
 
-def pack(model: nnx.Module, rules: Rules = None) -> tuple[nnx.Module, Report]:
+def pack(model: nnx.Module, rules: Rules = None) -> tuple[nnx.Module, PackingReport]:
     """Packs the linear layers and convolutions of an NNX model into MACKO matrices.
 
     Args:
@@ -98,7 +99,7 @@ def pack(model: nnx.Module, rules: Rules = None) -> tuple[nnx.Module, Report]:
             vars(conv).clear()
             vars(conv).update(vars(packed))
             conv.__class__ = MackoConv
-    return model, Report(tuple(layers), other_bytes)
+    return model, PackingReport(tuple(layers), other_bytes)
 
 
 def _modules(model, kinds):

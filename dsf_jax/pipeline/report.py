@@ -1,37 +1,44 @@
-"""What became of each layer of a compressed model: progress lines, a table, JSON."""
+"""What became of each layer of a compressed model: progress lines, a table, JSON, CSV."""
 
 import dataclasses
-import json
-import math
+
+from macko_jax.nn import report as base
+from macko_jax.nn.report import format_shape
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReport(base.LayerReport):
+    """What became of one layer; the other attributes are those of all reports.
 
     Attributes:
-      path: Module path.
       kind: "linear", "conv" or "embedding".
       shape: (out, in) of its matrix; (groups, out, in) for grouped convolutions and experts.
+      bytes_after: Bytes of the arrays as they are now, dense with zeros; `pack` makes them small.
       method: The method that was used.
-      density: Density asked for.
       inner: Inner dimension k of a factor pair; None for one matrix.
-      nonzeros: Non-zeros kept, of both factors together.
       error: Relative output error on the calibration inputs that the layer saw.
       seconds: Time to solve it, compilation included; of the first run if it was resumed.
       resumed: Whether the result was read back from the work directory.
     """
 
-    path: str
-    kind: str
-    shape: tuple[int, ...]
     method: str
-    density: float
     inner: int | None
-    nonzeros: int
     error: float
     seconds: float
     resumed: bool = False
+
+    def cells(self):
+        common = super().cells()
+        return {
+            "path": common["path"],
+            "matrix": common["matrix"],
+            "method": self.method,
+            "density": f"{self.density:.4f}",
+            "inner": str(self.inner or "-"),
+            "non-zeros": str(self.nonzeros),
+            "error": f"{self.error:.2e}",
+            "time": format_seconds(self.seconds),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +70,13 @@ def print_progress(progress: Progress):
     print(progress, flush=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report(base.Report):
     """What became of a model; `print(report)` shows a table.
 
     Attributes:
       layers: One entry per compressed layer, in order of the data flow.
+      other_bytes: Bytes of everything else in the model.
       skipped: For each other layer or parameter matrix, why it stayed as it is.
       groups: How many times the pass was halted to solve layers.
       seconds: Wall time of the whole run.
@@ -79,64 +87,19 @@ class Report:
     groups: int
     seconds: float
 
-    @property
-    def nonzeros(self) -> int:
-        return sum(layer.nonzeros for layer in self.layers)
-
-    @property
-    def density(self) -> float:
-        """Non-zeros kept over the dense size of the compressed layers."""
-        return self.nonzeros / sum(math.prod(layer.shape) for layer in self.layers)
-
-    def to_dict(self) -> dict:
-        """The report as dicts and lists, ready for JSON."""
-        return dataclasses.asdict(self) | {"nonzeros": self.nonzeros, "density": self.density}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
+    def totals(self):
+        return [
+            {
+                "path": f"{len(self.layers)} layers",
+                "density": f"{self.density:.4f}",
+                "non-zeros": str(self.nonzeros),
+                "time": format_seconds(self.seconds),
+            }
+        ]
 
     def __str__(self):
-        header = ("layer", "matrix", "method", "density", "inner", "non-zeros", "error", "time")
-        rows = [
-            (
-                layer.path,
-                format_shape(layer.shape),
-                layer.method,
-                f"{layer.nonzeros / math.prod(layer.shape):.4f}",
-                str(layer.inner or "-"),
-                str(layer.nonzeros),
-                f"{layer.error:.2e}",
-                format_seconds(layer.seconds),
-            )
-            for layer in self.layers
-        ]
-        rows.append(
-            (
-                f"{len(self.layers)} layers",
-                "",
-                "",
-                f"{self.density:.4f}",
-                "",
-                str(self.nonzeros),
-                "",
-                format_seconds(self.seconds),
-            )
-        )
-        widths = [max(map(len, column)) for column in zip(header, *rows)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i in (0, 2) else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths))
-            ).rstrip()
-            for row in (header, *rows)
-        ]
-        rule = "-" * max(map(len, lines))
         kept = [f"left as it is: {path} ({why})" for path, why in self.skipped.items()]
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *kept])
-
-
-def format_shape(shape) -> str:
-    return " x ".join(map(str, shape))
+        return "\n".join([super().__str__(), *kept])
 
 
 def format_seconds(seconds: float) -> str:

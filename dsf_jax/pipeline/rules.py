@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsf_jax.solvers.problem import check_density
+from macko_jax.nn.rules import PathRule
 
 # The last product of a classifier or language model by the names that models give it.
 HEAD = r"(.*/)?(lm_head|head|output|output_layer|logits|classifier|unembed)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-    """What happens to the layers whose path matches a regular expression.
+class Rule(PathRule):
+    """How the layers whose path matches a regular expression are compressed.
 
     Args:
       path: Regular expression that has to match the whole path of a layer, whose parts are joined
@@ -27,43 +28,29 @@ class Rule:
       ValueError: An invalid regular expression or density.
     """
 
-    path: str
-    skip: bool = False
     density: float | None = None
     method: str | None = None
     options: Mapping[str, Any] | None = None
 
     def __post_init__(self):
-        try:
-            re.compile(self.path)
-        except re.error as error:
-            raise ValueError(
-                f"rule path {self.path!r} is no valid regular expression: {error}"
-            ) from error
+        super().__post_init__()
         if self.density is not None:
             check_density(self.density, self.path)
 
 
-def match_rules(rules: Sequence[Rule], paths: Iterable[str]) -> dict[str, Rule | None]:
+Rules = str | Rule | Sequence[str | Rule]
+
+
+def match_rules(rules: Rules, paths: Iterable[str]) -> dict[str, Rule | None]:
     """Gives each path the first rule that matches it, None where there is none.
 
+    A string stands for a `Rule` with that path, which asks for a layer that is skipped otherwise.
+
     Raises:
-      TypeError: A rule is not a `Rule`.
+      TypeError: A rule is neither a string nor a `Rule`.
       ValueError: A rule matches no path: most likely a misspelt one.
     """
-    paths = list(paths)
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(f"a rule must be a dsf_jax.Rule, got {rule!r}")
-        if not any(re.fullmatch(rule.path, path) for path in paths):
-            raise ValueError(
-                f"rule {rule.path!r} matches no layer; a rule must match a whole path, and the "
-                f"paths of this model are\n  " + "\n  ".join(paths)
-            )
-    return {
-        path: next((rule for rule in rules if re.fullmatch(rule.path, path)), None)
-        for path in paths
-    }
+    return Rule.assign(rules, paths)
 
 
 def default_skip(layer) -> str | None:

@@ -17,7 +17,7 @@ from dsf_jax.nn import layers as flax_layers
 from dsf_jax.pipeline.allocation import allocate_densities, probe_errors
 from dsf_jax.pipeline.report import LayerReport, Progress, Report
 from dsf_jax.pipeline.resume import WorkDirectory, fingerprint
-from dsf_jax.pipeline.rules import Rule, default_skip, match_rules
+from dsf_jax.pipeline.rules import Rule, Rules, default_skip, match_rules
 from dsf_jax.pipeline.solve import PAIRS, Assignment, Solution, check_method, solve, stack_limit
 from dsf_jax.solvers.problem import check_density, is_finite
 from dsf_jax.trace import stages
@@ -42,7 +42,7 @@ def compress_model(
     *,
     method: str = "dsf",
     density: float = 0.5,
-    rules: Sequence[Rule] = (),
+    rules: Rules = (),
     options: Mapping[str, Any] | None = None,
     calibration: str = "sequential",
     target: str = "layer",
@@ -70,9 +70,9 @@ def compress_model(
       batches: Calibration inputs, pytrees of arrays.
       method: "magnitude", "wanda", "sparsegpt", "admm", "dsf" or "dsf-published"; see `METHODS`.
       density: Kept non-zeros over out * in of each layer; for a factor pair both factors'.
-      rules: `Rule`s by module path; the first that matches a whole path applies. Embeddings, the
-        output head (by its name, `rules.HEAD`) and depthwise convolutions are left alone unless
-        a rule without `skip` names them.
+      rules: `Rule`s, or regular expressions, by module path; the first that matches a whole path
+        applies. Embeddings, the output head (by its name, `rules.HEAD`) and depthwise convolutions
+        are left alone unless a rule without `skip` names them.
       options: Further keyword arguments of the method, such as `pattern="2:4"`.
       calibration: "sequential" as above, or "one-pass": every layer on the inputs that the dense
         model gives it, with all Gram matrices held at once.
@@ -160,7 +160,14 @@ def compress_model(
                 dense.advance(stage - 1, network.leaves)
         run.solve_group(paths)
     layers = sorted(run.reports, key=lambda layer: flow.index[layer.path])
-    report = Report(tuple(layers), skipped, len(groups), time.perf_counter() - began)
+    compressed_bytes = sum(layer.bytes_before for layer in layers)
+    report = Report(
+        layers=tuple(layers),
+        other_bytes=sum(getattr(leaf, "nbytes", 0) for leaf in network.leaves) - compressed_bytes,
+        skipped=skipped,
+        groups=len(groups),
+        seconds=time.perf_counter() - began,
+    )
     return Compressed(_assemble(network, flow, run.leaves, run.pairs), report)
 
 
@@ -255,25 +262,30 @@ class _Run:
 
     def _take(self, path, solution, resumed):
         """Puts a solution into the leaves and reports it."""
-        layer, assignment = self.flow.layer(path), self.chosen[path]
+        layer = self.flow.layer(path)
         self.leaves[layer.leaf] = layer.write(
             self.leaves[layer.leaf], jnp.asarray(solution.product)
         )
         if solution.left is not None:
             self.pairs[path] = solution
         shape = (layer.rows, layer.cols)
+        itemsize = self.leaves[layer.leaf].dtype.itemsize
+        kept = layer.size
+        if solution.left is not None:
+            kept = solution.left.size + solution.right.size
         self.reports.append(
             LayerReport(
                 path,
                 layer.kind,
                 shape if layer.groups == 1 else (layer.groups, *shape),
-                solution.method,
-                assignment.density,
-                None if solution.left is None else solution.left.shape[-1],
                 solution.nonzeros,
-                solution.error,
-                solution.seconds,
-                resumed,
+                layer.size * itemsize,
+                kept * itemsize,
+                method=solution.method,
+                inner=None if solution.left is None else solution.left.shape[-1],
+                error=solution.error,
+                seconds=solution.seconds,
+                resumed=resumed,
             )
         )
         self.work_left -= _work(layer)

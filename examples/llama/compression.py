@@ -265,7 +265,7 @@ class _Record:
             found = read_json(self.path)
             earlier = dict(found["settings"])
             for layer in found["layers"]:
-                report = dsf_jax.LayerReport(**layer | {"shape": tuple(layer["shape"])})
+                report = dsf_jax.LayerReport.from_dict(layer)
                 self.blocks.setdefault(int(report.path.split("/")[1]), []).append(report)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -308,7 +308,8 @@ class _Record:
     def report(self, seconds):
         layers = tuple(layer for index in sorted(self.blocks) for layer in self.blocks[index])
         skipped = {"embed": "an embedding", "head": "the output head"}
-        return dsf_jax.Report(layers, skipped, LAYERS_OF_BLOCK * len(self.blocks), seconds)
+        groups = LAYERS_OF_BLOCK * len(self.blocks)
+        return dsf_jax.Report(layers=layers, skipped=skipped, groups=groups, seconds=seconds)
 
 
 class _Progress:

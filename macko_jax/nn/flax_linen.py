@@ -15,12 +15,13 @@ from jax import lax
 
 from macko_jax.format.matrix import MackoMatrix
 from macko_jax.nn.projection import pack_kernel, project
-from macko_jax.nn.rules import Report, Rules, assign_rules
+from macko_jax.nn.report import PackingReport
+from macko_jax.nn.rules import Rules, assign_rules
 
 
 def substitute(
     module: nn.Module, variables: dict, *args, rules: Rules = None, **kwargs
-) -> tuple[dict, Report]:
+) -> tuple[dict, PackingReport]:
     """Put MACKO matrices in the place of the sparse kernels of a module's variables.
 
         packed, report = macko_jax.flax_linen.substitute(model, variables, x)
@@ -82,7 +83,7 @@ def substitute(
         getattr(leaf, "nbytes", 0) for path, leaf in flat.items() if path not in listed
     )
     new = {path: packed[path] if path in packed else _copy(leaf) for path, leaf in flat.items()}
-    return traverse_util.unflatten_dict(new), Report(tuple(reports), other_bytes)
+    return traverse_util.unflatten_dict(new), PackingReport(tuple(reports), other_bytes)
 
 
 def apply(module: nn.Module, variables: dict, *args, **kwargs) -> Any:

@@ -16,7 +16,8 @@ from jax import lax
 
 from macko_jax.format.matrix import MackoMatrix
 from macko_jax.nn.projection import matrix_shape, pack_kernel, project
-from macko_jax.nn.rules import Report, Rules, assign_rules
+from macko_jax.nn.report import PackingReport
+from macko_jax.nn.rules import Rules, assign_rules
 from macko_jax.ops.fused import Step, fused_chain, in_turn
 
 Model = TypeVar("Model")
@@ -186,7 +187,7 @@ def _product(step: Step, dtype) -> Step | None:
     return step._replace(linear=layer.matrix)
 
 
-def substitute(model: Model, rules: Rules = None) -> tuple[Model, Report]:
+def substitute(model: Model, rules: Rules = None) -> tuple[Model, PackingReport]:
     """Put a `MackoLinear` in the place of each sparse linear layer of a model.
 
     `nnx.Linear` and `nnx.LinearGeneral` are packed wherever they are: as attributes, in lists,
@@ -238,7 +239,7 @@ def substitute(model: Model, rules: Rules = None) -> tuple[Model, Report]:
     state = nnx.state(model)
     other = [a for a in jax.tree.leaves(state) if id(a) not in accounted | fresh]
     nnx.update(model, jax.tree.map(lambda a: a if id(a) in fresh else _copy(a), state))
-    return model, Report(tuple(reports), sum(getattr(a, "nbytes", 0) for a in other))
+    return model, PackingReport(tuple(reports), sum(getattr(a, "nbytes", 0) for a in other))
 
 
 def to_pure_dict(model: Any) -> dict:

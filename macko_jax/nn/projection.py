@@ -13,7 +13,8 @@ import numpy as np
 from macko_jax.format import quantization
 from macko_jax.format.choose import shared_capacity
 from macko_jax.format.matrix import MackoMatrix, compress
-from macko_jax.nn.rules import VALUE_DTYPES, LayerReport, Rule
+from macko_jax.nn.report import PackedLayerReport
+from macko_jax.nn.rules import VALUE_DTYPES, Rule
 from macko_jax.ops.fused import fused_spmv
 
 
@@ -23,9 +24,9 @@ def pack_kernel(
     stacked: int,
     rule: Rule | None,
     path: str,
-    layer: str,
+    kind: str,
     unsupported: str | None = None,
-) -> tuple[MackoMatrix | None, LayerReport]:
+) -> tuple[MackoMatrix | None, PackedLayerReport]:
     """Pack the kernel of one layer, or say why it stays dense.
 
     Args:
@@ -34,7 +35,7 @@ def pack_kernel(
         stacked: number of axes in `stack`, which hold the layers of a vmapped or scanned stack.
         rule: the rule that applies to the layer, None if there is none.
         path: path of the layer.
-        layer: name of the layer's class.
+        kind: name of the layer's class.
         unsupported: why the layer cannot be packed whatever the rule says, None if it can.
 
     Returns:
@@ -44,11 +45,12 @@ def pack_kernel(
     keeps = rule is None or rule.dtype is None or rule.dtype in quantization.NAMES
     dtype = jnp.dtype(kernel.dtype if keeps else rule.dtype)
     rounded = jnp.asarray(kernel, dtype)
-    density = float(jnp.count_nonzero(rounded) / max(kernel.size, 1))
-    report = LayerReport(path, layer, kernel.shape, density, kernel.nbytes, kernel.nbytes)
+    shape = matrix_shape(kernel, contracted, stacked)
+    nonzeros = int(jnp.count_nonzero(rounded))
+    report = PackedLayerReport(path, kind, shape, nonzeros, kernel.nbytes, kernel.nbytes)
 
-    def skip(reason: str) -> tuple[None, LayerReport]:
-        return None, dataclasses.replace(report, skipped=reason)
+    def skip(reason: str) -> tuple[None, PackedLayerReport]:
+        return None, dataclasses.replace(report, note=reason)
 
     if rule is None:
         return skip("no rule matches its path")
@@ -62,10 +64,10 @@ def pack_kernel(
         return skip(
             f"values of {dtype} are not packed; a rule can set dtype to {', '.join(VALUE_DTYPES)}"
         )
-    if rule.max_density < 1 and density >= rule.max_density:
+    if rule.max_density < 1 and report.density >= rule.max_density:
         return skip(f"from density {rule.max_density:g} on dense is faster")
 
-    *stack, rows, cols = matrix_shape(kernel, contracted, stacked)
+    *stack, rows, cols = shape
     weights = rounded.reshape(*stack, cols, rows).swapaxes(-1, -2)
     matrix = (
         _pack_stack(weights, rule)
@@ -78,7 +80,9 @@ def pack_kernel(
             capacity=shared_capacity,
         )
     )
-    return matrix, dataclasses.replace(report, bytes_after=matrix.nbytes, encoding=matrix.encoding)
+    return matrix, dataclasses.replace(
+        report, bytes_after=matrix.nbytes, encoding=matrix.encoding, note=matrix.encoding
+    )
 
 
 def matrix_shape(kernel: jax.Array, contracted: int, stacked: int) -> tuple[int, ...]:
