@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from dsf_jax.trace.contractions import Convolution, matmul_matrix
+from dsf_jax.trace.im2col import Convolution, matmul_matrix
 
 # A scan over stacked layers is unrolled, so that each slice of the stack is a layer of its own.
 MAX_UNROLL = 256
