@@ -7,9 +7,10 @@ from dsf_jax.nn.layers import FactorizedKernel, FactorPair, factorized_kernels
 from dsf_jax.pipeline.report import LayerReport, Progress, Report, print_progress
 from dsf_jax.pipeline.rules import Rule
 from dsf_jax.pipeline.run import Compressed, compress_model
-from dsf_jax.solvers.factorize import Factorization, Options, factorize, factorize_stack
+from dsf_jax.solvers.factorize import Options, factorize, factorize_stack
 from dsf_jax.solvers.problem import relative_output_error
 from dsf_jax.solvers.pruners import prune
+from dsf_jax.solvers.solution import Factorization
 from dsf_jax.trace.calibration import gram_matrices
 from macko_jax._version import __version__ as __version__
 

@@ -1,4 +1,4 @@
-"""Double Sparse Factorization: reference errors, budgets, hard inputs, closed forms, invariances."""
+"""Double Sparse Factorization: reference errors, budgets, hard inputs, closed forms, symmetries."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +10,7 @@ import dsf_jax
 from dsf_jax.solvers import budget, problem
 from dsf_jax.solvers.admm import Schedule, improve_factor, refit_coupled, refit_rows, solve_rows
 from dsf_jax.solvers.factorize import _factorize, _Numbers, choose_options
+from dsf_jax.solvers.solution import best_solution
 from tests.dsf_cases import hard_layers, real_layer, reference, small_layer
 
 # Enough to exercise every step where the error itself is not the point. One width and mostly one
@@ -73,23 +74,25 @@ def test_hard_inputs_have_defined_results(name):
     weight, gram = hard_layers()[name]
     for density in (0.02, 0.5, 1.0):
         result = dsf_jax.factorize(weight, gram, density=density, **FAST)
-        assert np.isfinite(result.left).all() and np.isfinite(result.right).all()
+        assert all(np.isfinite(factor).all() for factor in result.factors)
         assert np.isfinite(result.relative_error)
         assert all(np.isfinite(error) for error in result.alternatives.values())
         assert result.nnz <= density * weight.size
         assert result.relative_error == min(result.alternatives.values())
         # What the result says of itself holds for what it holds.
-        error = dsf_jax.relative_output_error(weight, result.product(), gram)
+        unseen = name == "zero gram"
+        assert result.note == ("its inputs are all zero" if unseen else None)
+        error = dsf_jax.relative_output_error(weight, result.product(), None if unseen else gram)
         np.testing.assert_allclose(error, result.relative_error, rtol=1e-4, atol=1e-6)
-        assert result.kind == ("pair" if result.method == "dsf" else "single")
+        assert (result.right is not None) == (result.method == "dsf")
 
 
 def test_density_one_keeps_the_layer():
     weight, gram = small_layer(12, 16)
     result = dsf_jax.factorize(weight, gram, density=1.0, **FAST)
-    assert (result.kind, result.relative_error) == ("single", 0)
+    assert result.right is None and result.inner is None
+    assert (result.relative_error, result.shape) == (0, weight.shape)
     np.testing.assert_array_equal(result.product(), weight)
-    np.testing.assert_array_equal(result.right, np.eye(16))
     assert result.nnz == weight.size
 
 
@@ -111,6 +114,34 @@ def test_invariant_to_units():
     base = dsf_jax.factorize(weight, gram, **options)
     scaled = dsf_jax.factorize(weight / 1024, gram * 2.0**18, **options)
     np.testing.assert_allclose(scaled.product() * 1024, base.product(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_weights_of_any_size_are_factorized(size):
+    weight, gram = small_layer(12, 16)
+    options = dict(FAST, density=0.5, compare_single=False)
+    base = dsf_jax.factorize(weight, gram, **options)
+    scaled = dsf_jax.factorize(weight * np.float32(size), gram, **options)
+    assert all(np.isfinite(factor).all() for factor in scaled.factors)
+    assert scaled.relative_error == pytest.approx(base.relative_error, rel=0.05)
+    np.testing.assert_allclose(scaled.product() / size, base.product(), atol=0.05)
+
+
+def test_a_gram_matrix_of_zeros_leaves_the_weights_alone():
+    weight, _ = small_layer(12, 16)
+    options = dict(FAST, density=0.5, compare_single=False)
+    unseen = dsf_jax.factorize(weight, np.zeros((16, 16), np.float32), **options)
+    assert unseen.note == "its inputs are all zero"
+    np.testing.assert_array_equal(unseen.product(), dsf_jax.factorize(weight, **options).product())
+
+
+def test_factors_of_nan_are_an_error():
+    problem_ = problem.Problem.of(*small_layer(12, 16), "attn")
+    nothing = jnp.full((12, 16), jnp.nan)
+    with pytest.raises(FloatingPointError, match="layer 'attn': dsf and admm came to NaN"):
+        best_solution(problem_, {"dsf": (nothing, None), "admm": (nothing, None)})
+    best = best_solution(problem_, {"dsf": (nothing, None), "admm": (problem_.weight, None)})
+    assert (best.method, best.relative_error) == ("admm", 0)
 
 
 def test_invariant_to_input_and_output_order():

@@ -10,7 +10,7 @@ import dsf_jax
 from dsf_jax.solvers import pruners
 from tests.dsf_cases import hard_layers, real_layer, reference, small_layer
 
-METHODS = list(pruners.METHODS)
+METHODS = list(pruners.PRUNERS)
 # Every method is compiled for every shape, so small layers are [24, 16] or [12, 16].
 
 
@@ -104,7 +104,7 @@ def test_dtype_is_kept(dtype):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_recompilation_for_a_second_layer(method):
-    run = pruners.METHODS[method]
+    run = pruners.PRUNERS[method]
     dsf_jax.prune(*small_layer(seed=0), density=0.5, method=method)
     size = run._cache_size()
     dsf_jax.prune(*small_layer(seed=1), density=0.3, method=method)
@@ -163,6 +163,18 @@ def test_clear_errors(change, error):
         dsf_jax.prune(**arguments)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gram_matrix_of_zeros_leaves_magnitude(method):
+    weight, _ = small_layer()
+    for density, pattern in ((0.3, None), (None, "2:4")):
+        unseen = dsf_jax.prune(
+            weight, np.zeros((16, 16), np.float32), density=density, pattern=pattern, method=method
+        )
+        expected = dsf_jax.prune(weight, density=density, pattern=pattern, method="magnitude")
+        np.testing.assert_array_equal(unseen, expected)
+        assert np.count_nonzero(unseen) == int((density or 0.5) * weight.size)
+
+
 def test_integer_weights_are_refused():
     with pytest.raises(TypeError, match="int32"):
         dsf_jax.prune(jnp.ones((3, 4), jnp.int32), density=0.5)
@@ -176,5 +188,7 @@ def test_relative_output_error_is_its_definition():
     assert float(dsf_jax.relative_output_error(weight, other, gram)) == pytest.approx(exact, 1e-4)
     assert float(dsf_jax.relative_output_error(weight * 0, weight * 0, gram)) == 0
     assert np.isinf(dsf_jax.relative_output_error(weight * 0, weight, gram))
+    broken = np.where(weight == weight[0, 0], np.nan, weight)
+    assert np.isnan(dsf_jax.relative_output_error(weight, broken, gram))
     with pytest.raises(ValueError, match="one shape"):
         dsf_jax.relative_output_error(weight, weight.T, gram)

@@ -1,16 +1,22 @@
 """Densities of layers under one budget for the model, by how much each layer's output suffers."""
 
+import itertools
+from collections.abc import Mapping, Sequence
+
+import jax
 import numpy as np
 
-from dsf_jax.solvers.problem import relative_output_error
-from dsf_jax.solvers.pruners import prune
+from dsf_jax.solvers.methods import METHODS
+from dsf_jax.solvers.problem import Problem
 
 # Densities probed, as multiples of the model's. A wider range lowers the sum of errors further, and
 # made a language model worse: errors of layers do not simply add up.
 PROBES = np.linspace(0.7, 1.3, 7)
 
 
-def probe_errors(weights, gram, density: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+def probe_errors(
+    weights: jax.Array, gram: jax.Array | None, density: float, name: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Relative output error of a layer at several densities, by Wanda pruning.
 
     Args:
@@ -23,22 +29,18 @@ def probe_errors(weights, gram, density: float, name: str) -> tuple[np.ndarray, 
       Densities and errors, both `[probes]`.
     """
     grams = [None] * len(weights) if gram is None else gram
+    problems = [Problem.of(*group, name) for group in zip(weights, grams)]
     densities = np.unique(np.minimum(PROBES * density, 1.0))
     errors = [
-        np.mean(
-            [
-                float(
-                    relative_output_error(w, prune(w, g, density=d, method="wanda", name=name), g)
-                )
-                for w, g in zip(weights, grams)
-            ]
-        )
+        np.mean([found.relative_error for found in METHODS["wanda"].solve(problems, d, {})])
         for d in densities
     ]
     return densities, np.asarray(errors)
 
 
-def allocate_densities(curves: dict, sizes: dict[str, int], density: float) -> dict[str, float]:
+def allocate_densities(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], sizes: Mapping[str, int], density: float
+) -> dict[str, float]:
     """Splits one budget between layers so that the sum of their errors is least.
 
     minimise sum_l e_l(d_l) subject to sum_l n_l d_l <= density * sum_l n_l, by taking, step by
@@ -57,7 +59,7 @@ def allocate_densities(curves: dict, sizes: dict[str, int], density: float) -> d
     for path, (densities, errors) in curves.items():
         hull = _lower_hull(densities, errors)
         result[path] = densities[hull[0]]
-        for a, b in zip(hull, hull[1:]):
+        for a, b in itertools.pairwise(hull):
             cost = (densities[b] - densities[a]) * sizes[path]
             steps.append(((errors[a] - errors[b]) / cost, path, densities[b], cost))
     left = density * sum(sizes.values()) - sum(result[path] * sizes[path] for path in curves)
@@ -68,9 +70,9 @@ def allocate_densities(curves: dict, sizes: dict[str, int], density: float) -> d
     return {path: float(share) for path, share in result.items()}
 
 
-def _lower_hull(x, y):
+def _lower_hull(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> list[int]:
     """Indices of the lower convex hull of points sorted by x (Andrew's monotone chain)."""
-    hull = []
+    hull: list[int] = []
     for i in range(len(x)):
         while len(hull) > 1:
             a, b = hull[-2:]

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from dsf_jax.pipeline.solve import Solution
+from dsf_jax.pipeline.solve import LayerSolution
 from macko_jax.io.atomic import replacing
 
 
@@ -58,14 +58,14 @@ class WorkDirectory:
         name = re.sub(r"[^A-Za-z0-9._-]+", ".", layer)[-100:]
         return self.path / f"{name}-{hashlib.sha256(layer.encode()).hexdigest()[:8]}.safetensors"
 
-    def load(self, layer: str) -> Solution | None:
+    def load(self, layer: str) -> LayerSolution | None:
         """The finished solution of a layer; None if there is none, or only a damaged file."""
         file = self.file(layer)
         metadata = _metadata(file) if file.exists() else None
         if metadata is None:
             return None
         values = load_file(file)
-        return Solution(
+        return LayerSolution(
             product=values["product"],
             left=values.get("left"),
             right=values.get("right"),
@@ -75,7 +75,7 @@ class WorkDirectory:
             seconds=float(metadata["seconds"]),
         )
 
-    def save(self, layer: str, solution: Solution):
+    def save(self, layer: str, solution: LayerSolution):
         """Writes a finished solution."""
         names = ("product", "left", "right")
         arrays = {n: getattr(solution, n) for n in names if getattr(solution, n) is not None}

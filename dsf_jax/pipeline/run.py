@@ -18,7 +18,7 @@ from dsf_jax.pipeline.allocation import allocate_densities, probe_errors
 from dsf_jax.pipeline.report import LayerReport, Progress, Report
 from dsf_jax.pipeline.resume import WorkDirectory, fingerprint
 from dsf_jax.pipeline.rules import Rule, Rules, default_skip, match_rules
-from dsf_jax.pipeline.solve import PAIRS, Assignment, Solution, check_method, solve, stack_limit
+from dsf_jax.pipeline.solve import Assignment, LayerSolution, check_method, solve, stack_limit
 from dsf_jax.solvers.problem import check_density, is_finite
 from dsf_jax.trace import stages
 from dsf_jax.trace.calibration import Calibration, check_batches
@@ -179,7 +179,7 @@ class _Run:
         self.chosen, self.devices = chosen, devices
         self.directory, self.callback = directory, callback
         self.leaves = list(network.leaves)
-        self.pairs: dict[str, Solution] = {}
+        self.pairs: dict[str, LayerSolution] = {}
         self.reports: list[LayerReport] = []
         self.began = time.perf_counter()
         self.solved_work = 0.0
@@ -205,7 +205,7 @@ class _Run:
             solution = solution if seen.all() else None
         return solution
 
-    def _solve(self, paths) -> Iterator[tuple[str, Solution]]:
+    def _solve(self, paths) -> Iterator[tuple[str, LayerSolution]]:
         """Solves the layers of a group, each on the device that it falls to."""
         with_inputs = [path for path in paths if self.flow.layer(path).uses]
         grams, cross = {}, {}
@@ -340,7 +340,7 @@ def _assign(flow: Calibration, rules, default: Assignment):
             dict(default.options if rule.options is None else rule.options),
         )
         check_method(assignment.method, layer.path)
-        if assignment.method in PAIRS and (layer.groups > 1 or layer.stack):
+        if assignment.solver.gives_pairs and (layer.groups > 1 or layer.stack):
             # Groups and slices share one parameter, so all are pairs or none is.
             assignment = dataclasses.replace(
                 assignment, options={**assignment.options, "compare_single": False}
@@ -359,7 +359,7 @@ def _assign(flow: Calibration, rules, default: Assignment):
 
 def _check_layers(network: Network, flow: Calibration, chosen):
     """Checks that weights are finite, and that layers asked to become pairs can."""
-    paired = {path for path, assignment in chosen.items() if assignment.method in PAIRS}
+    paired = {path for path, assignment in chosen.items() if assignment.solver.gives_pairs}
     for path in paired:
         leaf = flow.layer(path).leaf
         slices = {layer.path for layer in flow.layers if layer.leaf == leaf}
@@ -372,7 +372,7 @@ def _check_layers(network: Network, flow: Calibration, chosen):
         layer = flow.layer(path)
         if not is_finite(layer.read(network.leaves[layer.leaf])):
             raise ValueError(f"layer {path!r}: its weights hold NaN or infinity")
-        if assignment.method in PAIRS:
+        if assignment.solver.gives_pairs:
             reason = _why_no_pair(network, layer)
             if reason:
                 raise ValueError(
@@ -444,7 +444,7 @@ def _order(flow: Calibration, chosen, blocks, calibration) -> list[list[str]]:
     return [[flow.layers[i].path for i in group] for group in first.groups]
 
 
-def _share(solution: Solution | None, owner: int) -> Solution:
+def _share(solution: LayerSolution | None, owner: int) -> LayerSolution:
     """Hands a solution from the process that solved it to all others."""
     is_owner = jax.process_index() == owner
     shapes = np.zeros((3, 3), np.int64)
@@ -468,7 +468,7 @@ def _share(solution: Solution | None, owner: int) -> Solution:
         arrays = [zero if array is None else array for array, zero in zip(held, arrays)]
     arrays = [np.asarray(a) for a in multihost_utils.broadcast_one_to_all(arrays, is_owner)]
     product, left, right = (array if array.size else None for array in arrays)
-    return Solution(product, left, right, method, int(nonzeros), float(error), float(seconds))
+    return LayerSolution(product, left, right, method, int(nonzeros), float(error), float(seconds))
 
 
 def _why_no_pair(network: Network, layer: Layer) -> str | None:
@@ -482,7 +482,7 @@ def _why_no_pair(network: Network, layer: Layer) -> str | None:
     return flax_layers.why_no_pair(network.modules.get(network.module_path(layer.leaf)))
 
 
-def _assemble(network: Network, flow: Calibration, leaves, pairs: dict[str, Solution]):
+def _assemble(network: Network, flow: Calibration, leaves, pairs: dict[str, LayerSolution]):
     """The model with its new leaves, and factor pairs in the place of the layers they solve."""
     by_leaf = {}
     for path, solution in pairs.items():

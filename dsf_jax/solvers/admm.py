@@ -12,11 +12,13 @@ eigenbasis (the `rotation` P) its rows become independent too.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from dsf_jax.solvers.masks import top_k_mask
 
@@ -46,7 +48,16 @@ class Schedule(NamedTuple):
     rho_first: jax.Array | float | None = None
 
 
-def improve_factor(sparse, dual, residual, gram, nonzeros, schedule, curvature=None, rotation=None):
+def improve_factor(
+    sparse: jax.Array,
+    dual: jax.Array,
+    residual: jax.Array,
+    gram: jax.Array,
+    nonzeros: ArrayLike,
+    schedule: Schedule,
+    curvature: jax.Array | None = None,
+    rotation: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Improves one factor by ADMM steps, the other one fixed.
 
     Each step solves x_i (c_i S + (rho + ridge) I) = f_i + rho (z_i - u_i), lets Z be X + U on the
@@ -85,30 +96,7 @@ def improve_factor(sparse, dual, residual, gram, nonzeros, schedule, curvature=N
 
     origin = sparse
     residual = curvature[:, None] * into_basis(residual) - schedule.ridge * into_basis(origin)
-    if schedule.cg_steps:
-
-        def solve(i, pull, start):
-            del i
-            return solve_rows(
-                gram,
-                curvature,
-                schedule.rho + schedule.ridge,
-                residual + schedule.rho * pull,
-                start,
-                schedule.cg_steps,
-            )
-    else:
-        penalties = (
-            [schedule.rho] if schedule.rho_first is None else [schedule.rho_first, schedule.rho]
-        )
-        penalties = jnp.asarray(penalties, jnp.float32)
-        # A loop over the shifts, so that the inverse is compiled once.
-        inverses = lax.map(lambda p: _shifted_inverse(gram, p + schedule.ridge), penalties)
-
-        def solve(i, pull, start):
-            del start
-            i = jnp.minimum(i, len(penalties) - 1)
-            return (residual + penalties[i] * pull) @ inverses[i]
+    solve = _row_solver(gram, curvature, residual, schedule)
 
     def step(i, state):
         change, sparse, dual, mask = state
@@ -126,14 +114,44 @@ def improve_factor(sparse, dual, residual, gram, nonzeros, schedule, curvature=N
     return sparse * inverse, dual * inverse
 
 
-def _shifted_inverse(gram, shift):
+def _row_solver(
+    gram: jax.Array, curvature: jax.Array, residual: jax.Array, schedule: Schedule
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """How the rows of one factor are solved for: `solve(i, pull, start)`.
+
+    Step i solves x_i (c_i S + (rho + ridge) I) = e_i + rho p_i, where e is `residual` and p is
+    `pull`; `start` is the first guess of conjugate gradients.
+    """
+
+    def by_conjugate_gradients(i, pull, start):
+        del i
+        shift = schedule.rho + schedule.ridge
+        target = residual + schedule.rho * pull
+        return solve_rows(gram, curvature, shift, target, start, schedule.cg_steps)
+
+    if schedule.cg_steps:
+        return by_conjugate_gradients
+    first = [] if schedule.rho_first is None else [schedule.rho_first]
+    penalties = jnp.asarray([*first, schedule.rho], jnp.float32)
+    # A loop over the shifts, so that the inverse is compiled once.
+    inverses = lax.map(lambda p: _shifted_inverse(gram, p + schedule.ridge), penalties)
+
+    def by_cholesky(i, pull, start):
+        del start
+        i = jnp.minimum(i, len(penalties) - 1)
+        return (residual + penalties[i] * pull) @ inverses[i]
+
+    return by_cholesky
+
+
+def _shifted_inverse(gram: jax.Array, shift: ArrayLike) -> jax.Array:
     """(S + shift I)^-1 of a positive semi-definite S."""
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     half = _triangular_inverse(jnp.linalg.cholesky(gram + shift * identity))
     return half.T @ half
 
 
-def _triangular_inverse(lower, block: int = 256):
+def _triangular_inverse(lower: jax.Array, block: int = 256) -> jax.Array:
     """Inverse of a lower triangular matrix, nearly all of it matrix products.
 
     [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]], from diagonal blocks of at most `block`
@@ -164,7 +182,14 @@ def _triangular_inverse(lower, block: int = 256):
     return inverse[0, :size, :size]
 
 
-def solve_rows(gram, curvature, shift, target, start, steps: int):
+def solve_rows(
+    gram: jax.Array,
+    curvature: jax.Array,
+    shift: ArrayLike,
+    target: jax.Array,
+    start: jax.Array,
+    steps: int,
+) -> jax.Array:
     """Solves x_i (c_i S + shift I) = f_i for all rows i by conjugate gradients.
 
     Every row has its own step size, so rows of small curvature converge at once and do not wait
@@ -188,7 +213,9 @@ def solve_rows(gram, curvature, shift, target, start, steps: int):
     return _conjugate_gradients(apply, target - apply(start), start, lambda r: r, steps)
 
 
-def refit_rows(target, gram, mask, start, steps: int):
+def refit_rows(
+    target: jax.Array, gram: jax.Array, mask: jax.Array, start: jax.Array, steps: int
+) -> jax.Array:
     """Refits the unmasked entries of X, all rows having curvature one, by conjugate gradients.
 
     Args:
@@ -210,7 +237,14 @@ def refit_rows(target, gram, mask, start, steps: int):
     return _conjugate_gradients(apply, residual, start, lambda r: inverse * r, steps)
 
 
-def refit_coupled(target, left_gram, gram, mask, start, steps: int):
+def refit_coupled(
+    target: jax.Array,
+    left_gram: jax.Array,
+    gram: jax.Array,
+    mask: jax.Array,
+    start: jax.Array,
+    steps: int,
+) -> jax.Array:
     """Refits the unmasked entries of X to R X S = F, whose rows are coupled through R.
 
     Args:
@@ -234,12 +268,19 @@ def refit_coupled(target, left_gram, gram, mask, start, steps: int):
     return _conjugate_gradients(apply, residual, start, lambda r: inverse * r, steps, axis=None)
 
 
-def _masked_inverse(diagonal, mask):
+def _masked_inverse(diagonal: jax.Array, mask: jax.Array) -> jax.Array:
     usable = mask & (diagonal > 0)
     return jnp.where(usable, 1 / jnp.where(usable, diagonal, 1), 0)
 
 
-def _conjugate_gradients(apply, residual, start, precondition, steps, axis=1):
+def _conjugate_gradients(
+    apply: Callable[[jax.Array], jax.Array],
+    residual: jax.Array,
+    start: jax.Array,
+    precondition: Callable[[jax.Array], jax.Array],
+    steps: int,
+    axis: int | None = 1,
+) -> jax.Array:
     """Conjugate gradients with one step size per row (`axis=1`) or one for all (`axis=None`)."""
 
     def dot(a, b):

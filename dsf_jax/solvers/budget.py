@@ -1,8 +1,10 @@
 """How many non-zeros a matrix, or each factor of a pair, may have, and how wide the pair is."""
 
 import math
+from typing import Literal
 
 import numpy as np
+from jax.typing import ArrayLike
 
 
 def count_nonzeros(density: float, shape: tuple[int, int]) -> int:
@@ -10,7 +12,9 @@ def count_nonzeros(density: float, shape: tuple[int, int]) -> int:
     return min(math.floor(density * (shape[0] * shape[1])), shape[0] * shape[1])
 
 
-def split_nonzeros(nonzeros: int, shape: tuple[int, int], inner: int, split) -> tuple[int, int]:
+def split_nonzeros(
+    nonzeros: int, shape: tuple[int, int], inner: int, split: float | Literal["published"]
+) -> tuple[int, int]:
     """Splits a budget between the factors A `[out, inner]` and B `[inner, in]`.
 
     Args:
@@ -47,7 +51,7 @@ def choose_width(density: float, shape: tuple[int, int]) -> float:
     return (1 + density) * 2 * max(shape) / sum(shape)
 
 
-def packed_nbytes(factor, value_bytes: int = 2) -> int:
+def packed_nbytes(factor: ArrayLike, value_bytes: int = 2) -> int:
     """Bytes of a packed sparse matrix: values, index and row offsets.
 
     The index of each non-zero is a 4-bit delta (zeros skipped since the previous one; 16 positions

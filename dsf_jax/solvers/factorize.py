@@ -5,16 +5,16 @@ matrix and finds the masks; the refinement minimises the output error itself, wi
 matrix. docs/dsf.md has the mathematics and what each ingredient gains.
 """
 
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from typing import Literal, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
-from dsf_jax.solvers import pruners
 from dsf_jax.solvers.admm import (
     COMPILER_OPTIONS,
     Schedule,
@@ -22,18 +22,14 @@ from dsf_jax.solvers.admm import (
     refit_coupled,
     refit_rows,
 )
-from dsf_jax.solvers.budget import choose_width, count_nonzeros, packed_nbytes, split_nonzeros
+from dsf_jax.solvers.budget import choose_width, count_nonzeros, split_nonzeros
 from dsf_jax.solvers.masks import top_k_mask
-from dsf_jax.solvers.problem import (
-    LayerProblem,
-    check_density,
-    check_layer,
-    normalize,
-    relative_output_error,
-)
+from dsf_jax.solvers.problem import NormalizedProblem, Problem, check_density, normalize
+from dsf_jax.solvers.pruners import PRUNERS
+from dsf_jax.solvers.solution import Factorization, best_solution
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Options:
     """What a preset sets and `factorize` lets one override by keyword.
 
@@ -44,16 +40,15 @@ class Options:
       search_rounds: Rounds with the diagonal of G alone; each improves both factors.
       search_ramp: In round t of the search the first solve for each factor has the penalty
         min(1, t / search_ramp)^3, the later ones 1.
-      search_steps: Solves and projections for each factor in a round; `search_mask_steps` of them
-        choose the mask anew.
-      search_mask_steps: See `search_steps`.
+      search_steps: Solves and projections for each factor in a round of the search.
+      search_mask_steps: How many of them choose the mask anew.
       search_ridge: Ridge on the normalised least-squares problems of the search.
       refine_rounds: Rounds with the full G.
       refine_rho: Penalty of the first and of the last of them; it rises geometrically. None chooses
         it by density, see `choose_rho`.
-      refine_steps: As `search_steps`.
-      refine_mask_steps: As `search_mask_steps`.
-      refine_ridge: As `search_ridge`.
+      refine_steps: Solves and projections for each factor in one of these rounds.
+      refine_mask_steps: How many of them choose the mask anew.
+      refine_ridge: Ridge on the normalised least-squares problems of the refinement.
       refine_cg_steps: Conjugate-gradient steps of each solve for the right factor, whose entries
         are all coupled; every other solve is by Cholesky decomposition.
       finalize_steps: ADMM steps for the values of the left factor with the full G at the end.
@@ -102,77 +97,20 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class Factorization:
-    """Two sparse factors in place of one weight matrix.
-
-    Attributes:
-      left: A, float32 `[out, inner]`.
-      right: B, float32 `[inner, in]`.
-      kind: "pair", or "single" where pruning one matrix at the same budget was better: then `left`
-        is the pruned matrix and `right` the identity, which is neither stored nor counted.
-      method: "dsf", or the pruning method where `kind` is "single".
-      relative_error: Relative output error on the given Gram matrix.
-      alternatives: Relative output error of every candidate compared, by method.
-    """
-
-    left: jax.Array
-    right: jax.Array
-    kind: Literal["pair", "single"]
-    method: str
-    relative_error: float
-    alternatives: dict[str, float]
-
-    def product(self) -> jax.Array:
-        """The dense matrix A B, float32 `[out, in]`."""
-        if self.kind == "single":
-            return self.left
-        return jnp.matmul(self.left, self.right, precision="highest")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight."""
-        return self.left.shape[0], self.right.shape[1]
-
-    @property
-    def inner(self) -> int:
-        """Inner dimension."""
-        return self.left.shape[1]
-
-    @property
-    def factors(self) -> tuple[jax.Array, ...]:
-        """The matrices that have to be stored: both, or the left one of a single."""
-        return (self.left,) if self.kind == "single" else (self.left, self.right)
-
-    @property
-    def nnz(self) -> int:
-        """Non-zeros stored."""
-        return sum(int(jnp.count_nonzero(factor)) for factor in self.factors)
-
-    @property
-    def density(self) -> float:
-        """Non-zeros over out * in."""
-        return self.nnz / (self.shape[0] * self.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed factors with 16-bit values; see `budget.packed_nbytes`."""
-        return sum(packed_nbytes(factor) for factor in self.factors)
-
-
 def factorize(
-    weight,
-    gram=None,
+    weight: ArrayLike,
+    gram: ArrayLike | None = None,
     *,
     density: float = 0.5,
     preset: str = "quality",
     name: str | None = None,
-    **overrides,
+    **overrides: Any,
 ) -> Factorization:
     """Factorizes a weight matrix into two sparse ones.
 
     Looks for A `[out, r]` and B `[r, in]` with nnz(A) + nnz(B) <= density * out * in that minimise
-    tr((W - A B) G (W - A B)^T), by alternating ADMM.
+    tr((W - A B) G (W - A B)^T), by alternating ADMM. Where G is zero, so that it says nothing of
+    any weight, the identity takes its place, and the result's `note` says so.
 
     Args:
       weight: W `[out, in]`, float16, bfloat16 or float32.
@@ -187,62 +125,109 @@ def factorize(
       single pruned matrix of the same budget.
 
     Raises:
-      TypeError, ValueError: An input that cannot be factorized; the message says why.
+      TypeError: An array is not of a float dtype.
+      ValueError: An argument cannot be served; the message says why.
+      FloatingPointError: The factors came to NaN.
 
     References:
       V. Boža, V. Macko, "Two Sparse Matrices are Better than One", arXiv 2409.18850.
     """
     options = choose_options(preset, overrides)
-    weight, gram = check_layer(weight, gram, name)
-    plan = _plan(weight.shape, check_density(density, name), options)
-    left, right = _factorize(weight, gram, plan.numbers, plan.inner, _static(options))
-    return _keep_better(weight, gram, left, right, plan.nonzeros, options)
+    (found,) = factorize_problems([Problem.of(weight, gram, name)], density, options)
+    return found
 
 
 def factorize_stack(
-    weights, grams=None, *, density=0.5, preset="quality", names=None, **overrides
+    weights: ArrayLike | Sequence[ArrayLike],
+    grams: ArrayLike | Sequence[ArrayLike | None] | None = None,
+    *,
+    density: float = 0.5,
+    preset: str = "quality",
+    names: Sequence[str] | None = None,
+    **overrides: Any,
 ) -> list[Factorization]:
     """Factorizes layers of one shape together, in one vectorized program.
 
     Args:
       weights: `[layers, out, in]`, or a list of `[out, in]`.
       grams: `[layers, in, in]` or a list, in which None is the identity; None for identities.
-      density, preset, **overrides: As in `factorize`.
+      density: Non-zeros of both factors over out * in, in (0, 1].
+      preset: "quality" or "published".
       names: What to call each layer in an error.
+      **overrides: Fields of `Options` in place of the preset's.
 
     Returns:
       One `Factorization` per layer, as `factorize` would give it up to rounding.
+
+    Raises:
+      TypeError: An array is not of a float dtype.
+      ValueError: An argument cannot be served; the message says why.
+      FloatingPointError: The factors of a layer came to NaN.
     """
     options = choose_options(preset, overrides)
-    grams = [None] * len(weights) if grams is None else grams
-    if len(weights) == 0 or len(grams) != len(weights):
+    each_weight = _each(weights)
+    each_gram = [None] * len(each_weight) if grams is None else _each(grams)
+    if not each_weight or len(each_gram) != len(each_weight):
         raise ValueError(
-            f"a stack needs one gram a layer, got {len(weights)} weights and {len(grams)} grams"
+            f"a stack needs one gram a layer, got {len(each_weight)} weights and "
+            f"{len(each_gram)} grams"
         )
-    names = [f"[{i}]" for i in range(len(weights))] if names is None else names
-    layers = [check_layer(*layer) for layer in zip(weights, grams, names)]
-    if len({weight.shape for weight, _ in layers}) > 1:
-        raise ValueError(
-            "a stack is of one shape, got weights of shapes "
-            f"{', '.join(str(weight.shape) for weight, _ in layers)}"
-        )
-    plan = _plan(layers[0][0].shape, check_density(density), options)
-    stacked = (jnp.stack(arrays) for arrays in zip(*layers))
-    lefts, rights = _factorize_stack(*stacked, plan.numbers, plan.inner, _static(options))
-    return [
-        _keep_better(*layer, left, right, plan.nonzeros, options)
-        for layer, left, right in zip(layers, lefts, rights)
-    ]
+    each_name = [f"[{i}]" for i in range(len(each_weight))] if names is None else names
+    problems = [Problem.of(*layer) for layer in zip(each_weight, each_gram, each_name)]
+    return factorize_problems(problems, density, options)
 
 
-def choose_options(preset: str, overrides: dict) -> Options:
-    """The options of a preset with some of them replaced; a ValueError names what is unknown."""
+def _each(stack: Any) -> list[Any]:
+    """The members of a stack that is an array or already a sequence."""
+    return list(stack) if isinstance(stack, Sequence) else list(jnp.asarray(stack))
+
+
+def factorize_problems(
+    problems: Sequence[Problem], density: float, options: Options
+) -> list[Factorization]:
+    """Factorizes the matrices of problems of one shape; several go through one program.
+
+    Raises:
+      ValueError: The density is not in (0, 1], or the problems differ in shape.
+      FloatingPointError: The factors of a problem came to NaN.
+    """
+    shapes = {problem.shape for problem in problems}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"a stack is of one shape, got weights of shapes {', '.join(map(str, shapes))}"
+        )
+    plan = _plan(problems[0].shape, check_density(density, problems[0].name), options)
+    static = _static(options)
+    if len(problems) == 1:
+        (problem,) = problems
+        pairs = [_factorize(problem.weight, problem.gram, plan.numbers, plan.inner, static)]
+    else:
+        weights = jnp.stack([problem.weight for problem in problems])
+        grams = jnp.stack([problem.gram for problem in problems])
+        pairs = list(zip(*_factorize_stack(weights, grams, plan.numbers, plan.inner, static)))
+    found = []
+    for problem, (left, right) in zip(problems, pairs):
+        candidates = {"dsf": (left, right)}
+        if options.compare_single:
+            for method in ["magnitude"] if problem.unseen else PRUNERS:
+                pruned = PRUNERS[method](problem.weight, problem.gram, plan.nonzeros)
+                candidates[method] = (pruned, None)
+        found.append(best_solution(problem, candidates))
+    return found
+
+
+def choose_options(preset: str, overrides: Mapping[str, Any]) -> Options:
+    """The options of a preset with some of them replaced.
+
+    Raises:
+      ValueError: The preset, or an option, is unknown or out of its range.
+    """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    known = {field.name for field in fields(Options)}
+    known = {field.name for field in dataclasses.fields(Options)}
     if unknown := sorted(set(overrides) - known):
         raise ValueError(f"unknown options {unknown}; there are {', '.join(sorted(known))}")
-    options = replace(PRESETS[preset], **overrides)
+    options = dataclasses.replace(PRESETS[preset], **overrides)
     if options.width is not None and options.width < 1:
         raise ValueError(
             f"width is inner dimension over min(out, in), at least 1, got {options.width}"
@@ -277,15 +262,18 @@ class _Numbers(NamedTuple):
 
 
 class _Plan(NamedTuple):
+    """The budgets and the inner dimension of a pair."""
+
     numbers: _Numbers
     inner: int
 
     @property
-    def nonzeros(self):
+    def nonzeros(self) -> int:
+        """Non-zeros of both factors together."""
         return self.numbers.left_nonzeros + self.numbers.right_nonzeros
 
 
-def _plan(shape, density, options):
+def _plan(shape: tuple[int, int], density: float, options: Options) -> _Plan:
     width = choose_width(density, shape) if options.width is None else options.width
     inner = max(min(shape), round(width * min(shape)))
     nonzeros = split_nonzeros(count_nonzeros(density, shape), shape, inner, options.split)
@@ -301,20 +289,24 @@ class _Pair(NamedTuple):
     right: jax.Array
     right_dual: jax.Array
 
-    def product(self):
+    def product(self) -> jax.Array:
+        """A B."""
         return self.left @ self.right.T
 
-    def without_duals(self):
+    def without_duals(self) -> "_Pair":
+        """The same factors with dual variables of zero."""
         zero = jnp.zeros_like
         return self._replace(left_dual=zero(self.left), right_dual=zero(self.right))
 
 
-def _static(options):
+def _static(options: Options) -> Options:
     """The options that shape the program; one compiled for another seed or comparison serves."""
-    return replace(options, seed=0, refine_rho=None, compare_single=False)
+    return dataclasses.replace(options, seed=0, refine_rho=None, compare_single=False)
 
 
-def _solve(weight, gram, numbers, inner, options):
+def _solve(
+    weight: jax.Array, gram: jax.Array, numbers: _Numbers, inner: int, options: Options
+) -> tuple[jax.Array, jax.Array]:
     budgets = numbers.left_nonzeros, numbers.right_nonzeros
     with jax.default_matmul_precision(options.precision):
         problem = normalize(weight, gram, options.damping)
@@ -327,18 +319,27 @@ def _solve(weight, gram, numbers, inner, options):
         return _restore(problem, pair)
 
 
-_compile = partial(jax.jit, static_argnames=("inner", "options"), compiler_options=COMPILER_OPTIONS)
+# Improves one factor in round t.
+_Improve = Callable[[jax.Array, _Pair], _Pair]
+
+_compile = functools.partial(
+    jax.jit, static_argnames=("inner", "options"), compiler_options=COMPILER_OPTIONS
+)
 _factorize = _compile(_solve)
 
 
 @_compile
-def _factorize_stack(weights, grams, numbers, inner, options):
+def _factorize_stack(
+    weights: jax.Array, grams: jax.Array, numbers: _Numbers, inner: int, options: Options
+) -> tuple[jax.Array, jax.Array]:
     return jax.vmap(lambda weight, gram: _solve(weight, gram, numbers, inner, options))(
         weights, grams
     )
 
 
-def _start(problem, left_nonzeros, right_nonzeros, inner, seed):
+def _start(
+    problem: NormalizedProblem, left_nonzeros: int, right_nonzeros: int, inner: int, seed: int
+) -> _Pair:
     """The identity beside the pruned weight; extra inner dimensions are random and sparse."""
     weight = problem.weight
     rows, cols = weight.shape
@@ -360,7 +361,9 @@ def _start(problem, left_nonzeros, right_nonzeros, inner, seed):
     return _Pair(left, jnp.zeros_like(left), right, jnp.zeros_like(right))
 
 
-def _alternate(pair, improve_left, improve_right, rounds, tall):
+def _alternate(
+    pair: _Pair, improve_left: _Improve, improve_right: _Improve, rounds: int, tall: bool
+) -> _Pair:
     """Runs rounds that improve both factors, the one on the smaller side first."""
 
     def one_round(t, pair):
@@ -371,7 +374,14 @@ def _alternate(pair, improve_left, improve_right, rounds, tall):
     return lax.fori_loop(0, rounds, one_round, pair)
 
 
-def _search(problem, pair, left_nonzeros, right_nonzeros, options):
+def _search(
+    problem: NormalizedProblem,
+    pair: _Pair,
+    left_nonzeros: int,
+    right_nonzeros: int,
+    options: Options,
+) -> _Pair:
+    """Finds the masks with the diagonal of G alone."""
     weight = problem.weight
 
     def schedule(t):
@@ -412,7 +422,15 @@ def _search(problem, pair, left_nonzeros, right_nonzeros, options):
     return _alternate(pair, improve_left, improve_right, options.search_rounds, tall)
 
 
-def _refine(problem, pair, left_nonzeros, right_nonzeros, rho, options):
+def _refine(
+    problem: NormalizedProblem,
+    pair: _Pair,
+    left_nonzeros: int,
+    right_nonzeros: int,
+    rho: tuple[float, float],
+    options: Options,
+) -> tuple[_Pair, NormalizedProblem]:
+    """Minimises the output error itself; gives the problem with a clean Gram matrix as well."""
     values, vectors = jnp.linalg.eigh(problem.gram)
     # What is negative is rounding, of the Gram matrix or of its storage.
     values = jnp.maximum(values, 0)
@@ -453,7 +471,9 @@ def _refine(problem, pair, left_nonzeros, right_nonzeros, rho, options):
     return pair, problem._replace(gram=gram)
 
 
-def _finalize(problem, pair, left_nonzeros, options):
+def _finalize(
+    problem: NormalizedProblem, pair: _Pair, left_nonzeros: int, options: Options
+) -> _Pair:
     """Fits the values of the kept entries to the full Gram matrix, at full precision."""
     left, right = pair.left, pair.right
     seen = problem.gram @ right
@@ -481,7 +501,7 @@ def _finalize(problem, pair, left_nonzeros, options):
     return pair._replace(left=left, right=right)
 
 
-def _restore(problem: LayerProblem, pair: _Pair):
+def _restore(problem: NormalizedProblem, pair: _Pair) -> tuple[jax.Array, jax.Array]:
     """A and B in the layer's units.
 
     The scale of each inner dimension is shared evenly between the factors, and the dimensions come
@@ -489,31 +509,14 @@ def _restore(problem: LayerProblem, pair: _Pair):
     """
     used = jnp.count_nonzero(pair.left, axis=0) + jnp.count_nonzero(pair.right, axis=0)
     order = jnp.argsort(-used, stable=True)
-    pair = pair._replace(left=pair.left[:, order], right=pair.right[:, order])
-    left, right = pair.left * problem.unit, problem._replace(unit=1.0).restore(pair.right.T)
+    left = pair.left[:, order]
+    right = problem._replace(unit=jnp.float32(1)).restore(pair.right[:, order].T)
     left_size = jnp.max(jnp.abs(left), axis=0)
     right_size = jnp.max(jnp.abs(right), axis=1)
     alive = (left_size > 0) & (right_size > 0)
     ratio = jnp.where(alive, right_size, 1) / jnp.where(alive, left_size, 1)
     balance = jnp.where(alive, jnp.sqrt(ratio), 0)
-    return left * balance, jnp.where(alive, 1 / jnp.where(alive, balance, 1), 0)[:, None] * right
-
-
-def _keep_better(weight, gram, left, right, nonzeros, options):
-    """The pair, or the best single pruned matrix where that is better."""
-    errors = {
-        "dsf": float(
-            relative_output_error(weight, jnp.matmul(left, right, precision="highest"), gram)
-        )
-    }
-    singles = {}
-    if options.compare_single:
-        for method, prune in pruners.METHODS.items():
-            singles[method] = prune(weight, gram, nonzeros)
-            errors[method] = float(relative_output_error(weight, singles[method], gram))
-    # A method that failed numerically has a NaN error and is not chosen.
-    best = min(errors, key=lambda method: np.nan_to_num(errors[method], nan=np.inf))
-    if best == "dsf":
-        return Factorization(left, right, "pair", "dsf", errors[best], errors)
-    identity = jnp.eye(weight.shape[1], dtype=jnp.float32)
-    return Factorization(singles[best], identity, "single", best, errors[best], errors)
+    right = jnp.where(alive, 1 / jnp.where(alive, balance, 1), 0)[:, None] * right
+    # The layer's unit comes last, half to each: beside 1e-30 the sizes above would not fit float32.
+    root = jnp.sqrt(problem.unit)
+    return left * balance * root, right * root

@@ -6,12 +6,15 @@ found two bits at a time on the bit patterns of the floats, counting at every st
 reach each candidate: 16 passes over the scores, without memory beyond them.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 
-def _largest(accepts, bits):
+def _largest(accepts: Callable[[jax.Array], jax.Array], bits: int) -> jax.Array:
     """Largest integer of `bits` bits, made even, that `accepts`, a predicate true up to a limit.
 
     Two bits a pass: the three counts of a pass read the scores once.
@@ -26,7 +29,7 @@ def _largest(accepts, bits):
     return lax.fori_loop(0, passes, set_bits, jnp.uint32(0))
 
 
-def top_k_mask(scores: jax.Array, k) -> jax.Array:
+def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
     """Marks the `k` entries of largest score, ties to the earlier position.
 
     Args:
@@ -57,7 +60,7 @@ def top_k_mask(scores: jax.Array, k) -> jax.Array:
     return lax.cond(enough, lambda: above | tied, keep_earliest)
 
 
-def row_top_k_mask(scores: jax.Array, k) -> jax.Array:
+def row_top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
     """Marks `k` entries spread evenly over the rows, the best of each row.
 
     Every row keeps ``k // rows`` entries; what is left of the budget goes, one entry each, to the

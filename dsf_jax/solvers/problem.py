@@ -1,13 +1,79 @@
-"""One layer's problem: a weight matrix, the Gram matrix of its inputs, and the error between two."""
+"""The problem of one layer: a weight matrix and the Gram matrix of its inputs."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
-class LayerProblem(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a method is asked to solve, checked and in float32.
+
+    A method looks for a sparse V, or a product of two sparse factors, for which the output error
+    tr((V - W) G (V - W)^T) is small.
+
+    Attributes:
+      weight: W `[out, in]`.
+      gram: G `[in, in]`, the sum of x x^T over the calibration inputs x. It is the identity where
+        none was given, and where the one given is zero.
+      name: What to call the layer in an error; None for a matrix without a name.
+      unseen: Whether the Gram matrix given is zero: no input reached the layer (an expert that got
+        no token, a layer behind a dead one), so that its weights alone can say what matters.
+    """
+
+    weight: jax.Array
+    gram: jax.Array
+    name: str | None = None
+    unseen: bool = False
+
+    @classmethod
+    def of(
+        cls, weight: ArrayLike, gram: ArrayLike | None = None, name: str | None = None
+    ) -> "Problem":
+        """Checks a layer's arrays and makes a problem of them.
+
+        Args:
+          weight: `[out, in]`, any real float dtype.
+          gram: `[in, in]`, or None for the identity.
+          name: What to call the layer in an error.
+
+        Returns:
+          The problem.
+
+        Raises:
+          TypeError: `weight` or `gram` is not of a real float dtype.
+          ValueError: A shape is wrong, a matrix is empty or holds NaN or infinity, or the Gram
+            matrix is not symmetric.
+        """
+        checked = _check_weight(weight, name)
+        identity = jnp.eye(checked.shape[1], dtype=jnp.float32)
+        if gram is None:
+            return cls(checked, identity, name)
+        given = _check_gram(gram, checked.shape, name)
+        unseen = not bool(jnp.any(jnp.diagonal(given) > 0))
+        return cls(checked, identity if unseen else given, name, unseen)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        rows, cols = self.weight.shape
+        return rows, cols
+
+    @property
+    def note(self) -> str | None:
+        """What a user should know of the problem; None where there is nothing to say."""
+        return "its inputs are all zero" if self.unseen else None
+
+    def error(self, approximation: jax.Array) -> float:
+        """Relative output error of a matrix `[out, in]` in the place of W; NaN where it has any."""
+        return float(_relative_output_error(self.weight, approximation, self.gram))
+
+
+class NormalizedProblem(NamedTuple):
     """A layer with its inputs scaled to unit size, which is how every solver sees it.
 
     With D = diag(G)^(1/2), the output error tr((V - W) G (V - W)^T) is
@@ -33,8 +99,8 @@ class LayerProblem(NamedTuple):
         return weight * inverse * self.unit
 
 
-def normalize(weight: jax.Array, gram: jax.Array, damping) -> LayerProblem:
-    """Builds the scaled problem from checked float32 arrays; see `LayerProblem`.
+def normalize(weight: jax.Array, gram: jax.Array, damping: float) -> NormalizedProblem:
+    """Builds the scaled problem from checked float32 arrays; see `NormalizedProblem`.
 
     Args:
       weight: W, float32 `[out, in]`.
@@ -42,7 +108,7 @@ def normalize(weight: jax.Array, gram: jax.Array, damping) -> LayerProblem:
       damping: Added to the unit diagonal of R for live inputs; counters a short calibration.
 
     Returns:
-      The `LayerProblem`.
+      The `NormalizedProblem`.
     """
     diagonal = jnp.diagonal(gram)
     # Only the size of G relative to itself matters; this keeps tiny or huge activations in range.
@@ -58,11 +124,13 @@ def normalize(weight: jax.Array, gram: jax.Array, damping) -> LayerProblem:
     size = jnp.sqrt(jnp.mean(scaled * scaled))
     size = jnp.where(size > 0, size, 1)
     unit = size * jnp.where(largest > 0, largest, 1)
-    return LayerProblem(scaled / size, correlation, scale, unit)
+    return NormalizedProblem(scaled / size, correlation, scale, unit)
 
 
 @jax.jit
-def _relative_output_error(weight, approximation, gram):
+def _relative_output_error(
+    weight: jax.Array, approximation: jax.Array, gram: jax.Array | None
+) -> jax.Array:
     with jax.default_matmul_precision("highest"):
         peak = jnp.max(jnp.abs(weight))
         peak = jnp.where(peak > 0, peak, 1)
@@ -74,10 +142,13 @@ def _relative_output_error(weight, approximation, gram):
             gram = gram / jnp.where(size > 0, size, 1)
             error = jnp.maximum(jnp.sum((difference @ gram) * difference), 0)
             norm = jnp.maximum(jnp.sum((weight @ gram) * weight), 0)
-    return jnp.where(error > 0, error / norm, 0.0)
+    # NaN is neither hidden nor taken for no error.
+    return jnp.where(error == 0, 0.0, error / norm)
 
 
-def relative_output_error(weight, approximation, gram=None) -> jax.Array:
+def relative_output_error(
+    weight: ArrayLike, approximation: ArrayLike, gram: ArrayLike | None = None
+) -> jax.Array:
     """Output error of an approximated layer, relative to the size of the output.
 
     tr((V - W) G (V - W)^T) / tr(W G W^T), which is sum ||V x - W x||^2 / sum ||W x||^2 over the
@@ -89,7 +160,11 @@ def relative_output_error(weight, approximation, gram=None) -> jax.Array:
       gram: G = sum x x^T `[in, in]`; None means the identity.
 
     Returns:
-      A float32 scalar. Where the layer's output is zero, it is 0 if V agrees and inf if not.
+      A float32 scalar. Where the layer's output is zero, it is 0 if V agrees and inf if not; where
+      an argument holds NaN, it is NaN.
+
+    Raises:
+      ValueError: The shapes do not fit each other.
     """
     weight, approximation = jnp.asarray(weight), jnp.asarray(approximation)
     if weight.shape != approximation.shape or weight.ndim != 2:
@@ -108,49 +183,36 @@ def relative_output_error(weight, approximation, gram=None) -> jax.Array:
     return _relative_output_error(weight.astype(f32), approximation.astype(f32), gram)
 
 
-def check_layer(weight, gram, name: str | None = None) -> tuple[jax.Array, jax.Array]:
-    """Checks a layer's arrays and returns them as float32, the Gram matrix filled in.
-
-    Args:
-      weight: `[out, in]`, any real float dtype.
-      gram: `[in, in]` or None for the identity.
-      name: What to call the layer in an error.
-
-    Returns:
-      Weight and Gram matrix as float32 arrays.
-
-    Raises:
-      TypeError: `weight` or `gram` is not of a real float dtype.
-      ValueError: A wrong shape, an empty matrix, NaN or infinity, a Gram matrix that is not
-        symmetric.
-    """
-    layer = f"layer {name!r}: " if name else ""
+def _check_weight(weight: ArrayLike, name: str | None) -> jax.Array:
+    """A weight matrix `[out, in]` as float32, or an error that says what is wrong with it."""
+    layer = layer_prefix(name)
     weight = jnp.asarray(weight)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise TypeError(
             f"{layer}weight has dtype {weight.dtype}; give float16, bfloat16 or float32"
         )
     if weight.ndim != 2 or weight.size == 0:
+        hint = "; a Flax conv kernel is reshaped to [out, h * w * in] first"
         raise ValueError(
             f"{layer}weight must be a non-empty matrix [out, in], got shape {weight.shape}"
-            + (
-                "; a Flax conv kernel is reshaped to [out, h * w * in] first"
-                if weight.ndim == 4
-                else ""
-            )
+            + (hint if weight.ndim == 4 else "")
         )
-    inputs = weight.shape[1]
     weight = weight.astype(jnp.float32)
     _check_finite(weight, f"{layer}weight")
-    if gram is None:
-        return weight, jnp.eye(inputs, dtype=jnp.float32)
+    return weight
+
+
+def _check_gram(gram: ArrayLike, shape: tuple[int, ...], name: str | None) -> jax.Array:
+    """The Gram matrix of a weight of `shape` as float32, or an error that says what is wrong."""
+    layer = layer_prefix(name)
     gram = jnp.asarray(gram)
     if not jnp.issubdtype(gram.dtype, jnp.floating):
         raise TypeError(f"{layer}gram has dtype {gram.dtype}; give a float Gram matrix")
+    inputs = shape[1]
     if gram.shape != (inputs, inputs):
         raise ValueError(
             f"{layer}gram must be [in, in] = {(inputs, inputs)} for a weight of shape "
-            f"{weight.shape}, got {gram.shape}; weights are [out, in], Flax kernels [in, out]"
+            f"{shape}, got {gram.shape}; weights are [out, in], Flax kernels [in, out]"
         )
     gram = gram.astype(jnp.float32)
     _check_finite(gram, f"{layer}gram")
@@ -160,16 +222,16 @@ def check_layer(weight, gram, name: str | None = None) -> tuple[jax.Array, jax.A
             f"{layer}gram is not symmetric: entries differ from their mirror images by up to "
             f"{asymmetry:.3g} where the largest is {size:.3g}; give sum x x^T"
         )
-    return weight, gram
+    return gram
 
 
 @jax.jit
-def _asymmetry(gram):
+def _asymmetry(gram: jax.Array) -> jax.Array:
     return jnp.stack([jnp.max(jnp.abs(gram - gram.T)), jnp.max(jnp.abs(gram))])
 
 
 @jax.jit
-def _is_finite(array):
+def _is_finite(array: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(array))
 
 
@@ -178,20 +240,26 @@ def is_finite(array: jax.Array) -> bool:
     return bool(_is_finite(array))
 
 
-def _check_finite(array, what):
+def _check_finite(array: jax.Array, what: str) -> None:
     if not is_finite(array):
         bad = np.argwhere(~np.isfinite(np.asarray(array)))
+        first = tuple(map(int, bad[0]))
         raise ValueError(
-            f"{what} holds {len(bad)} NaN or infinite entries, the first at {tuple(map(int, bad[0]))};"
-            " check the checkpoint or the calibration batches"
+            f"{what} holds {len(bad)} NaN or infinite entries, the first at {first}; "
+            "check the checkpoint or the calibration batches"
         )
 
 
-def check_density(density, name: str | None = None) -> float:
+def check_density(density: float, name: str | None = None) -> float:
     """Returns `density` as a float, or raises a ValueError where it is not in (0, 1]."""
     if not 0 < float(density) <= 1:
-        layer = f"layer {name!r}: " if name else ""
         raise ValueError(
-            f"{layer}density is the fraction of entries kept and must be in (0, 1], got {density}"
+            f"{layer_prefix(name)}density is the fraction of entries kept and must be in (0, 1], "
+            f"got {density}"
         )
     return float(density)
+
+
+def layer_prefix(name: str | None) -> str:
+    """How an error begins that is about a layer; nothing for a matrix without a name."""
+    return f"layer {name!r}: " if name else ""

@@ -1,20 +1,21 @@
 """Pruning of one matrix: the baselines beside which a factorization is judged.
 
-Every method keeps exactly ``floor(density * out * in)`` entries (or exactly n of every m for an N:M
-pattern) and works on the scaled problem of `dsf_jax.problem`.
+Every pruner keeps exactly ``floor(density * out * in)`` entries (or exactly n of every m for an N:M
+pattern) and works on a `problem.NormalizedProblem`.
 """
 
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from dsf_jax.solvers import masks
 from dsf_jax.solvers.admm import COMPILER_OPTIONS, refit_rows
 from dsf_jax.solvers.budget import count_nonzeros
-from dsf_jax.solvers.problem import check_density, check_layer, normalize
+from dsf_jax.solvers.problem import Problem, check_density, is_finite, layer_prefix, normalize
 
 SPARSEGPT_BLOCK = 128
 SPARSEGPT_DAMPING = 0.01
@@ -25,8 +26,8 @@ REFIT_STEPS = 20
 
 
 def prune(
-    weight,
-    gram=None,
+    weight: ArrayLike,
+    gram: ArrayLike | None = None,
     *,
     density: float | None = None,
     method: str = "magnitude",
@@ -39,7 +40,8 @@ def prune(
     `magnitude` keeps the largest |w|; `wanda` the largest |w_ij| G_jj^(1/2), equally many in each
     row; `sparsegpt` removes weights column by column and lets the later columns make up for it;
     `admm` minimises tr((V - W) G (V - W)^T) over values and mask by ADMM with a rising penalty and
-    then refits the kept values.
+    then refits the kept values. Where G is zero, so that it says nothing of any weight, every
+    method is `magnitude`.
 
     Args:
       weight: W `[out, in]`, float16, bfloat16 or float32.
@@ -55,42 +57,86 @@ def prune(
       unless W itself has fewer.
 
     Raises:
-      TypeError, ValueError: An input that cannot be pruned; the message says why.
+      TypeError: An array is not of a float dtype.
+      ValueError: An argument cannot be served; the message says why.
+      FloatingPointError: The result holds NaN or infinity.
 
     References:
       Wanda, arXiv 2306.11695. SparseGPT, arXiv 2301.00774. ADMM pruning, arXiv 2401.02938.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    dtype = jnp.asarray(weight).dtype
-    weight, gram = check_layer(weight, gram, name)
-    if pattern is None:
-        if density is None:
-            raise ValueError("prune needs a density in (0, 1], or a pattern such as '2:4'")
-        group = None
-        nonzeros = count_nonzeros(check_density(density, name), weight.shape)
+    if method not in PRUNERS:
+        raise ValueError(f"method must be one of {', '.join(PRUNERS)}, got {method!r}")
+    problem = Problem.of(weight, gram, name)
+    pruned = prune_problem(problem, method, density=density, pattern=pattern, precision=precision)
+    return pruned.astype(jnp.asarray(weight).dtype)
+
+
+def prune_problem(
+    problem: Problem,
+    method: str,
+    *,
+    density: float | None = None,
+    pattern: str | None = None,
+    precision: str = "highest",
+) -> jax.Array:
+    """Prunes the matrix of a problem; see `prune`.
+
+    Returns:
+      V, float32 `[out, in]`.
+
+    Raises:
+      ValueError: The density or the pattern cannot be served.
+      FloatingPointError: The result holds NaN or infinity.
+    """
+    group = None
+    if pattern is not None:
+        group = parse_pattern(pattern, density, problem.shape, problem.name)
+        nonzeros = problem.weight.size * group[0] // group[1]
+    elif density is not None:
+        nonzeros = count_nonzeros(check_density(density, problem.name), problem.shape)
     else:
-        group = _parse_pattern(pattern, density, weight.shape, name)
-        nonzeros = weight.size * group[0] // group[1]
-    pruned = METHODS[method](weight, gram, nonzeros, group=group, precision=precision)
-    return pruned.astype(dtype)
+        raise ValueError("prune needs a density in (0, 1], or a pattern such as '2:4'")
+    run = PRUNERS["magnitude" if problem.unseen else method]
+    pruned = run(problem.weight, problem.gram, nonzeros, group=group, precision=precision)
+    if not is_finite(pruned):
+        raise FloatingPointError(
+            f"{layer_prefix(problem.name)}{method} came to NaN or infinity; look at the size of "
+            "its weights and of its Gram matrix, or choose another method"
+        )
+    return pruned
 
 
-_compile = partial(
-    jax.jit, static_argnames=("group", "precision"), compiler_options=COMPILER_OPTIONS
-)
+def parse_pattern(
+    pattern: str, density: float | None, shape: tuple[int, int], name: str | None = None
+) -> tuple[int, int]:
+    """Reads an N:M pattern such as "2:4".
 
+    Args:
+      pattern: The pattern.
+      density: A density asked for beside it, which has to be n / m; None for none.
+      shape: (out, in) of the matrix.
+      name: What to call the layer in an error.
 
-def _parse_pattern(pattern, density, shape, name):
-    layer = f"layer {name!r}: " if name else ""
+    Returns:
+      n and m.
+
+    Raises:
+      ValueError: It is no pattern, has another density, or does not divide the matrix.
+    """
+    layer = layer_prefix(name)
     try:
         n, m = (int(part) for part in pattern.split(":"))
-    except ValueError:
+    except (ValueError, AttributeError):
         n, m = 0, 0
     if not 0 < n <= m:
-        raise ValueError(f"pattern must be 'n:m' with 0 < n <= m, such as '2:4', got {pattern!r}")
+        raise ValueError(
+            f"{layer}pattern must be 'n:m' with 0 < n <= m, such as '2:4', got {pattern!r}"
+        )
     if density is not None and abs(density - n / m) > 1e-9:
-        raise ValueError(f"pattern {pattern} has density {n / m:g}; leave density={density} out")
+        raise ValueError(
+            f"{layer}pattern {pattern} has density {n / m:g}, which density={density:g} "
+            "contradicts; give that one, or leave density out"
+        )
     if shape[1] % m:
         raise ValueError(
             f"{layer}pattern {pattern} needs a number of inputs divisible by {m}, got "
@@ -99,50 +145,65 @@ def _parse_pattern(pattern, density, shape, name):
     return n, m
 
 
-def _best_mask(scores, nonzeros, group):
+_compile = functools.partial(
+    jax.jit, static_argnames=("group", "precision"), compiler_options=COMPILER_OPTIONS
+)
+
+
+def _best_mask(
+    scores: jax.Array, nonzeros: int | jax.Array, group: tuple[int, int] | None
+) -> jax.Array:
     return masks.n_m_mask(scores, *group) if group else masks.top_k_mask(scores, nonzeros)
 
 
 @_compile
-def magnitude(weight, gram, nonzeros, *, group=None, precision="highest"):
+def magnitude(
+    weight: jax.Array,
+    gram: jax.Array,
+    nonzeros: int | jax.Array,
+    *,
+    group: tuple[int, int] | None = None,
+    precision: str = "highest",
+) -> jax.Array:
     """Keeps the entries of largest magnitude; see `prune`."""
     del gram, precision
     return jnp.where(_best_mask(jnp.abs(weight), nonzeros, group), weight, 0)
 
 
 @_compile
-def wanda(weight, gram, nonzeros, *, group=None, precision="highest"):
+def wanda(
+    weight: jax.Array,
+    gram: jax.Array,
+    nonzeros: int | jax.Array,
+    *,
+    group: tuple[int, int] | None = None,
+    precision: str = "highest",
+) -> jax.Array:
     """Keeps the entries of largest |w_ij| G_jj^(1/2), row by row; see `prune`."""
     del precision
     scores = jnp.abs(normalize(weight, gram, 0.0).weight)
-    if group:
-        mask = masks.n_m_mask(scores, *group)
-    else:
-        mask = masks.row_top_k_mask(scores, nonzeros)
+    mask = masks.n_m_mask(scores, *group) if group else masks.row_top_k_mask(scores, nonzeros)
     return jnp.where(mask, weight, 0)
 
 
 @_compile
-def sparsegpt(weight, gram, nonzeros, *, group=None, precision="highest"):
+def sparsegpt(
+    weight: jax.Array,
+    gram: jax.Array,
+    nonzeros: int | jax.Array,
+    *,
+    group: tuple[int, int] | None = None,
+    precision: str = "highest",
+) -> jax.Array:
     """Removes entries by saliency, block by block, updating the columns after them; see `prune`."""
     with jax.default_matmul_precision(precision):
-        problem = normalize(weight, gram, 0.0)
         rows, cols = weight.shape
         width = group[1] if group else SPARSEGPT_BLOCK
         blocks = -(-cols // width)
         padding = blocks * width - cols
-
-        # In units of G itself, since the damping is relative to its mean diagonal.
-        size = jnp.maximum(jnp.max(problem.scale), jnp.finfo(jnp.float32).tiny)
-        scale = jnp.pad(problem.scale / size, (0, padding))
-        damping = SPARSEGPT_DAMPING * jnp.sum(scale * scale) / cols
-        hessian = jnp.pad(problem.gram, (0, padding)) * scale[:, None] * scale[None, :]
-        # A dead input (or padding) gets curvature 1 and is decoupled from all others.
-        hessian += jnp.diag(jnp.where(scale > 0, damping, 1))
-        inverse = jnp.linalg.inv(hessian)
-        factor = jnp.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
-
-        start = jnp.pad(jnp.where(problem.scale > 0, weight, 0), ((0, 0), (0, padding)))
+        scale = normalize(weight, gram, 0.0).scale
+        factor = _inverse_factor(weight, gram, padding)
+        start = jnp.pad(jnp.where(scale > 0, weight, 0), ((0, 0), (0, padding)))
         column = jnp.arange(blocks * width)
         # Each block's share of the budget, floor(nonzeros * end / cols) up to its end, in two parts
         # that fit into 32 bits.
@@ -157,18 +218,7 @@ def sparsegpt(weight, gram, nonzeros, *, group=None, precision="highest"):
             real = (first + jnp.arange(width)) < cols
             saliency = jnp.abs(here / jnp.diagonal(local)) * real
             keep = _best_mask(saliency, share, group) & real
-
-            def prune_column(j, state):
-                current, errors = state
-                entry = lax.dynamic_slice(current, (0, j), (rows, 1))
-                kept = lax.dynamic_slice(keep, (0, j), (rows, 1))
-                row = lax.dynamic_slice(local, (j, 0), (1, width))
-                error = jnp.where(kept, 0, entry) / lax.dynamic_slice(row, (0, j), (1, 1))
-                later = jnp.arange(width) > j
-                current = current - jnp.where(later, error * row, 0)
-                return current, lax.dynamic_update_slice(errors, error, (0, j))
-
-            here, errors = lax.fori_loop(0, width, prune_column, (here, jnp.zeros_like(here)))
+            here, errors = _remove_columns(here, local, keep)
             weight = weight - errors @ jnp.where(column >= first + width, rows_of_factor, 0)
             return lax.dynamic_update_slice(weight, jnp.where(keep, here, 0), (0, first)), None
 
@@ -176,8 +226,58 @@ def sparsegpt(weight, gram, nonzeros, *, group=None, precision="highest"):
         return lax.scan(prune_block, start, (first, shares))[0][:, :cols]
 
 
+def _inverse_factor(weight: jax.Array, gram: jax.Array, padding: int) -> jax.Array:
+    """U of (G + damping)^-1 = U^T U, upper triangular, for `padding` dead inputs more."""
+    problem = normalize(weight, gram, 0.0)
+    # In units of G itself, since the damping is relative to its mean diagonal.
+    size = jnp.maximum(jnp.max(problem.scale), jnp.finfo(jnp.float32).tiny)
+    scale = jnp.pad(problem.scale / size, (0, padding))
+    damping = SPARSEGPT_DAMPING * jnp.sum(scale * scale) / weight.shape[1]
+    hessian = jnp.pad(problem.gram, (0, padding)) * scale[:, None] * scale[None, :]
+    # A dead input (or padding) gets curvature 1 and is decoupled from all others.
+    hessian += jnp.diag(jnp.where(scale > 0, damping, 1))
+    inverse = jnp.linalg.inv(hessian)
+    return jnp.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+
+
+def _remove_columns(
+    block: jax.Array, factor: jax.Array, keep: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Removes what is not kept of a block, column by column; later columns make up for it.
+
+    Args:
+      block: Weights `[rows, width]`.
+      factor: The block's part of U, `[width, width]`.
+      keep: Boolean `[rows, width]`.
+
+    Returns:
+      The block, whose kept entries are final, and the error of each column over its diagonal entry
+      of U, `[rows, width]`, which the blocks behind it have to make up for.
+    """
+    rows, width = block.shape
+
+    def remove(j, state):
+        current, errors = state
+        entry = lax.dynamic_slice(current, (0, j), (rows, 1))
+        kept = lax.dynamic_slice(keep, (0, j), (rows, 1))
+        row = lax.dynamic_slice(factor, (j, 0), (1, width))
+        error = jnp.where(kept, 0, entry) / lax.dynamic_slice(row, (0, j), (1, 1))
+        later = jnp.arange(width) > j
+        current = current - jnp.where(later, error * row, 0)
+        return current, lax.dynamic_update_slice(errors, error, (0, j))
+
+    return lax.fori_loop(0, width, remove, (block, jnp.zeros_like(block)))
+
+
 @_compile
-def admm(weight, gram, nonzeros, *, group=None, precision="highest"):
+def admm(
+    weight: jax.Array,
+    gram: jax.Array,
+    nonzeros: int | jax.Array,
+    *,
+    group: tuple[int, int] | None = None,
+    precision: str = "highest",
+) -> jax.Array:
     """Finds mask and values together by ADMM with a rising penalty; see `prune`.
 
     Each step solves for X = (W R + rho (Z - U)) (R + rho I)^-1, projects X + U onto the best mask
@@ -210,4 +310,4 @@ def admm(weight, gram, nonzeros, *, group=None, precision="highest"):
         return problem.restore(refit_rows(target, problem.gram, mask, z, REFIT_STEPS))
 
 
-METHODS = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt, "admm": admm}
+PRUNERS = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt, "admm": admm}

@@ -23,7 +23,7 @@ from absl import flags
 import dsf_jax
 from dsf_jax.solvers.budget import packed_nbytes
 from dsf_jax.solvers.factorize import PRESETS
-from dsf_jax.solvers.pruners import METHODS
+from dsf_jax.solvers.pruners import PRUNERS
 from examples import cli
 from examples.records import write_json
 
@@ -34,8 +34,8 @@ flags.DEFINE_multi_string(
 flags.DEFINE_multi_float("density", [0.5, 0.4, 0.3, 0.2], "Density; repeatable.", 0, 1)
 flags.DEFINE_multi_enum(
     "method",
-    [*METHODS, *PRESETS],
-    [*METHODS, *PRESETS],
+    [*PRUNERS, *PRESETS],
+    [*PRUNERS, *PRESETS],
     "Pruning method or preset of the factorization; repeatable.",
 )
 flags.DEFINE_string("dsf_options", "{}", "JSON object of options over the presets.")

@@ -1,0 +1,66 @@
+"""What is kept of a pass that is halted: as few bytes as the rest can be computed from.
+
+An attention mask is a broadcast of the tokens, or of nothing at all; kept for every batch it would
+take more room than all activations. What light operations make of smaller values, or of constants,
+is therefore computed again where it is needed.
+"""
+
+import math
+from collections.abc import Iterable
+
+from dsf_jax.trace.dataflow import Dataflow
+from dsf_jax.trace.jaxprs import LIGHT
+from dsf_jax.trace.stages import Stages
+
+
+def values_to_keep(flow: Dataflow, stages: Stages, stage: int) -> set[int]:
+    """Values to keep when a pass is halted before a stage.
+
+    Args:
+      flow: The pass.
+      stages: Its stages.
+      stage: How many stages are done.
+
+    Returns:
+      Names of values from which, with the model's leaves and the constants, all can be computed
+      that later operations, or the inputs of later stages' layers, read.
+    """
+    live = set()
+    for op in flow.ops:
+        if op.outputs and stages.of_value[op.outputs[0]] > stage:
+            live.update(op.inputs)
+    for layers in stages.members[stage:]:
+        for layer in layers:
+            live.update(use.activation for use in flow.layers[layer].uses)
+    return _smallest_sources(flow, {name for name in live if stages.of_value[name] <= stage})
+
+
+def _smallest_sources(flow: Dataflow, wanted: Iterable[int]) -> set[int]:
+    """Values that the wanted ones come from by light operations, wherever those are smaller."""
+    free, producers = _free_values(flow), {name: op for op in flow.ops for name in op.outputs}
+    pending, kept = set(wanted) - free, set()
+    while pending:
+        name = max(pending)  # an operation's inputs have lower names than its outputs
+        pending.remove(name)
+        op = producers.get(name)
+        if op is not None and op.kind in LIGHT:
+            sources = set(op.inputs) - free
+            if sum(_nbytes(flow, source) for source in sources) < _nbytes(flow, name):
+                pending |= sources
+                continue
+        kept.add(name)
+    return kept
+
+
+def _free_values(flow: Dataflow) -> set[int]:
+    """Values that take no batch to compute, only the model, constants and light operations."""
+    free = set(flow.leaves) | flow.constants.keys() | flow.views.keys()
+    for op in flow.ops:
+        if op.kind in LIGHT and free.issuperset(op.inputs):
+            free.update(op.outputs)
+    return free
+
+
+def _nbytes(flow: Dataflow, name: int) -> int:
+    shape = flow.shapes[name]
+    return math.prod(shape.shape) * shape.dtype.itemsize
