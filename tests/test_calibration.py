@@ -25,7 +25,7 @@ def check_energy(model, x, path="", **kwargs):
     gram = gram.reshape(-1, *gram.shape[-2:])
     for seed in range(3):
         network = read_network(model, **kwargs)
-        leaf = network.paths.index(tuple(filter(None, path.split("/"))) + ("kernel",))
+        leaf = network.paths.index((*filter(None, path.split("/")), "kernel"))
         network.leaves = list(network.leaves)
         network.leaves[leaf] = draw(seed, *network.leaves[leaf].shape)
         (layer,) = dataflow.trace(network, x).layers
@@ -262,7 +262,7 @@ def test_groups_follow_the_data_not_the_names():
             return self.down(nnx.silu(self.gate(y)) * self.up(y)) + self.side(x)
 
     flow = dataflow.trace(read_network(Net(nnx.Rngs(0))), draw(0, 2, 5, 8))
-    groups = stages.order_layers(flow, list(range(len(flow.layers)))).groups
+    groups = stages.order_layers(flow, list(range(len(flow.layers)))).members
     named = [{flow.layers[i].path.split("/")[-1] for i in group} for group in groups]
     assert named == [{"query", "key", "value", "side"}, {"out"}, {"gate", "up"}, {"down"}]
 
@@ -278,7 +278,7 @@ def test_layers_that_feed_each_other_are_one_group():
             return self.c(self.b(self.a(self.b(self.a(x)))))
 
     flow = dataflow.trace(read_network(Alternating(nnx.Rngs(0))), draw(0, 2, 4))
-    groups = stages.order_layers(flow, [0, 1, 2]).groups
+    groups = stages.order_layers(flow, [0, 1, 2]).members
     assert [sorted(group) for group in groups] == [[0, 1], [2]]
 
 

@@ -21,7 +21,7 @@ from dsf_jax.pipeline.rules import Rule, Rules, default_skip, match_rules
 from dsf_jax.pipeline.solve import Assignment, LayerSolution, check_method, solve, stack_limit
 from dsf_jax.solvers.problem import check_density, is_finite
 from dsf_jax.trace import stages
-from dsf_jax.trace.calibration import Calibration, check_batches
+from dsf_jax.trace.calibration import CalibrationPass, check_batches
 from dsf_jax.trace.dataflow import Layer
 from dsf_jax.trace.network import Network, read_network
 
@@ -127,7 +127,7 @@ def compress_model(
     network = read_network(model, variables, forward)
     batches = check_batches(batches)
     local = [device for device in devices if device.process_index == jax.process_index()]
-    flow = Calibration(network, batches, keep_activations, local or jax.local_devices()[:1])
+    flow = CalibrationPass(network, batches, keep_activations, local or jax.local_devices()[:1])
     chosen, skipped = _assign(flow, rules, Assignment(method, density, dict(options or {})))
     _check_layers(network, flow, chosen)
 
@@ -150,7 +150,7 @@ def compress_model(
     groups = _order(flow, chosen, blocks, calibration)
     dense = None
     if target == "dense" and calibration == "sequential":
-        dense = Calibration(network, batches, keep_activations, flow.devices)
+        dense = CalibrationPass(network, batches, keep_activations, flow.devices)
         dense.start(flow.stages)
     run = _Run(network, flow, dense, grams, chosen, devices, directory, callback)
     for stage, paths in enumerate(groups, start=1):
@@ -321,7 +321,7 @@ def _check_choice(name, value, allowed):
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _assign(flow: Calibration, rules, default: Assignment):
+def _assign(flow: CalibrationPass, rules, default: Assignment):
     """What is asked for each layer that is compressed, and why each other one is not."""
     matched = match_rules(rules, [layer.path for layer in flow.layers])
     chosen, skipped = {}, {}
@@ -357,7 +357,7 @@ def _assign(flow: Calibration, rules, default: Assignment):
     return chosen, skipped
 
 
-def _check_layers(network: Network, flow: Calibration, chosen):
+def _check_layers(network: Network, flow: CalibrationPass, chosen):
     """Checks that weights are finite, and that layers asked to become pairs can."""
     paired = {path for path, assignment in chosen.items() if assignment.solver.gives_pairs}
     for path in paired:
@@ -381,7 +381,7 @@ def _check_layers(network: Network, flow: Calibration, chosen):
                 )
 
 
-def _check_grams(grams, flow: Calibration, chosen, calibration):
+def _check_grams(grams, flow: CalibrationPass, chosen, calibration):
     """Given Gram matrices as `[groups, in, in]`, or a ValueError where they do not fit."""
     if calibration != "one-pass":
         raise ValueError(
@@ -421,7 +421,7 @@ def _share_budget(network, flow, grams, chosen, density, exclude):
         chosen[path] = dataclasses.replace(chosen[path], density=share)
 
 
-def _order(flow: Calibration, chosen, blocks, calibration) -> list[list[str]]:
+def _order(flow: CalibrationPass, chosen, blocks, calibration) -> list[list[str]]:
     """Groups of paths in the order in which they are solved; prepares `flow` to advance so."""
     paths = [layer.path for layer in flow.layers if layer.path in chosen]
     if calibration == "one-pass":
@@ -441,7 +441,7 @@ def _order(flow: Calibration, chosen, blocks, calibration) -> list[list[str]]:
         }
     )
     first = next(iter(flow.stages.values()))
-    return [[flow.layers[i].path for i in group] for group in first.groups]
+    return [[flow.layers[i].path for i in group] for group in first.members]
 
 
 def _share(solution: LayerSolution | None, owner: int) -> LayerSolution:
@@ -482,7 +482,7 @@ def _why_no_pair(network: Network, layer: Layer) -> str | None:
     return flax_layers.why_no_pair(network.modules.get(network.module_path(layer.leaf)))
 
 
-def _assemble(network: Network, flow: Calibration, leaves, pairs: dict[str, LayerSolution]):
+def _assemble(network: Network, flow: CalibrationPass, leaves, pairs: dict[str, LayerSolution]):
     """The model with its new leaves, and factor pairs in the place of the layers they solve."""
     by_leaf = {}
     for path, solution in pairs.items():

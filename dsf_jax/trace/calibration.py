@@ -5,20 +5,31 @@ error in the layer's weights costs at its output. The model is not edited, and e
 matrices are computed inside the compiled forward pass, where its activations live and die.
 """
 
+import functools
+import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
 
 from dsf_jax.solvers.problem import is_finite
 from dsf_jax.trace.dataflow import Dataflow, Layer, trace
 from dsf_jax.trace.network import Network, read_network
+from dsf_jax.trace.retention import values_to_keep
 from dsf_jax.trace.stages import Segment, Stages
 
 
 def gram_matrices(
-    model, batches: Iterable, *, variables=None, forward: Callable | None = None, layers: str = ".*"
+    model: nnx.Module | nn.Module,
+    batches: Iterable[Any],
+    *,
+    variables: Any = None,
+    forward: Callable | None = None,
+    layers: str = ".*",
 ) -> dict[str, jax.Array]:
     """Gram matrices of the inputs of a model's layers.
 
@@ -40,49 +51,52 @@ def gram_matrices(
       stacks of experts.
 
     Raises:
-      ValueError: No batches, no layer that matches, or an activation that is NaN or infinite.
+      TypeError: The model is neither an NNX nor a linen module.
+      ValueError: There are no batches, no layer matches, or an activation is NaN or infinite.
     """
     network = read_network(model, variables, forward)
-    calibration = Calibration(network, check_batches(batches))
-    paths = [layer.path for layer in calibration.layers if layer.uses]
+    dense = CalibrationPass(network, check_batches(batches))
+    paths = [layer.path for layer in dense.layers if layer.uses]
     chosen = [path for path in paths if re.fullmatch(layers, path)]
     if not chosen:
         raise ValueError(f"no layer matches {layers!r}; the paths are\n  " + "\n  ".join(paths))
-    grams = calibration.grams(chosen, network.leaves)
+    grams = dense.grams(chosen, network.leaves)
     return {path: gram[0] if len(gram) == 1 else gram for path, gram in grams.items()}
 
 
-class Calibration:
-    """Calibration batches on their way through a model.
+class CalibrationPass:
+    """The forward pass of a model over its calibration batches, which can be halted.
 
-    The pass of each batch can be halted before a group of layers, whose Gram matrices are then
+    The pass of each batch is halted before a stage of layers, whose Gram matrices are then
     computed from the values at hand, and continued with new weights: every operation runs once,
-    however many groups there are. What is kept between is what later operations still read.
+    however many stages there are. What is kept between is what later operations still read, or the
+    smaller values that light operations make it of (`retention`), which run again.
 
     Args:
       network: The model.
       batches: Pytrees of arrays.
-      keep: Where values wait between groups: "device", "host", or "nowhere" to start every group
-        from the batch itself, which takes one pass per group.
+      keep: Where values wait between stages: "device", "host", or "nowhere" to start every stage
+        from the batch itself, which takes one pass per stage.
       devices: Batches are dealt out to these in turn; Gram matrices are added up in the order of
         the batches on the first, so that the result does not depend on their number.
 
     Attributes:
       layers: The model's layers, in order of first application.
       notes: As in `Dataflow`.
+      compile_seconds: Time that compilation has taken so far.
     """
 
     def __init__(
         self,
         network: Network,
-        batches: list,
+        batches: Sequence[Any],
         keep: str = "device",
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[jax.Device] = (),
     ):
         self.network, self.keep = network, keep
         self.devices = list(devices or jax.devices()[:1])
         self.shapes = [_shape(batch) for batch in batches]
-        self.flows: dict[object, Dataflow] = {}
+        self.flows: dict[Hashable, Dataflow] = {}
         for shape, batch in zip(self.shapes, batches):
             if shape not in self.flows:
                 self.flows[shape] = trace(network, batch)
@@ -98,37 +112,37 @@ class Calibration:
             dict(zip(self.flows[shape].batch, self._held(jax.tree.leaves(batch))))
             for shape, batch in zip(self.shapes, batches)
         ]
-        self.done = -1  # the stage up to which `values` are final
-        self.stages: dict[object, Stages] = {}
+        self.stages: Mapping[Hashable, Stages] = {}
+        self.compile_seconds = 0.0
 
     def layer(self, path: str) -> Layer:
+        """The layer of that path."""
         return self.layers[self.index[path]]
 
-    def start(self, stages: dict[object, Stages]):
+    def start(self, stages: Mapping[Hashable, Stages]) -> None:
         """Takes the stages by which `advance` goes on: for each key of `flows` its own."""
         self.stages = stages
 
-    def grams(self, paths: Sequence[str], leaves: list[jax.Array]) -> dict[str, jax.Array]:
+    def grams(self, paths: Sequence[str], leaves: Sequence[jax.Array]) -> dict[str, jax.Array]:
         """Gram matrices `[groups, in, in]` of layers, from the values reached so far.
 
         Args:
           paths: Layers with at least one use.
           leaves: The model's leaves as they now are.
 
+        Returns:
+          For each path its matrices, float32.
+
         Raises:
-          ValueError: A Gram matrix with NaN or infinity.
+          ValueError: A Gram matrix holds NaN or infinity.
         """
-        passes = {}
-        total = None
-        for i, shape in enumerate(self.shapes):
-            if shape not in passes:
-                flow = self.flows[shape]
-                chosen = [flow.layers[self.index[path]] for path in paths]
-                passes[shape] = _segment_of_inputs(flow, self.values[i], chosen, _gram)
-            segment, position = passes[shape]
-            device = self.devices[i % len(self.devices)]
-            batch = jax.device_put(segment(self.values[i], leaves, device), self.devices[0])
-            total = batch if total is None else _add(total, batch)
+        ends = self._ends(paths, _gram)
+
+        def of_batch(i: int, device: jax.Device) -> list[jax.Array]:
+            return self._run(ends[self.shapes[i]].segment, i, leaves, device)
+
+        total = self._sum(of_batch)
+        position = ends[self.shapes[0]].position
         for path in paths:
             if not is_finite(total[position[path]]):
                 raise ValueError(
@@ -139,7 +153,7 @@ class Calibration:
         return {path: total[position[path]] for path in paths}
 
     def cross_grams(
-        self, paths: Sequence[str], leaves: list[jax.Array], dense: "Calibration"
+        self, paths: Sequence[str], leaves: Sequence[jax.Array], dense: "CalibrationPass"
     ) -> dict[str, jax.Array]:
         """Products sum x y^T of layers' inputs x in the dense model with their present ones y.
 
@@ -151,104 +165,131 @@ class Calibration:
         Returns:
           For each path float32 `[groups, in, in]`.
         """
-        total, passes = None, {}
-        for i, shape in enumerate(self.shapes):
-            if shape not in passes:
-                flow = self.flows[shape]
-                chosen = [flow.layers[self.index[path]] for path in paths]
-                ours, position = _segment_of_inputs(flow, self.values[i], chosen, tuple)
-                theirs, _ = _segment_of_inputs(dense.flows[shape], dense.values[i], chosen, tuple)
-                passes[shape] = ours, theirs
-            ours, theirs = passes[shape]
-            device = self.devices[i % len(self.devices)]
-            batch = _cross(
-                theirs(dense.values[i], self.network.leaves, device),
-                ours(self.values[i], leaves, device),
+        ours, theirs = self._ends(paths, tuple), dense._ends(paths, tuple)
+
+        def of_batch(i: int, device: jax.Device) -> list[jax.Array]:
+            shape = self.shapes[i]
+            return _cross(
+                dense._run(theirs[shape].segment, i, self.network.leaves, device),
+                self._run(ours[shape].segment, i, leaves, device),
             )
-            batch = jax.device_put(batch, self.devices[0])
-            total = batch if total is None else _add(total, batch)
+
+        total = self._sum(of_batch)
+        position = ours[self.shapes[0]].position
         return {path: total[position[path]] for path in paths}
 
-    def advance(self, stage: int, leaves: list[jax.Array]):
-        """Continues every batch with the model's leaves as they now are, through `stage`."""
+    def advance(self, stage: int, leaves: Sequence[jax.Array]) -> None:
+        """Continues every batch with the model's leaves as they now are, up to a stage.
+
+        Args:
+          stage: How many stages are done.
+          leaves: The leaves, with the solutions of those stages.
+        """
         if self.keep == "nowhere":
             return
         segments = {}
         for i, shape in enumerate(self.shapes):
+            values = self.values[i]
             if shape not in segments:
-                wanted = _live(self.flows[shape], self.stages[shape], stage)
-                carried = wanted & self.values[i].keys()
-                computed = sorted(wanted - carried)
+                wanted = values_to_keep(self.flows[shape], self.stages[shape], stage)
                 segments[shape] = (
-                    carried,
-                    computed,
-                    Segment(self.flows[shape], self.values[i], computed),
+                    Segment(self.flows[shape], values, sorted(wanted - values.keys())),
+                    wanted & values.keys(),
                 )
-            carried, computed, segment = segments[shape]
-            new = segment(self.values[i], leaves, self.devices[i % len(self.devices)])
-            kept = {name: self.values[i][name] for name in carried}
-            self.values[i] = kept | dict(zip(computed, self._held(list(new))))
+            segment, carried = segments[shape]
+            new = self._run(segment, i, leaves, self.devices[i % len(self.devices)])
+            kept = {name: values[name] for name in carried}
+            self.values[i] = kept | dict(zip(segment.targets, self._held(list(new))))
 
-    def _held(self, arrays):
+    def _ends(
+        self, paths: Sequence[str], combine: Callable[[Iterable[jax.Array]], Any]
+    ) -> dict[Hashable, "_End"]:
+        """For batches of each shape, how the pass goes on to the inputs of layers."""
+        ends = {}
+        for values, shape in zip(self.values, self.shapes):
+            if shape not in ends:
+                flow = self.flows[shape]
+                layers = [flow.layers[self.index[path]] for path in paths]
+                ends[shape] = _end_in_inputs(flow, values, layers, combine)
+        return ends
+
+    def _run(
+        self, segment: Segment, batch: int, leaves: Sequence[jax.Array], device: jax.Device
+    ) -> Any:
+        before = segment.compile_seconds
+        result = segment(self.values[batch], leaves, device)
+        self.compile_seconds += segment.compile_seconds - before
+        return result
+
+    def _sum(self, of_batch: Callable[[int, jax.Device], list[jax.Array]]) -> list[jax.Array]:
+        """Adds up what each batch gives, in their order, on the first device."""
+        total: list[jax.Array] = []
+        for i in range(len(self.shapes)):
+            given = of_batch(i, self.devices[i % len(self.devices)])
+            given = jax.device_put(given, self.devices[0])
+            total = _add(total, given) if total else given
+        return total
+
+    def _held(self, arrays: list[jax.Array]) -> list[Any]:
         return jax.device_get(arrays) if self.keep == "host" else arrays
 
 
-def _live(flow: Dataflow, stages: Stages, stage: int) -> set[int]:
-    """Values final after `stage` that later operations, or later groups' inputs, still read."""
-    live = set()
-    for op in flow.ops:
-        if stages.of_value[op.outputs[0]] > stage if op.outputs else False:
-            live.update(op.inputs)
-    for group in stages.groups[stage:]:
-        for layer in group:
-            live.update(use.activation for use in flow.layers[layer].uses)
-    known = flow.views.keys() | flow.constants.keys() | set(flow.leaves)
-    return {name for name in live if stages.of_value[name] <= stage and name not in known}
+class _End(NamedTuple):
+    """A segment that ends in layers' inputs, and the position of each layer's among them."""
+
+    segment: Segment
+    position: dict[str, int]
 
 
-def _segment_of_inputs(flow, sources, layers, combine):
-    """A segment that ends in layers' inputs, and the position of each layer's among them.
+def _end_in_inputs(
+    flow: Dataflow,
+    sources: Iterable[int],
+    layers: Iterable[Layer],
+    combine: Callable[[Iterable[jax.Array]], Any],
+) -> _End:
+    """Builds the end of a pass that gives, for each layer, `combine` of its inputs.
 
     Layers that read the same value in the same way share one entry: `combine` of the rows
     `[groups, n, in]` of each use.
     """
-    uses = {}
+    layers, uses = list(layers), {}
     for layer in layers:
         uses.setdefault(tuple(use.key for use in layer.uses), layer.uses)
     position = {key: i for i, key in enumerate(uses)}
     targets = sorted({use.activation for group in uses.values() for use in group})
     slots = {name: i for i, name in enumerate(targets)}
 
-    def finish(values):
+    def finish(values: tuple) -> list[Any]:
         return [
             combine(use.rows(values[slots[use.activation]]) for use in group)
             for group in uses.values()
         ]
 
     by_path = {layer.path: position[tuple(use.key for use in layer.uses)] for layer in layers}
-    return Segment(flow, sources, targets, finish), by_path
+    return _End(Segment(flow, sources, targets, finish), by_path)
 
 
-def _product(x, y):
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """sum x y^T over vectors `[groups, n, in]`, float32 `[groups, in, in]`."""
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jnp.einsum("gni,gnj->gij", x, y, precision=jax.lax.Precision.HIGHEST)
 
 
-def _gram(rows):
-    return sum(_product(x, x) for x in rows)
+def _gram(rows: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, (_product(x, x) for x in rows))
 
 
 @jax.jit
-def _cross(dense, present):
+def _cross(dense: list, present: list) -> list:
     return [sum(_product(x, y) for x, y in zip(*pair)) for pair in zip(dense, present)]
 
 
 @jax.jit
-def _add(total, grams):
+def _add(total: list, grams: list) -> list:
     return [a + b for a, b in zip(total, grams)]
 
 
-def check_batches(batches) -> list:
+def check_batches(batches: Iterable[Any]) -> list:
     """The batches as a list, or a ValueError where there are none or one holds no numbers."""
     if isinstance(batches, (dict, str)) or hasattr(batches, "dtype"):
         raise ValueError("batches must be a sequence of batches, got a single one; give [batch]")
@@ -262,7 +303,7 @@ def check_batches(batches) -> list:
     return batches
 
 
-def _shape(batch):
-    """Hashable structure, shapes and dtypes of a batch."""
+def _shape(batch: Any) -> Hashable:
+    """The structure, shapes and dtypes of a batch, hashable."""
     leaves, tree = jax.tree.flatten(batch)
     return tree, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)

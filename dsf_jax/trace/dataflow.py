@@ -10,58 +10,59 @@ change which other layer's inputs; `stages` runs the pass in pieces along those 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 
+from dsf_jax.trace import jaxprs
 from dsf_jax.trace.im2col import Convolution, matmul_matrix
+from dsf_jax.trace.network import Network
 
 # A scan over stacked layers is unrolled, so that each slice of the stack is a layer of its own.
 MAX_UNROLL = 256
 
-# Primitives that only wrap another program, and the parameter that holds it.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
-# Primitives that rearrange or select entries; a cast counts, since it changes no position.
-_VIEWS = frozenset(["reshape", "transpose", "squeeze", "rev", "slice", "split", "broadcast_in_dim"])
-_CASTS = frozenset(["convert_element_type", "copy", "copy_p", "sharding_constraint"])
-_PRODUCTS = frozenset(["dot_general", "conv_general_dilated"])
-
 
 class Op(NamedTuple):
-    """One operation: `run(*values)` gives the list of its outputs; values have integer names."""
+    """One operation on values, which have integers for names.
 
-    run: Callable
+    Attributes:
+      kind: Name of the primitive, or "index" and "stack" of an unrolled scan.
+      run: `run(*values)` gives the list of its outputs.
+      inputs: Names of the values that it reads.
+      outputs: Names of the values that it gives.
+    """
+
+    kind: str
+    run: Callable[..., list[jax.Array]]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
 
 class View(NamedTuple):
-    """A value that is a rearranged part of parameter `leaf`: `steps` are (key, function)."""
+    """A value that is a rearranged part of a parameter.
+
+    Attributes:
+      leaf: Index of the parameter among the model's leaves.
+      steps: How the part is cut out and turned: each a key, equal for equal steps, and a function.
+    """
 
     leaf: int
-    steps: tuple[tuple[str, Callable], ...] = ()
+    steps: tuple[tuple[str, Callable[[Any], Any]], ...] = ()
 
-    def then(self, key, run):
+    def then(self, key: str, run: Callable[[Any], Any]) -> "View":
+        """The view of this view that one more step gives."""
         return View(self.leaf, (*self.steps, (key, run)))
 
-    def keys(self):
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the steps: equal keys of one leaf mean equal views."""
         return tuple(key for key, _ in self.steps)
 
-    def read(self, leaf):
+    def read(self, leaf: Any) -> Any:
+        """The value, from the parameter."""
         for _, run in self.steps:
             leaf = run(leaf)
         return leaf
@@ -92,7 +93,9 @@ class Layer:
         parameters stacked for a scan.
       leaf: Index of the parameter among the model's leaves.
       kind: "linear", "conv" or "embedding".
-      groups, rows, cols: groups of a grouped convolution or experts of a stack (else 1), out, in.
+      groups: Groups of a grouped convolution, or experts of a stack; 1 for other layers.
+      rows: Outputs of each matrix.
+      cols: Inputs of each matrix.
       view: The matrices `[groups, out, in]` as a view of the parameter.
       uses: Where it is applied, in order; an embedding may have none (look-ups only).
       lookups: Names of values looked up in it (embeddings).
@@ -110,12 +113,13 @@ class Layer:
 
     @property
     def size(self) -> int:
+        """Entries of its matrices."""
         return self.groups * self.rows * self.cols
 
     @property
     def stack(self) -> tuple[int, ...]:
         """Which slice of a stacked parameter it is; () where the parameter is not stacked."""
-        return tuple(int(key[1:-1]) for key in self.view.keys() if key.startswith("["))
+        return tuple(int(key[1:-1]) for key in self.view.keys if key.startswith("["))
 
     def read(self, leaf: jax.Array) -> jax.Array:
         """The matrices `[groups, out, in]` held by the parameter."""
@@ -156,11 +160,11 @@ class Dataflow:
     notes: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
-def trace(network, batch) -> Dataflow:
+def trace(network: Network, batch: Any) -> Dataflow:
     """Traces the forward pass of a network on a batch and finds its layers.
 
     Args:
-      network: A `network.Network`.
+      network: The model.
       batch: A pytree of arrays; only shapes and dtypes matter.
 
     Returns:
@@ -173,10 +177,10 @@ def trace(network, batch) -> Dataflow:
 class _Tracer:
     """Flattens a program into a `Dataflow`."""
 
-    def __init__(self, network, closed, leaves):
+    def __init__(self, network: Network, closed: Any, leaves: int):
         self.flow = Dataflow()
         self.network = network
-        self.found = {}
+        self.found: dict[tuple, Layer] = {}
         names = [self.name(v.aval) for v in closed.jaxpr.invars]
         self.flow.leaves, self.flow.batch = names[:leaves], names[leaves:]
         for i, name in enumerate(self.flow.leaves):
@@ -186,31 +190,33 @@ class _Tracer:
         self.flatten(closed.jaxpr, constants, names)
         self.settle_overlaps()
 
-    def name(self, aval):
+    def name(self, aval: Any) -> int:
         self.flow.shapes.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
         return len(self.flow.shapes) - 1
 
-    def constant(self, value):
+    def constant(self, value: Any) -> int:
         value = jnp.asarray(value)
         name = self.name(value)
         self.flow.constants[name] = value
         return name
 
-    def op(self, run, inputs, avals):
+    def op(
+        self, kind: str, run: Callable, inputs: Sequence[int], avals: Iterable
+    ) -> tuple[int, ...]:
         outputs = tuple(self.name(aval) for aval in avals)
-        self.flow.ops.append(Op(run, tuple(inputs), outputs))
+        self.flow.ops.append(Op(kind, run, tuple(inputs), outputs))
         return outputs
 
-    def flatten(self, jaxpr, constants, arguments):
+    def flatten(self, jaxpr: Any, constants: Sequence[int], arguments: Sequence[int]) -> list[int]:
         """Adds the operations of `jaxpr` applied to named values; returns its outputs' names."""
         names = dict(zip(jaxpr.constvars, constants)) | dict(zip(jaxpr.invars, arguments))
 
         def read(atom):
-            return self.constant(atom.val) if isinstance(atom, Literal) else names[atom]
+            return self.constant(atom.val) if isinstance(atom, jaxprs.Literal) else names[atom]
 
         for eqn in jaxpr.eqns:
             kind, inputs = eqn.primitive.name, [read(atom) for atom in eqn.invars]
-            inner = eqn.params.get(_CALLS.get(kind))
+            inner = jaxprs.called_program(eqn)
             if inner is not None:
                 outputs = self.call(inner, inputs)
             elif kind == "scan" and self.is_layer_stack(eqn, inputs):
@@ -220,36 +226,30 @@ class _Tracer:
             names.update(zip(eqn.outvars, outputs))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def call(self, inner, inputs):
+    def call(self, inner: Any, inputs: Sequence[int]) -> list[int]:
         jaxpr = getattr(inner, "jaxpr", inner)  # closed or not
         return self.flatten(jaxpr, [self.constant(c) for c in getattr(inner, "consts", ())], inputs)
 
-    def apply(self, eqn, inputs):
-        run = functools.partial(_bind, eqn)
-        outputs = self.op(run, inputs, [v.aval for v in eqn.outvars])
+    def apply(self, eqn: Any, inputs: list[int]) -> tuple[int, ...]:
+        run = functools.partial(jaxprs.bind, eqn)
         kind, views = eqn.primitive.name, self.flow.views
+        outputs = self.op(kind, run, inputs, [v.aval for v in eqn.outvars])
         view = views.get(inputs[0]) if inputs else None
-        if kind in _PRODUCTS:
+        if kind in jaxprs.PRODUCTS:
             self.add_product(eqn, inputs, outputs[0])
         elif kind == "gather" and view and len(self.flow.shapes[inputs[0]].shape) == 2:
             self.add_lookup(inputs[0], outputs[0])
-        elif view and kind in _CASTS:
+        elif view and kind in jaxprs.CASTS:
             views[outputs[0]] = view
-        elif view and kind in _VIEWS and self.picks_entries(eqn):
+        elif view and kind in jaxprs.VIEWS and jaxprs.picks_entries(eqn):
             key = f"{kind}{sorted(eqn.params.items(), key=lambda item: item[0])}"
             for i, output in enumerate(outputs):
                 views[output] = view.then(f"{key}#{i}", lambda x, i=i: run(x)[i])
-        elif _programs(eqn):
+        elif jaxprs.programs(eqn):
             self.note_hidden(eqn, inputs)
         return outputs
 
-    @staticmethod
-    def picks_entries(eqn):
-        """Whether no entry is repeated: a broadcast that only adds axes of length 1 is a view."""
-        sizes = [math.prod(v.aval.shape) for v in (eqn.invars[0], *eqn.outvars)]
-        return eqn.primitive.name != "broadcast_in_dim" or sizes[0] == sizes[1]
-
-    def note_hidden(self, eqn, inputs):
+    def note_hidden(self, eqn: Any, inputs: Iterable[int]) -> None:
         for name in inputs:
             view = self.flow.views.get(name)
             if view and len(self.flow.shapes[name].shape) > 1:
@@ -257,7 +257,7 @@ class _Tracer:
                     view.leaf, f"used inside a {eqn.primitive.name}, which cannot be looked into"
                 )
 
-    def is_layer_stack(self, eqn, inputs):
+    def is_layer_stack(self, eqn: Any, inputs: Iterable[int]) -> bool:
         matrices = [
             name
             for name in inputs
@@ -266,12 +266,12 @@ class _Tracer:
         return (
             bool(matrices)
             and eqn.params["length"] <= MAX_UNROLL
-            and _holds_product(eqn.params["jaxpr"])
+            and jaxprs.holds_product(eqn.params["jaxpr"])
         )
 
-    def unroll(self, eqn, inputs):
+    def unroll(self, eqn: Any, inputs: list[int]) -> list[int]:
         params = eqn.params
-        consts, carries = _scan_layout(params)
+        consts, carries = jaxprs.scan_layout(params)
         fixed, carry = inputs[:consts], list(inputs[consts : consts + carries])
         stacked = inputs[consts + carries :]
         steps = range(params["length"])
@@ -283,27 +283,28 @@ class _Tracer:
         results = list(carry)
         for i, var in enumerate(eqn.outvars[carries:]):
             parts = [collected[step][i] for step in steps]
-            results += self.op(lambda *parts: [jnp.stack(parts)], parts, [var.aval])
+            results += self.op("stack", lambda *parts: [jnp.stack(parts)], parts, [var.aval])
         return results
 
-    def index(self, name, step):
+    def index(self, name: int, step: int) -> int:
         shape = self.flow.shapes[name]
         aval = jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype)
-        (output,) = self.op(lambda x: [x[step]], [name], [aval])
+        (output,) = self.op("index", lambda x: [x[step]], [name], [aval])
         view = self.flow.views.get(name)
         if view:
             self.flow.views[output] = view.then(f"[{step}]", lambda x: x[step])
         return output
 
-    def add_product(self, eqn, inputs, output):
+    def add_product(self, eqn: Any, inputs: list[int], output: int) -> None:
         views = [self.flow.views.get(name) for name in inputs]
-        if (views[0] is None) == (views[1] is None):
-            if views[0] is not None:
-                for view in views:
-                    self.flow.notes.setdefault(view.leaf, "multiplied with another parameter")
+        parameters = [view for view in views if view is not None]
+        if len(parameters) != 1:
+            for view in parameters:
+                self.flow.notes.setdefault(view.leaf, "multiplied with another parameter")
             return
-        side = 1 if views[1] is not None else 0
-        activation, view = inputs[1 - side], views[side]
+        (view,) = parameters
+        side = views.index(view)
+        activation = inputs[1 - side]
         if eqn.primitive.name == "dot_general":
             kind = "linear"
             contract, batch = eqn.params["dimension_numbers"]
@@ -328,16 +329,16 @@ class _Tracer:
         if layer is not None:
             layer.uses.append(Use(activation, rows, key, output))
 
-    def add_lookup(self, name, output):
+    def add_lookup(self, name: int, output: int) -> None:
         view = self.flow.views[name].then("matmul((1,), ())", lambda x: x[None])
         layer = self.layer(view, "embedding")
         if layer is not None:
             layer.kind = "embedding"
             layer.lookups.append(output)
 
-    def layer(self, view, kind):
+    def layer(self, view: View, kind: str) -> Layer | None:
         """The layer of a view of a parameter; None where it is no matrix."""
-        key = (view.leaf, view.keys())
+        key = (view.leaf, view.keys)
         if key not in self.found:
             leaf = self.flow.shapes[self.flow.leaves[view.leaf]]
             if len(leaf.shape) < 2:
@@ -352,7 +353,7 @@ class _Tracer:
             self.flow.layers.append(layer)
         return self.found[key]
 
-    def settle_overlaps(self):
+    def settle_overlaps(self) -> None:
         """Names the parts of a parameter that is used in pieces, drops clashing views of one."""
         by_leaf = {}
         for layer in self.flow.layers:
@@ -371,34 +372,3 @@ class _Tracer:
                 for i, layer in enumerate(layers):
                     layer.path = f"{path}#{i}"
         self.flow.layers = [layer for layer in self.flow.layers if id(layer) not in dropped]
-
-
-def _bind(eqn, *values):
-    with eqn.ctx.manager:
-        outputs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(outputs) if eqn.primitive.multiple_results else [outputs]
-
-
-def _programs(eqn):
-    """The programs that an operation holds: a loop's body, the branches of a conditional."""
-    values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple) else (p,))]
-    return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
-
-
-def _holds_product(program):
-    """Whether a program, or one inside it, multiplies matrices."""
-    jaxpr = getattr(program, "jaxpr", program)
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _PRODUCTS:
-            return True
-        if any(_holds_product(inner) for inner in _programs(eqn)):
-            return True
-    return False
-
-
-def _scan_layout(params):
-    """Numbers of constants and of carried values of a scan."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carries, _ = params["ft_in"].unpack()  # jax 0.11 and newer
-    return len(consts), len(carries)

@@ -1,14 +1,19 @@
-"""Matrix products and convolutions as one thing: matrices `[groups, out, in]` and input rows."""
+"""Matrix products and convolutions in one form: matrices `[groups, out, in]` and input rows.
+
+The rows of a matrix product are its activation's vectors; those of a convolution are the patches of
+its input (im2col).
+"""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def matmul_matrix(x: jax.Array, dims) -> jax.Array:
+def matmul_matrix(x: jax.Array, dims: tuple[Sequence[int], Sequence[int]]) -> jax.Array:
     """An operand of a `dot_general` as `[batch, free, contracted]`.
 
     A kernel becomes `[groups, out, in]` and an activation `[groups, n, in]`.
@@ -24,10 +29,21 @@ def matmul_matrix(x: jax.Array, dims) -> jax.Array:
 
 
 class Convolution(NamedTuple):
-    """How a convolution reads its input; every entry as in `lax.conv_general_dilated`."""
+    """How a convolution reads its input; every entry is as in `lax.conv_general_dilated`.
 
-    input_spec: tuple[int, ...]  # axes of batch, channel, then space
-    kernel_spec: tuple[int, ...]  # axes of out, in, then space
+    Attributes:
+      input_spec: Axes of batch, channel, then space of the input.
+      kernel_spec: Axes of out, in, then space of the kernel.
+      window: Size of the window along each axis of space.
+      strides: Steps of the window.
+      padding: Zeros before and behind each axis of space.
+      input_dilation: Distance of neighbouring inputs.
+      kernel_dilation: Distance of neighbouring entries of the window.
+      groups: Groups of channels that do not mix.
+    """
+
+    input_spec: tuple[int, ...]
+    kernel_spec: tuple[int, ...]
     window: tuple[int, ...]
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
@@ -36,7 +52,8 @@ class Convolution(NamedTuple):
     groups: int
 
     @staticmethod
-    def of(eqn, kernel_shape):
+    def of(eqn: Any, kernel_shape: Sequence[int]) -> "Convolution":
+        """The geometry of a `conv_general_dilated` equation."""
         params = eqn.params
         spec = params["dimension_numbers"]
         return Convolution(
@@ -50,17 +67,17 @@ class Convolution(NamedTuple):
             params["feature_group_count"],
         )
 
-    def matrix(self, kernel):
-        """Kernel to `[groups, out / groups, window * in / groups]`."""
+    def matrix(self, kernel: jax.Array) -> jax.Array:
+        """Turns a kernel into matrices `[groups, out / groups, window * in / groups]`."""
         kernel = jnp.transpose(kernel, self.kernel_spec)  # out, in, space
         kernel = jnp.moveaxis(kernel, 1, -1)
         return kernel.reshape(self.groups, kernel.shape[0] // self.groups, -1)
 
-    def rows(self, x):
-        """Input to its patches (im2col), `[groups, n, window * in / groups]`."""
+    def rows(self, x: jax.Array) -> jax.Array:
+        """Turns an input into its patches (im2col), `[groups, n, window * in / groups]`."""
         x = jnp.moveaxis(jnp.transpose(x, self.input_spec), 1, -1)  # batch, space, channel
-        edges = [(low, high, d - 1) for (low, high), d in zip(self.padding, self.input_dilation)]
-        x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+        margins = [(low, high, d - 1) for (low, high), d in zip(self.padding, self.input_dilation)]
+        x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
         space = len(self.window)
         reach = [d * (w - 1) + 1 for d, w in zip(self.kernel_dilation, self.window)]
         counts = [(x.shape[1 + i] - reach[i]) // self.strides[i] + 1 for i in range(space)]
@@ -68,7 +85,7 @@ class Convolution(NamedTuple):
         for offset in np.ndindex(*self.window):
             first = [o * d for o, d in zip(offset, self.kernel_dilation)]
             last = [f + (c - 1) * s + 1 for f, c, s in zip(first, counts, self.strides)]
-            window = tuple(slice(f, l, s) for f, l, s in zip(first, last, self.strides))
+            window = tuple(slice(*edges) for edges in zip(first, last, self.strides))
             patch = x[(slice(None), *window)]
             patches.append(patch.reshape(-1, self.groups, x.shape[-1] // self.groups))
         patches = jnp.stack(patches, axis=2)  # n, groups, window, channel

@@ -1,7 +1,7 @@
 """A Flax model as a flat list of leaves and a function of them, for NNX and linen alike."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,8 +29,8 @@ class Network:
     paths: list[tuple[str, ...]]
     leaves: list[jax.Array]
     trainable: list[bool]
-    apply: Callable
-    substitute: Callable
+    apply: Callable[[Sequence[jax.Array], Any], list]
+    substitute: Callable[[Sequence[jax.Array], Mapping[int, tuple[jax.Array, jax.Array]]], Any]
     modules: dict[str, Any]
 
     def module_path(self, leaf: int) -> str:
@@ -39,7 +39,9 @@ class Network:
         return "/".join(path[:-1] if path[-1] in ("kernel", "embedding") else path)
 
 
-def read_network(model, variables=None, forward: Callable | None = None) -> Network:
+def read_network(
+    model: nnx.Module | nn.Module, variables: Any = None, forward: Callable | None = None
+) -> Network:
     """Takes a Flax model apart.
 
     Args:
@@ -68,7 +70,7 @@ def read_network(model, variables=None, forward: Callable | None = None) -> Netw
     raise TypeError(f"expected a flax.nnx.Module or a flax.linen.Module, got {type(model)}")
 
 
-def _call(model, batch):
+def _call(model: Any, batch: Any) -> Any:
     if isinstance(batch, tuple):
         return model(*batch)
     if isinstance(batch, dict):
@@ -76,7 +78,7 @@ def _call(model, batch):
     return model(batch)
 
 
-def _read_nnx(model, forward):
+def _read_nnx(model: nnx.Module, forward: Callable) -> Network:
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
     with_paths, tree = jax.tree_util.tree_flatten_with_path((parameters, rest))
     paths = [_names(path[1:]) for path, _ in with_paths]
@@ -107,11 +109,11 @@ def _read_nnx(model, forward):
     )
 
 
-def _modules(model):
+def _modules(model: nnx.Module) -> dict[str, Any]:
     return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
 
 
-def _read_linen(module, variables, forward):
+def _read_linen(module: nn.Module, variables: Any, forward: Callable) -> Network:
     with_paths, tree = jax.tree_util.tree_flatten_with_path(variables)
     paths = [_names(path) for path, _ in with_paths]
 
@@ -145,13 +147,13 @@ def _read_linen(module, variables, forward):
     )
 
 
-def _names(path):
+def _names(path: tuple) -> tuple[str, ...]:
     """Key path to names. A last attribute key is a Variable's or a box's own and names nothing."""
     if isinstance(path[-1], jax.tree_util.GetAttrKey):
         path = path[:-1]
     return tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
-def _arrays(tree):
+def _arrays(tree: Any) -> list:
     """The array leaves of a forward pass's result; the rest does not matter here."""
     return [x for x in jax.tree.leaves(tree) if isinstance(x, (jax.Array, np.ndarray))]

@@ -6,9 +6,9 @@ is therefore computed again where it is needed.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Set
 
-from dsf_jax.trace.dataflow import Dataflow
+from dsf_jax.trace.dataflow import Dataflow, Op
 from dsf_jax.trace.jaxprs import LIGHT
 from dsf_jax.trace.stages import Stages
 
@@ -32,24 +32,35 @@ def values_to_keep(flow: Dataflow, stages: Stages, stage: int) -> set[int]:
     for layers in stages.members[stage:]:
         for layer in layers:
             live.update(use.activation for use in flow.layers[layer].uses)
-    return _smallest_sources(flow, {name for name in live if stages.of_value[name] <= stage})
-
-
-def _smallest_sources(flow: Dataflow, wanted: Iterable[int]) -> set[int]:
-    """Values that the wanted ones come from by light operations, wherever those are smaller."""
+    final = {name for name in live if stages.of_value[name] <= stage}
     free, producers = _free_values(flow), {name: op for op in flow.ops for name in op.outputs}
-    pending, kept = set(wanted) - free, set()
+    return set().union(*(_smallest_sources(flow, name, free, producers) for name in final - free))
+
+
+def _smallest_sources(
+    flow: Dataflow, value: int, free: Set[int], producers: Mapping[int, Op]
+) -> Set[int]:
+    """The values of fewest bytes that light operations make a value of; itself, if there are none.
+
+    The light operations behind the value are undone one after the other, the last first, so that
+    what is left at any time suffices.
+    """
+    left = {value}
+    best, fewest = set(left), _nbytes(flow, value)
+    pending = set(left)
     while pending:
         name = max(pending)  # an operation's inputs have lower names than its outputs
         pending.remove(name)
         op = producers.get(name)
-        if op is not None and op.kind in LIGHT:
-            sources = set(op.inputs) - free
-            if sum(_nbytes(flow, source) for source in sources) < _nbytes(flow, name):
-                pending |= sources
-                continue
-        kept.add(name)
-    return kept
+        if op is None or op.kind not in LIGHT:
+            continue
+        sources = set(op.inputs) - free
+        left = (left - {name}) | sources
+        pending |= sources
+        size = sum(_nbytes(flow, source) for source in left)
+        if size < fewest:
+            best, fewest = set(left), size
+    return best
 
 
 def _free_values(flow: Dataflow) -> set[int]:

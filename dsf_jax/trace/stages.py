@@ -2,7 +2,10 @@
 
 import functools
 import hashlib
-from typing import NamedTuple
+import operator
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -13,34 +16,59 @@ class Stages(NamedTuple):
     """The order in which layers are worked on.
 
     Attributes:
-      groups: Lists of layer indices. Layers of one group read inputs that none of the group can
+      members: For each stage the indices of its layers. They read inputs that none of them can
         change, except within a block that was asked for (or a layer applied more than once).
-      of_value: For each value, how many groups must be done before it is final; views have 0.
+      of_value: For each value, how many stages must be done before it is final; views have 0.
     """
 
-    groups: list[list[int]]
+    members: list[list[int]]
     of_value: list[int]
 
 
-def order_layers(flow: Dataflow, layers: list[int], blocks: list[list[int]] = ()) -> Stages:
-    """Sorts layers into groups by what their inputs depend on.
+def order_layers(
+    flow: Dataflow, layers: Sequence[int], blocks: Sequence[Sequence[int]] = ()
+) -> Stages:
+    """Sorts layers into stages by what their inputs depend on.
 
     The set of layers whose weights reach a value is followed through the whole pass, so that a
     layer comes as early as its inputs are final: q, k and v, or a shortcut beside a convolution,
-    are one group, with no list of names.
+    are one stage, with no list of names.
 
     Args:
       flow: The traced pass.
       layers: Indices of the layers that will change.
-      blocks: Indices to be kept together in one group, even where one feeds another.
+      blocks: Indices to be kept together in one stage, even where one feeds another.
 
     Returns:
       The `Stages`.
     """
     bit = {layer: 1 << i for i, layer in enumerate(layers)}
-    source = {}
-    leaf_bits = {}
+    reach = _reach(flow, bit)
+    unit = {layer: layer for layer in layers}
+    for block in blocks:
+        for layer in block:
+            unit[layer] = unit[block[0]]
+    before = {layer: 0 for layer in layers}
     for layer in layers:
+        for use in flow.layers[layer].uses:
+            before[layer] |= reach[use.activation]
+    level = _levels(layers, unit, before, bit)
+    members: list[list[int]] = [[] for _ in range(max(level.values(), default=0))]
+    for layer in layers:
+        members[level[layer] - 1].append(layer)
+    bits = [(bit[layer], level[layer]) for layer in layers]
+
+    @functools.cache
+    def final(mask: int) -> int:
+        return max((at for b, at in bits if mask & b), default=0)
+
+    return Stages(members, [final(mask) for mask in reach])
+
+
+def _reach(flow: Dataflow, bit: Mapping[int, int]) -> list[int]:
+    """For each value of a pass, the set of layers (as bits) whose weights reach it."""
+    source, leaf_bits = {}, {}
+    for layer in bit:
         record = flow.layers[layer]
         leaf_bits[record.leaf] = leaf_bits.get(record.leaf, 0) | bit[layer]
         for output in (*(use.output for use in record.uses), *record.lookups):
@@ -60,40 +88,21 @@ def order_layers(flow: Dataflow, layers: list[int], blocks: list[list[int]] = ()
                 mask |= leaf_bits.get(flow.views[name].leaf, 0)
         for name in op.outputs:
             reach[name] = mask | source.get(name, 0)
-
-    unit = {layer: layer for layer in layers}
-    for block in blocks:
-        for layer in block:
-            unit[layer] = unit[block[0]]
-    before = {layer: 0 for layer in layers}
-    for layer in layers:
-        for use in flow.layers[layer].uses:
-            before[layer] |= reach[use.activation]
-    level = _levels(layers, unit, before, bit)
-    groups = [[] for _ in range(max(level.values(), default=0))]
-    for layer in layers:
-        groups[level[layer] - 1].append(layer)
-    bits = [(bit[layer], level[layer]) for layer in layers]
-    known = {}
-
-    def final(mask):
-        if mask not in known:
-            known[mask] = max((at for b, at in bits if mask & b), default=0)
-        return known[mask]
-
-    return Stages(groups, [final(mask) for mask in reach])
+    return reach
 
 
-def _levels(layers, unit, before, bit):
+def _levels(
+    layers: Sequence[int], unit: dict[int, int], before: Mapping[int, int], bit: Mapping[int, int]
+) -> dict[int, int]:
     """Longest path to each layer, counted in units; units that feed each other become one."""
     while True:
-        members = {}
+        members: dict[int, list[int]] = {}
         for layer in layers:
             members.setdefault(unit[layer], []).append(layer)
-        own = {u: sum(bit[layer] for layer in group) for u, group in members.items()}
-        needs = {}
-        for u, group in members.items():
-            mask = functools.reduce(lambda a, b: a | b, (before[layer] for layer in group), 0)
+        own = {u: sum(bit[layer] for layer in own_layers) for u, own_layers in members.items()}
+        needs: dict[int, set[int]] = {}
+        for u, own_layers in members.items():
+            mask = functools.reduce(operator.or_, (before[layer] for layer in own_layers), 0)
             needs[u] = {v for v in members if v != u and mask & own[v]}
         level, waiting = {}, dict(needs)
         while waiting:
@@ -110,7 +119,7 @@ def _levels(layers, unit, before, bit):
                 unit[layer] = first
 
 
-def _cycle_edge(waiting, level):
+def _cycle_edge(waiting: Mapping[int, set[int]], level: Mapping[int, int]) -> tuple[int, int]:
     """Two units of a cycle: follow unmet needs until a unit comes round again."""
     seen, u = [], next(iter(waiting))
     while u not in seen:
@@ -130,11 +139,20 @@ class Segment:
       sources: Names of the values given.
       targets: Names of the values wanted.
       finish: Applied to the tuple of wanted values inside the program; default: nothing.
+
+    Attributes:
+      compile_seconds: Time that compilation has taken so far.
     """
 
-    _executables: dict = {}
+    _executables: ClassVar[dict[tuple, Any]] = {}
 
-    def __init__(self, flow, sources, targets, finish=lambda values: values):
+    def __init__(
+        self,
+        flow: Dataflow,
+        sources: Iterable[int],
+        targets: Iterable[int],
+        finish: Callable[[tuple], Any] = lambda values: values,
+    ):
         given, needed, ops = set(sources), set(targets), []
         for op in reversed(flow.ops):
             if any(name in needed and name not in given for name in op.outputs):
@@ -145,9 +163,10 @@ class Segment:
         self.leaves = [i for i, name in enumerate(flow.leaves) if name in needed]
         self.constants = sorted(needed & flow.constants.keys())
         self.flow, self.targets, self.finish = flow, tuple(targets), finish
-        self.compiled = {}
+        self.compiled: dict[jax.Device, Any] = {}
+        self.compile_seconds = 0.0
 
-    def _run(self, given, leaves, constants):
+    def _run(self, given: list, leaves: list, constants: list) -> Any:
         values = dict(zip(self.sources, given)) | dict(zip(self.constants, constants))
         values |= {self.flow.leaves[i]: leaf for i, leaf in zip(self.leaves, leaves)}
         for op in self.ops:
@@ -156,7 +175,9 @@ class Segment:
                 values.setdefault(name, output)  # what was given stays, should its op run again
         return self.finish(tuple(values[name] for name in self.targets))
 
-    def __call__(self, given: dict[int, jax.Array], leaves: list[jax.Array], device):
+    def __call__(
+        self, given: Mapping[int, jax.Array], leaves: Sequence[jax.Array], device: jax.Device
+    ) -> Any:
         """Runs it on `device` with the values named in `given` and the model's leaves."""
         arguments = jax.device_put(
             (
@@ -167,10 +188,15 @@ class Segment:
             device,
         )
         if device not in self.compiled:
-            lowered = jax.jit(self._run).lower(*arguments)
-            text = hashlib.sha256(lowered.as_text().encode()).digest()
-            key = (text, device, jax.tree.structure(lowered.out_info))
-            if key not in self._executables:
-                self._executables[key] = lowered.compile()
-            self.compiled[device] = self._executables[key]
+            began = time.perf_counter()
+            self.compiled[device] = self._compile(arguments, device)
+            self.compile_seconds += time.perf_counter() - began
         return self.compiled[device](*arguments)
+
+    def _compile(self, arguments: tuple, device: jax.Device) -> Any:
+        lowered = jax.jit(self._run).lower(*arguments)
+        text = hashlib.sha256(lowered.as_text().encode()).digest()
+        key = (text, device, jax.tree.structure(lowered.out_info))
+        if key not in self._executables:
+            self._executables[key] = lowered.compile()
+        return self._executables[key]
