@@ -1,12 +1,14 @@
 """Double Sparse Factorization and pruning of Flax models, on JAX."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from dsf_jax.nn.finetune import keep_sparsity
 from dsf_jax.nn.layers import FactorizedKernel, FactorPair, factorized_kernels
 from dsf_jax.pipeline.report import LayerReport, Progress, Report, print_progress
 from dsf_jax.pipeline.rules import Rule
 from dsf_jax.pipeline.run import Compressed, compress_model
+from dsf_jax.pipeline.settings import Calibration, Execution
 from dsf_jax.solvers.factorize import Options, factorize, factorize_stack
 from dsf_jax.solvers.problem import relative_output_error
 from dsf_jax.solvers.pruners import prune
@@ -15,7 +17,9 @@ from dsf_jax.trace.calibration import gram_matrices
 from macko_jax._version import __version__ as __version__
 
 __all__ = [
+    "Calibration",
     "Compressed",
+    "Execution",
     "FactorPair",
     "Factorization",
     "FactorizedKernel",
@@ -37,7 +41,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+if TYPE_CHECKING:
+    from dsf_jax.nn import export
+
+
+def __getattr__(name: str) -> Any:
     # Packing is imported only where it is used.
     if name == "export":
         return importlib.import_module("dsf_jax.nn.export")

@@ -182,8 +182,7 @@ def run_method(model, method, density, batches, grams, bench):
         batches[:1],
         method=method,
         density=density,
-        calibration="one-pass",
-        grams=grams,
+        calibration=dsf_jax.Calibration("one-pass", grams=grams),
         options=cli.read_options(settings.dsf_options) if method == "dsf" else None,
         callback=report,
     )

@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax import nnx
 
 from dsf_jax.trace import dataflow, stages
-from dsf_jax.trace.calibration import gram_matrices
+from dsf_jax.trace.calibration import CalibrationPass, gram_matrices
 from dsf_jax.trace.network import read_network
 
 
@@ -280,6 +280,43 @@ def test_layers_that_feed_each_other_are_one_group():
     flow = dataflow.trace(read_network(Alternating(nnx.Rngs(0))), draw(0, 2, 4))
     groups = stages.order_layers(flow, [0, 1, 2]).members
     assert [sorted(group) for group in groups] == [[0, 1], [2]]
+
+
+def test_masks_are_made_again_and_not_kept():
+    class Masked(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(20, 8, rngs=rngs)
+            self.mix = nnx.Linear(8, 8, rngs=rngs)
+            self.first, self.second = (
+                nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs) for _ in range(2)
+            )
+
+        def __call__(self, tokens):
+            causal = nnx.make_causal_mask(tokens)
+            mask = nnx.combine_masks(causal, nnx.make_attention_mask(tokens > 0, tokens > 0))
+            bias = jnp.where(mask, 0.0, -1e9)
+            x = self.mix(self.embed(tokens))
+            weights = jax.nn.softmax(x @ x.swapaxes(-1, -2) + bias.squeeze(1))
+            return self.second(self.first(weights @ x, mask=mask), mask=mask)
+
+    tokens = np.random.default_rng(0).integers(0, 20, (2, 48))
+    network = read_network(Masked(nnx.Rngs(0)))
+    halted = CalibrationPass(network, [tokens])
+    whole = CalibrationPass(network, [tokens])
+    (flow,) = halted.flows.values()
+    order = stages.order_layers(flow, list(range(1, len(flow.layers))))
+    halted.start(dict.fromkeys(halted.flows, order))
+    largest = 0
+    for stage, members in enumerate(order.members):
+        halted.advance(stage, network.leaves)
+        kept = sum(value.nbytes for value in halted.values[0].values())
+        largest = max(largest, kept)
+        paths = [flow.layers[i].path for i in members]
+        got = halted.grams(paths, network.leaves)
+        for path, gram in whole.grams(paths, network.leaves).items():
+            np.testing.assert_allclose(got[path], gram, rtol=1e-4, atol=1e-4)
+    # A few times the activations, [2, 48, 8] in float32; one mask alone is [2, 48, 48] of them.
+    assert largest <= 4 * 2 * 48 * 8 * 4 < 2 * 48 * 48 * 4
 
 
 def test_model_is_not_edited_and_runs_in_evaluation_mode():

@@ -91,6 +91,8 @@ def test_density_one_keeps_the_layer():
     weight, gram = small_layer(12, 16)
     result = dsf_jax.factorize(weight, gram, density=1.0, **FAST)
     assert result.right is None and result.inner is None
+    with pytest.warns(DeprecationWarning, match="`right` is None"):
+        assert result.kind == "single"
     assert (result.relative_error, result.shape) == (0, weight.shape)
     np.testing.assert_array_equal(result.product(), weight)
     assert result.nnz == weight.size

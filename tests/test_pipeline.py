@@ -14,9 +14,19 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from dsf_jax import Rule, compress_model, gram_matrices, prune, relative_output_error
+from dsf_jax import (
+    Calibration,
+    Execution,
+    Rule,
+    compress_model,
+    gram_matrices,
+    prune,
+    relative_output_error,
+)
 from dsf_jax.pipeline.allocation import allocate_densities
+from dsf_jax.pipeline.pace import Pace, Task
 from dsf_jax.pipeline.report import format_seconds
+from dsf_jax.pipeline.solve import METHODS
 
 # Factorizations compile for seconds per shape, so the tests have them of 16 x 32 matrices only, and
 # of few rounds: how good they are is tested elsewhere.
@@ -102,7 +112,7 @@ def test_every_layer_is_calibrated_on_the_outputs_of_the_compressed_ones():
 def test_one_pass_uses_the_dense_inputs():
     model, batches = Net(), token_batches()
     new, report = compress_model(
-        model, batches, method="sparsegpt", density=0.4, calibration="one-pass"
+        model, batches, method="sparsegpt", density=0.4, calibration=Calibration("one-pass")
     )
     assert report.groups == 1
     grams = gram_matrices(model, batches)
@@ -115,34 +125,38 @@ def test_one_pass_uses_the_dense_inputs():
 
 def test_given_gram_matrices_are_those_of_one_pass():
     model, batches = Net(), token_batches()
-    call = dict(calibration="one-pass", method="wanda", density=0.5)
+    call = dict(calibration=Calibration("one-pass"), method="wanda", density=0.5)
     expected = compress_model(model, batches, **call).model
     grams = gram_matrices(model, batches)
     seen = []
-    found = compress_model(model, batches[:1], grams=grams, callback=seen.append, **call)
+
+    def one_pass(grams):
+        return call | dict(calibration=Calibration("one-pass", grams=grams))
+
+    found = compress_model(model, batches[:1], callback=seen.append, **one_pass(grams))
     assert_same(found.model, expected)
     assert [layer.path for layer in found.report.layers] == LAYERS
     assert {progress.layer.path for progress in seen} == set(LAYERS)
-    with pytest.raises(ValueError, match="need calibration='one-pass'"):
-        compress_model(model, batches, grams=grams, method="wanda", density=0.5)
+    with pytest.raises(ValueError, match="need mode='one-pass', got 'sequential'"):
+        Calibration(grams=grams)
     del grams["gate"]
     with pytest.raises(ValueError, match="layer 'gate': grams lacks it"):
-        compress_model(model, batches, grams=grams, **call)
+        compress_model(model, batches, **one_pass(grams))
     with pytest.raises(ValueError, match="layer 'gate': its Gram matrix must be"):
-        compress_model(model, batches, grams=grams | {"gate": np.eye(3)}, **call)
+        compress_model(model, batches, **one_pass(grams | {"gate": np.eye(3)}))
 
 
 @pytest.mark.slow
 def test_layers_of_one_shape_are_factorized_together(monkeypatch):
     model, batches = Net(), token_batches()
     call = dict(
-        calibration="one-pass",
+        calibration=Calibration("one-pass"),
         density=0.5,
         rules=[Rule("attention/.*", skip=True), Rule("down", skip=True)],
         **PAIR,
     )
     alone = compress_model(model, batches, **call).report
-    monkeypatch.setattr("dsf_jax.pipeline.stack_limit", lambda *_: 2)
+    monkeypatch.setattr("dsf_jax.pipeline.run.stack_limit", lambda *_: 2)
     together = compress_model(model, batches, **call).report
     assert [layer.path for layer in together.layers] == ["gate", "up"]
     for a, b in zip(together.layers, alone.layers):
@@ -184,7 +198,12 @@ def test_dense_target_makes_up_for_the_layers_before():
         return sum(float(jnp.sum((new(b) - model(b)) ** 2)) for b in unseen)
 
     layer = change(compress_model(model, batches, **call).model)
-    assert change(compress_model(model, batches, target="dense", **call).model) < 0.9 * layer
+    assert (
+        change(
+            compress_model(model, batches, calibration=Calibration(target="dense"), **call).model
+        )
+        < 0.9 * layer
+    )
 
 
 @pytest.mark.parametrize("keep", ["host", "nowhere"])
@@ -192,7 +211,7 @@ def test_where_activations_wait_does_not_matter(keep):
     model, batches = Net(), [*token_batches(2), *token_batches(1, (2, 5))]
     expected = compress_model(model, batches, method="sparsegpt", density=0.5).model
     found = compress_model(
-        model, batches, method="sparsegpt", density=0.5, keep_activations=keep
+        model, batches, method="sparsegpt", density=0.5, execution=Execution(keep_activations=keep)
     ).model
     for path, value in kernels(expected).items():
         np.testing.assert_allclose(kernels(found)[path], value, rtol=1e-4, atol=1e-5)
@@ -201,7 +220,9 @@ def test_where_activations_wait_does_not_matter(keep):
 def test_blocks_are_calibrated_together():
     model, batches = Net(), token_batches()
     rules = dict(method="sparsegpt", density=0.5)
-    new, report = compress_model(model, batches, blocks="attention", **rules)
+    new, report = compress_model(
+        model, batches, calibration=Calibration(blocks="attention"), **rules
+    )
     assert report.groups == 3
     # The output projection saw the dense attention.
     gram = gram_matrices(model, batches)["attention/out"]
@@ -213,7 +234,7 @@ def test_blocks_are_calibrated_together():
         atol=1e-5,
     )
     with pytest.raises(ValueError, match="blocks='nothing'"):
-        compress_model(model, batches, blocks="nothing", **rules)
+        compress_model(model, batches, calibration=Calibration(blocks="nothing"), **rules)
 
 
 def test_rules():
@@ -261,7 +282,9 @@ def test_sensitivity_lowers_the_sum_of_errors_within_the_budget():
         budget="sensitivity",
         rules=[Rule("down", density=0.2)],
     ).report
-    assert next(l for l in fixed.layers if l.path == "down").nonzeros == int(0.2 * 16 * 32)
+    assert next(layer for layer in fixed.layers if layer.path == "down").nonzeros == int(
+        0.2 * 16 * 32
+    )
 
 
 def test_allocation_meets_the_budget_and_is_best_among_the_probed():
@@ -315,24 +338,25 @@ def test_resume_after_being_killed(tmp_path):
     model, batches = Net(), token_batches()
     call = dict(method="sparsegpt", density=0.5)
     expected = compress_model(model, batches, **call).model
+    call["execution"] = Execution(work_dir=tmp_path)
     with pytest.raises(Killed):
-        compress_model(model, batches, work_dir=tmp_path, callback=kill_after(5), **call)
+        compress_model(model, batches, callback=kill_after(5), **call)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     # The fifth layer's group was solved as a whole.
     assert 5 <= len(files) < 7
-    new, report = compress_model(model, batches, work_dir=tmp_path, **call)
+    new, report = compress_model(model, batches, **call)
     assert sum(layer.resumed for layer in report.layers) == len(files)
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in files.items())
     assert_same(new, expected)
     # A third run solves nothing.
-    again, report = compress_model(model, batches, work_dir=tmp_path, **call)
+    again, report = compress_model(model, batches, **call)
     assert all(layer.resumed for layer in report.layers)
     assert_same(again, expected)
 
 
 def test_damaged_file_is_solved_again_and_foreign_results_are_refused(tmp_path):
     model, batches = Net(), token_batches()
-    call = dict(method="wanda", density=0.5, work_dir=tmp_path)
+    call = dict(method="wanda", density=0.5, execution=Execution(work_dir=tmp_path))
     expected = compress_model(model, batches, **call).model
     victim = sorted(tmp_path.iterdir())[2]
     victim.write_bytes(victim.read_bytes()[:-7])
@@ -340,7 +364,11 @@ def test_damaged_file_is_solved_again_and_foreign_results_are_refused(tmp_path):
         new, report = compress_model(model, batches, **call)
     assert [layer.resumed for layer in report.layers].count(False) == 1
     assert_same(new, expected)
-    for change in (dict(density=0.6), dict(method="magnitude"), dict(calibration="one-pass")):
+    for change in (
+        dict(density=0.6),
+        dict(method="magnitude"),
+        dict(calibration=Calibration("one-pass")),
+    ):
         with pytest.raises(ValueError, match="another run"):
             compress_model(model, batches, **{**call, **change})
     with pytest.raises(ValueError, match="another run"):
@@ -351,21 +379,23 @@ def test_damaged_file_is_solved_again_and_foreign_results_are_refused(tmp_path):
 
 def test_pairs_survive_a_resume(tmp_path):
     model, batches = Net(), token_batches()
-    expected, report = compress_model(model, batches, work_dir=tmp_path, **MIXED)
+    expected, report = compress_model(
+        model, batches, execution=Execution(work_dir=tmp_path), **MIXED
+    )
     assert [layer.path for layer in report.layers if layer.inner] == ["down"]
-    again, report = compress_model(model, batches, work_dir=tmp_path, **MIXED)
+    again, report = compress_model(model, batches, execution=Execution(work_dir=tmp_path), **MIXED)
     assert all(layer.resumed for layer in report.layers)
     assert_same(again, expected)
 
 
-@pytest.mark.parametrize("calibration", ["sequential", "one-pass"])
-def test_spread_over_devices_equals_single(calibration):
+@pytest.mark.parametrize("mode", ["sequential", "one-pass"])
+def test_spread_over_devices_equals_single(mode):
     if len(jax.devices()) < 2:
         pytest.skip("one device only; tests/conftest.py makes several of the CPU")
     model, batches = Net(), token_batches(5)
-    call = dict(calibration=calibration, **MIXED)
+    call = dict(calibration=Calibration(mode), **MIXED)
     expected = compress_model(model, batches, **call)
-    found = compress_model(model, batches, devices=jax.devices(), **call)
+    found = compress_model(model, batches, execution=Execution(devices=jax.devices()), **call)
     assert_same(found.model, expected.model)
     for a, b in zip(found.report.layers, expected.report.layers):
         assert (a.path, a.error, a.nonzeros) == (b.path, b.error, b.nonzeros)
@@ -376,10 +406,10 @@ import sys
 import jax
 jax.distributed.initialize("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
-from dsf_jax import compress_model
+from dsf_jax import Execution, compress_model
 from tests.test_pipeline import MIXED, Net, kernels, token_batches
 assert jax.process_count() == 2 and len(jax.devices()) == 4
-call = dict(devices=jax.devices(), work_dir=sys.argv[3], **MIXED)
+call = dict(execution=Execution(devices=jax.devices(), work_dir=sys.argv[3]), **MIXED)
 new, report = compress_model(Net(), token_batches(), **call)
 np.savez(f"{sys.argv[3]}/result{sys.argv[2]}.npz", **kernels(new))
 again, report = compress_model(Net(), token_batches(), **call)
@@ -434,14 +464,28 @@ def test_clear_errors():
         (dict(method="wand"), "method must be one of magnitude, wanda"),
         (dict(density=0.0), r"\(0, 1\]"),
         (dict(density=1.5), r"\(0, 1\]"),
-        (dict(calibration="twice"), "calibration must be one of sequential, one-pass"),
-        (dict(target="all"), "target must be one of layer, dense"),
         (dict(budget="all"), "budget must be one of"),
-        (dict(keep_activations="disk"), "keep_activations must be one of"),
         (dict(rules=[Rule("gat")]), "'gat' matches no layer"),
         (dict(rules=[Rule("gate", method="wand")]), "layer 'gate': method must be"),
         (dict(rules=[Rule(".*", skip=True)]), "no layer is left to compress"),
         (dict(method="dsf", rules=[Rule("embed")]), "embed.*no kernel of a Flax layer"),
+        (
+            dict(options={"foo": 1}),
+            "layer 'attention/query': options hold 'foo', which method 'wanda' does not take; it "
+            "takes pattern, precision",
+        ),
+        (
+            dict(rules=[Rule("up", options={"seed": 1})]),
+            "layer 'up': the options of rule 'up' hold 'seed'",
+        ),
+        (
+            dict(method="dsf", options={"seed": 1}, rules=[Rule("up", method="admm")]),
+            "layer 'up': the options of the call, which rule 'up' inherits, hold 'seed', which "
+            "method 'admm' does not take; .*options={}",
+        ),
+        (dict(method="dsf", options={"width": 0.5}), "layer 'attention/query': width is inner"),
+        (dict(density=0.3, options={"pattern": "2:4"}), "'attention/query': pattern 2:4 has dens"),
+        (dict(options={"precision": "exact"}), "layer 'attention/query': precision: "),
     ]:
         with pytest.raises(ValueError, match=message):
             compress_model(model, batches, **{"method": "wanda", **kwargs})
@@ -451,6 +495,137 @@ def test_clear_errors():
         compress_model(model, batches, method="wanda", rules=[3])
     with pytest.raises(ValueError, match="regular expression"):
         Rule("(")
+    with pytest.raises(TypeError, match=r"'blocs'.*calibration=Calibration\(mode, target, blocks"):
+        compress_model(model, batches, blocs=".*")
+    with pytest.raises(TypeError, match=r"must be a dsf_jax.Execution"):
+        compress_model(model, batches, execution="host")
+    with pytest.raises(TypeError, match=r"give target inside calibration=Calibration"):
+        compress_model(model, batches, target="dense", calibration=Calibration())
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: Calibration("twice"), "mode must be one of sequential, one-pass, got 'twice'"),
+        (lambda: Calibration(target="all"), "target must be one of layer, dense"),
+        (lambda: Calibration(blocks="("), "no valid regular expression"),
+        (lambda: Calibration("one-pass", blocks="a"), "leave it out where mode='one-pass'"),
+        (lambda: Execution(keep_activations="disk"), "keep_activations must be one of"),
+        (lambda: Execution(devices=[]), "devices is empty"),
+    ],
+)
+def test_settings_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_former_spelling_works_with_a_warning(tmp_path):
+    model, batches = Net(), token_batches(1)
+    call = dict(method="magnitude", density=0.5)
+    settings = dict(calibration="one-pass", keep_activations="host", work_dir=tmp_path)
+    with pytest.warns(
+        DeprecationWarning,
+        match=r"calibration=dsf_jax.Calibration\(mode=...\), "
+        r"execution=dsf_jax.Execution\(keep_activations=..., work_dir=...\)",
+    ) as warned:
+        former = compress_model(model, batches, **call, **settings)
+    assert warned[0].filename == __file__
+    new = compress_model(
+        model,
+        batches,
+        calibration=Calibration("one-pass"),
+        execution=Execution(keep_activations="host", work_dir=tmp_path),
+        **call,
+    )
+    assert_same(former.model, new.model)
+    assert all(layer.resumed for layer in new.report.layers)
+
+
+def test_every_layer_without_two_factors_is_named_and_the_remedy_works():
+    class Heads(nnx.Module):
+        def __init__(self):
+            self.q, self.k = (nnx.Einsum("bd,dh->bh", (16, 16), rngs=nnx.Rngs(i)) for i in (0, 1))
+
+        def __call__(self, x):
+            return self.k(self.q(x))
+
+    call = dict(method="dsf", options=dict(refine_rounds=4), density=0.5)
+    with pytest.raises(
+        ValueError, match="layer 'k': Einsum.*; layer 'q': Einsum.*give them"
+    ) as found:
+        compress_model(Heads(), [draw(0, 8, 16)], **call)
+    assert "Rule('k|q', method='admm', options={})" in str(found.value)
+    remedy = [Rule("k|q", method="admm", options={})]
+    report = compress_model(Heads(), [draw(0, 8, 16)], rules=remedy, **call).report
+    assert [layer.method for layer in report.layers] == ["admm", "admm"]
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+def test_a_layer_that_no_input_reaches_is_pruned_by_magnitude_and_the_report_says_so(method):
+    model = nnx.Sequential(
+        nnx.Linear(16, 16, rngs=nnx.Rngs(0)), lambda x: 0 * x, nnx.Linear(16, 16, rngs=nnx.Rngs(1))
+    )
+    new, report = compress_model(model, [draw(0, 8, 16)], method=method, density=0.3)
+    expected = prune(model.layers[2].kernel[...], density=0.3, method="magnitude")
+    np.testing.assert_array_equal(np.asarray(new.layers[2].kernel[...]) != 0, expected != 0)
+    assert [layer.nonzeros for layer in report.layers] == [76, 76]
+    assert report.layers[0].method == method
+    assert report.layers[1].method == f"{method} (its inputs are all zero)"
+    assert report.layers[1].error > 0.1
+
+
+def run_of_blocks(blocks, *, compile_seconds, rate):
+    """For each layer of a transformer its path, task and seconds, stage by stage."""
+    shapes = [["q", "k", "v"], ["out"], ["gate", "up"], ["down"]]
+    sizes = dict(q=(64, 64), k=(16, 64), v=(16, 64), out=(64, 64), gate=(160, 64), up=(160, 64))
+    sizes["down"] = (64, 160)
+    stages, known = [], set()
+    for block in range(blocks):
+        for names in shapes:
+            stage = {}
+            for name in names:
+                size = sizes[name]
+                work = METHODS["admm"].work(size)
+                seconds = rate * work + (0 if size in known else compile_seconds)
+                known.add(size)
+                stage[f"{block}/{name}"] = Task("admm", size, work, "cpu"), seconds
+            stages.append(stage)
+    return stages
+
+
+@pytest.mark.parametrize("compile_seconds", [0.1, 5.0, 60.0])
+@pytest.mark.parametrize("blocks", [1, 4, 32])
+def test_time_left_is_right_within_a_factor_of_two_from_the_third_layer_on(compile_seconds, blocks):
+    stages = run_of_blocks(blocks, compile_seconds=compile_seconds, rate=1e-6)
+    passes = [(0.5 + 3.0 * (i < 4), 3.0 * (i < 4)) for i in range(len(stages))]
+    pace = Pace([{path: task for path, (task, _) in stage.items()} for stage in stages])
+    left = sum(seconds for stage in stages for _, seconds in stage.values())
+    left += sum(seconds for seconds, _ in passes)
+    solved = 0
+    assert pace.seconds_left() is None
+    for stage, (seconds, compiling) in zip(stages, passes):
+        pace.calibrated(seconds, compiling)
+        left -= seconds
+        for path, (_, seconds) in stage.items():
+            pace.solved(path, seconds)
+            left -= seconds
+            solved += 1
+            if solved >= 3 and left > 1e-6:
+                assert left / 2 <= pace.seconds_left() <= 2 * left
+    assert pace.seconds_left() == 0
+
+
+def test_devices_work_side_by_side_and_resumed_layers_take_no_time():
+    tasks = {str(i): Task("wanda", ("shape", i % 2), 10.0, i % 2) for i in range(10)}
+    pace = Pace([tasks])
+    pace.calibrated(1.0, 0.5)
+    for path in "01":
+        pace.solved(path, 7.0)
+    pace.resumed("2")
+    for path in "34":
+        pace.solved(path, 2.0)
+    # Five are left: two on device 0, and three on device 1.
+    assert pace.seconds_left() == pytest.approx(6.0)
 
 
 def test_durations_read_well():

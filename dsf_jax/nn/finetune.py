@@ -40,8 +40,8 @@ def keep_sparsity(
       An optax optimizer with state `KeepSparsityState`.
     """
 
-    def init(params):
-        def mask(path, parameter):
+    def init(params: Any) -> KeepSparsityState:
+        def mask(path: tuple, parameter: jax.Array) -> jax.Array:
             if not is_sparse(path, parameter):
                 return jnp.ones((), bool)
             kept = parameter != 0
@@ -51,15 +51,18 @@ def keep_sparsity(
             jax.tree_util.tree_map_with_path(mask, params), optimizer.init(params)
         )
 
-    def update(updates, state, params=None, **extra):
+    def update(
+        updates: Any, state: KeepSparsityState, params: Any = None, **extra: Any
+    ) -> tuple[Any, KeepSparsityState]:
         updates = _apply(state.masks, updates)
         updates, inner = optax.with_extra_args_support(optimizer).update(
             updates, state.inner, params, **extra
         )
-        return _apply(state.masks, updates), KeepSparsityState(state.masks, inner)
+        return _apply(state.masks, updates), state._replace(inner=inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _apply(masks, updates):
+def _apply(masks: Any, updates: Any) -> Any:
+    """Sets the updates of masked entries to zero."""
     return jax.tree.map(lambda mask, u: jnp.where(mask, u, jnp.zeros_like(u)), masks, updates)

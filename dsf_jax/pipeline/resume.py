@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
@@ -15,11 +19,11 @@ from dsf_jax.pipeline.solve import LayerSolution
 from macko_jax.io.atomic import replacing
 
 
-def fingerprint(settings: dict, *trees) -> str:
+def fingerprint(settings: Mapping[str, Any], *trees: Any) -> str:
     """SHA-256 of settings (as JSON) and of every array in some pytrees."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
     for leaf in jax.tree.leaves(trees):
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
         digest.update(f"{array.dtype}{array.shape}".encode())
@@ -41,7 +45,7 @@ class WorkDirectory:
       ValueError: The directory holds results of another run.
     """
 
-    def __init__(self, path, mark: str):
+    def __init__(self, path: str | os.PathLike[str], mark: str):
         self.path, self.mark = pathlib.Path(path), mark
         self.path.mkdir(parents=True, exist_ok=True)
         for file in sorted(self.path.glob("*.safetensors")):
@@ -54,6 +58,7 @@ class WorkDirectory:
                 )
 
     def file(self, layer: str) -> pathlib.Path:
+        """Where the solution of a layer is kept."""
         # The hash keeps paths apart that differ only in what a file name cannot hold.
         name = re.sub(r"[^A-Za-z0-9._-]+", ".", layer)[-100:]
         return self.path / f"{name}-{hashlib.sha256(layer.encode()).hexdigest()[:8]}.safetensors"
@@ -75,8 +80,8 @@ class WorkDirectory:
             seconds=float(metadata["seconds"]),
         )
 
-    def save(self, layer: str, solution: LayerSolution):
-        """Writes a finished solution."""
+    def save(self, layer: str, solution: LayerSolution) -> None:
+        """Writes the finished solution of a layer."""
         names = ("product", "left", "right")
         arrays = {n: getattr(solution, n) for n in names if getattr(solution, n) is not None}
         metadata = {
@@ -91,8 +96,8 @@ class WorkDirectory:
             save_file(arrays, temporary, metadata)
 
 
-def _metadata(file) -> dict | None:
-    """A file's metadata; None, with a warning, where it is damaged and will be redone."""
+def _metadata(file: pathlib.Path) -> dict[str, str] | None:
+    """The metadata of a file; None, with a warning, where it is damaged and will be redone."""
     try:
         with safe_open(file, framework="numpy") as arrays:
             return arrays.metadata() or {}

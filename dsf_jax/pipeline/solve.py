@@ -13,8 +13,20 @@ from dsf_jax.solvers.methods import METHODS, Method, check_method
 from dsf_jax.solvers.problem import Problem
 from dsf_jax.solvers.solution import Factorization
 from dsf_jax.trace.dataflow import Layer
+from dsf_jax.trace.jaxprs import Device
 
-__all__ = ["METHODS", "Assignment", "LayerSolution", "check_method", "solve", "stack_limit"]
+__all__ = [
+    "METHODS",
+    "Assignment",
+    "LayerSolution",
+    "check_method",
+    "fit_to_dense",
+    "solve",
+    "stack_limit",
+]
+
+# Of the mean diagonal of G: keeps a short calibration from being fitted too closely.
+CORRECTION_DAMPING = 0.1
 
 # Weights that are factorized in one program. Small layers leave a GPU idle one by one.
 STACKED_WEIGHTS = 2**23
@@ -58,7 +70,7 @@ class LayerSolution:
     seconds: float
 
 
-def stack_limit(assignment: Assignment, layer: Layer, device: jax.Device) -> int:
+def stack_limit(assignment: Assignment, layer: Layer, device: Device) -> int:
     """How many layers like this one to give to `solve` together."""
     if not assignment.solver.gives_pairs or layer.groups > 1 or device.platform == "cpu":
         return 1
@@ -69,7 +81,7 @@ def solve(
     weights: Mapping[str, jax.Array],
     grams: Mapping[str, jax.Array],
     assignment: Assignment,
-    device: jax.Device,
+    device: Device,
 ) -> dict[str, LayerSolution]:
     """Solves the matrices of one layer, or of several layers of one shape in one program.
 
@@ -105,7 +117,7 @@ def solve(
 
 
 def _problems(
-    path: str, weights: jax.Array, grams: Mapping[str, jax.Array], device: jax.Device
+    path: str, weights: jax.Array, grams: Mapping[str, jax.Array], device: Device
 ) -> list[Problem]:
     """The problem of each group of a layer, on the device."""
     matrices = jax.device_put(jnp.asarray(weights, jnp.float32), device)
@@ -154,3 +166,27 @@ def _name(asked: str, found: Sequence[Factorization]) -> str:
         of = f" ({len(unseen)} of {len(found)} groups)" if len(found) > 1 else ""
         remarks.append(f"{unseen[0]}{of}")
     return f"{asked} ({'; '.join(remarks)})" if remarks else asked
+
+
+@jax.jit
+def fit_to_dense(weights: jax.Array, gram: jax.Array, cross: jax.Array) -> jax.Array:
+    """Weights whose outputs on the present inputs are nearest to the dense model's outputs.
+
+    W (C + c I)(G + c I)^-1, c being `CORRECTION_DAMPING` of G's mean diagonal.
+
+    Args:
+      weights: W `[groups, out, in]`.
+      gram: G = sum y y^T of the present inputs y, `[groups, in, in]`.
+      cross: C = sum x y^T of the dense inputs x, `[groups, in, in]`.
+
+    Returns:
+      Float32 `[groups, out, in]`.
+    """
+    size = jnp.trace(gram, axis1=-2, axis2=-1) / gram.shape[-1]
+    damping = (CORRECTION_DAMPING * size + 1e-30)[:, None, None] * jnp.eye(gram.shape[-1])
+    # The transposed system, since the unknown stands on the left of G.
+    right = jnp.matmul(
+        weights.astype(jnp.float32), cross + damping, precision=jax.lax.Precision.HIGHEST
+    )
+    factor = jax.scipy.linalg.cho_factor(gram + damping)
+    return jax.scipy.linalg.cho_solve(factor, right.swapaxes(-1, -2)).swapaxes(-1, -2)

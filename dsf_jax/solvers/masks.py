@@ -86,15 +86,15 @@ def n_m_mask(scores: jax.Array, n: int, m: int) -> jax.Array:
 
     Args:
       scores: Non-negative scores `[rows, cols]`, `cols` a multiple of `m`.
-      n: Entries kept in each group.
-      m: Size of a group.
+      n: How many of m neighbours are kept.
+      m: How many neighbours share them.
 
     Returns:
       Boolean mask `[rows, cols]` with exactly ``rows * cols * n / m`` true entries.
     """
     rows, cols = scores.shape
-    groups = scores.reshape(rows, cols // m, m)
-    mine, other = groups[..., :, None], groups[..., None, :]
+    neighbours = scores.reshape(rows, cols // m, m)
+    mine, other = neighbours[..., :, None], neighbours[..., None, :]
     earlier = jnp.tril(jnp.ones((m, m), bool), -1)
     rank = jnp.sum((other > mine) | ((other == mine) & earlier), axis=-1)
     return (rank < n).reshape(rows, cols)

@@ -88,16 +88,16 @@ def prune_problem(
       ValueError: The density or the pattern cannot be served.
       FloatingPointError: The result holds NaN or infinity.
     """
-    group = None
+    n_m = None
     if pattern is not None:
-        group = parse_pattern(pattern, density, problem.shape, problem.name)
-        nonzeros = problem.weight.size * group[0] // group[1]
+        n_m = parse_pattern(pattern, density, problem.shape, problem.name)
+        nonzeros = problem.weight.size * n_m[0] // n_m[1]
     elif density is not None:
         nonzeros = count_nonzeros(check_density(density, problem.name), problem.shape)
     else:
         raise ValueError("prune needs a density in (0, 1], or a pattern such as '2:4'")
     run = PRUNERS["magnitude" if problem.unseen else method]
-    pruned = run(problem.weight, problem.gram, nonzeros, group=group, precision=precision)
+    pruned = run(problem.weight, problem.gram, nonzeros, n_m=n_m, precision=precision)
     if not is_finite(pruned):
         raise FloatingPointError(
             f"{layer_prefix(problem.name)}{method} came to NaN or infinity; look at the size of "
@@ -146,14 +146,14 @@ def parse_pattern(
 
 
 _compile = functools.partial(
-    jax.jit, static_argnames=("group", "precision"), compiler_options=COMPILER_OPTIONS
+    jax.jit, static_argnames=("n_m", "precision"), compiler_options=COMPILER_OPTIONS
 )
 
 
 def _best_mask(
-    scores: jax.Array, nonzeros: int | jax.Array, group: tuple[int, int] | None
+    scores: jax.Array, nonzeros: int | jax.Array, n_m: tuple[int, int] | None
 ) -> jax.Array:
-    return masks.n_m_mask(scores, *group) if group else masks.top_k_mask(scores, nonzeros)
+    return masks.n_m_mask(scores, *n_m) if n_m else masks.top_k_mask(scores, nonzeros)
 
 
 @_compile
@@ -162,12 +162,12 @@ def magnitude(
     gram: jax.Array,
     nonzeros: int | jax.Array,
     *,
-    group: tuple[int, int] | None = None,
+    n_m: tuple[int, int] | None = None,
     precision: str = "highest",
 ) -> jax.Array:
     """Keeps the entries of largest magnitude; see `prune`."""
     del gram, precision
-    return jnp.where(_best_mask(jnp.abs(weight), nonzeros, group), weight, 0)
+    return jnp.where(_best_mask(jnp.abs(weight), nonzeros, n_m), weight, 0)
 
 
 @_compile
@@ -176,13 +176,13 @@ def wanda(
     gram: jax.Array,
     nonzeros: int | jax.Array,
     *,
-    group: tuple[int, int] | None = None,
+    n_m: tuple[int, int] | None = None,
     precision: str = "highest",
 ) -> jax.Array:
     """Keeps the entries of largest |w_ij| G_jj^(1/2), row by row; see `prune`."""
     del precision
     scores = jnp.abs(normalize(weight, gram, 0.0).weight)
-    mask = masks.n_m_mask(scores, *group) if group else masks.row_top_k_mask(scores, nonzeros)
+    mask = masks.n_m_mask(scores, *n_m) if n_m else masks.row_top_k_mask(scores, nonzeros)
     return jnp.where(mask, weight, 0)
 
 
@@ -192,13 +192,13 @@ def sparsegpt(
     gram: jax.Array,
     nonzeros: int | jax.Array,
     *,
-    group: tuple[int, int] | None = None,
+    n_m: tuple[int, int] | None = None,
     precision: str = "highest",
 ) -> jax.Array:
     """Removes entries by saliency, block by block, updating the columns after them; see `prune`."""
     with jax.default_matmul_precision(precision):
         rows, cols = weight.shape
-        width = group[1] if group else SPARSEGPT_BLOCK
+        width = n_m[1] if n_m else SPARSEGPT_BLOCK
         blocks = -(-cols // width)
         padding = blocks * width - cols
         scale = normalize(weight, gram, 0.0).scale
@@ -217,7 +217,7 @@ def sparsegpt(
             local = lax.dynamic_slice(rows_of_factor, (0, first), (width, width))
             real = (first + jnp.arange(width)) < cols
             saliency = jnp.abs(here / jnp.diagonal(local)) * real
-            keep = _best_mask(saliency, share, group) & real
+            keep = _best_mask(saliency, share, n_m) & real
             here, errors = _remove_columns(here, local, keep)
             weight = weight - errors @ jnp.where(column >= first + width, rows_of_factor, 0)
             return lax.dynamic_update_slice(weight, jnp.where(keep, here, 0), (0, first)), None
@@ -275,7 +275,7 @@ def admm(
     gram: jax.Array,
     nonzeros: int | jax.Array,
     *,
-    group: tuple[int, int] | None = None,
+    n_m: tuple[int, int] | None = None,
     precision: str = "highest",
 ) -> jax.Array:
     """Finds mask and values together by ADMM with a rising penalty; see `prune`.
@@ -297,9 +297,7 @@ def admm(
             rho = ADMM_RHO[0] * (ADMM_RHO[1] / ADMM_RHO[0]) ** progress
             x = ((turned + rho * ((z - u) @ vectors)) / (values + rho)) @ vectors.T
             mask = lax.cond(
-                i < last_mask_step,
-                lambda: _best_mask(jnp.abs(x + u), nonzeros, group),
-                lambda: mask,
+                i < last_mask_step, lambda: _best_mask(jnp.abs(x + u), nonzeros, n_m), lambda: mask
             )
             z = jnp.where(mask, x + u, 0)
             return z, u + x - z, mask

@@ -1,6 +1,7 @@
 """The solution of one layer's problem: two sparse factors, or one sparse matrix."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 
 import jax
@@ -37,6 +38,12 @@ class Factorization:
         if self.right is None:
             return self.left
         return jnp.matmul(self.left, self.right, precision="highest")
+
+    @property
+    def kind(self) -> str:
+        """The former way to say whether there is a `right`; it goes with the next version."""
+        warnings.warn("ask whether `right` is None, not for `kind`", DeprecationWarning, 2)
+        return "single" if self.right is None else "pair"
 
     @property
     def factors(self) -> tuple[jax.Array, ...]:

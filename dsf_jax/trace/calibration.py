@@ -18,6 +18,7 @@ from flax import nnx
 
 from dsf_jax.solvers.problem import is_finite
 from dsf_jax.trace.dataflow import Dataflow, Layer, trace
+from dsf_jax.trace.jaxprs import Device
 from dsf_jax.trace.network import Network, read_network
 from dsf_jax.trace.retention import values_to_keep
 from dsf_jax.trace.stages import Segment, Stages
@@ -91,7 +92,7 @@ class CalibrationPass:
         network: Network,
         batches: Sequence[Any],
         keep: str = "device",
-        devices: Sequence[jax.Device] = (),
+        devices: Sequence[Device] = (),
     ):
         self.network, self.keep = network, keep
         self.devices = list(devices or jax.devices()[:1])
@@ -138,7 +139,7 @@ class CalibrationPass:
         """
         ends = self._ends(paths, _gram)
 
-        def of_batch(i: int, device: jax.Device) -> list[jax.Array]:
+        def of_batch(i: int, device: Device) -> list[jax.Array]:
             return self._run(ends[self.shapes[i]].segment, i, leaves, device)
 
         total = self._sum(of_batch)
@@ -167,7 +168,7 @@ class CalibrationPass:
         """
         ours, theirs = self._ends(paths, tuple), dense._ends(paths, tuple)
 
-        def of_batch(i: int, device: jax.Device) -> list[jax.Array]:
+        def of_batch(i: int, device: Device) -> list[jax.Array]:
             shape = self.shapes[i]
             return _cross(
                 dense._run(theirs[shape].segment, i, self.network.leaves, device),
@@ -214,14 +215,14 @@ class CalibrationPass:
         return ends
 
     def _run(
-        self, segment: Segment, batch: int, leaves: Sequence[jax.Array], device: jax.Device
+        self, segment: Segment, batch: int, leaves: Sequence[jax.Array], device: Device
     ) -> Any:
         before = segment.compile_seconds
         result = segment(self.values[batch], leaves, device)
         self.compile_seconds += segment.compile_seconds - before
         return result
 
-    def _sum(self, of_batch: Callable[[int, jax.Device], list[jax.Array]]) -> list[jax.Array]:
+    def _sum(self, of_batch: Callable[[int, Device], list[jax.Array]]) -> list[jax.Array]:
         """Adds up what each batch gives, in their order, on the first device."""
         total: list[jax.Array] = []
         for i in range(len(self.shapes)):

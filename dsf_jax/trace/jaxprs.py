@@ -6,7 +6,7 @@ below hold for jax 0.10 to 0.12; `tests/test_calibration.py` runs through each o
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.extend.core import Literal
@@ -16,6 +16,7 @@ __all__ = [
     "LIGHT",
     "PRODUCTS",
     "VIEWS",
+    "Device",
     "Literal",
     "bind",
     "called_program",
@@ -24,6 +25,17 @@ __all__ = [
     "programs",
     "scan_layout",
 ]
+
+
+class Device(Protocol):
+    """What is read of a `jax.Device`, which type checkers take for a variable and no type."""
+
+    @property
+    def platform(self) -> str: ...
+
+    @property
+    def process_index(self) -> int: ...
+
 
 # Primitives that only wrap another program, and the parameter that holds it.
 _CALLS = {

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 
 from dsf_jax.trace.dataflow import Dataflow
+from dsf_jax.trace.jaxprs import Device
 
 
 class Stages(NamedTuple):
@@ -163,7 +164,7 @@ class Segment:
         self.leaves = [i for i, name in enumerate(flow.leaves) if name in needed]
         self.constants = sorted(needed & flow.constants.keys())
         self.flow, self.targets, self.finish = flow, tuple(targets), finish
-        self.compiled: dict[jax.Device, Any] = {}
+        self.compiled: dict[Device, Any] = {}
         self.compile_seconds = 0.0
 
     def _run(self, given: list, leaves: list, constants: list) -> Any:
@@ -176,7 +177,7 @@ class Segment:
         return self.finish(tuple(values[name] for name in self.targets))
 
     def __call__(
-        self, given: Mapping[int, jax.Array], leaves: Sequence[jax.Array], device: jax.Device
+        self, given: Mapping[int, jax.Array], leaves: Sequence[jax.Array], device: Device
     ) -> Any:
         """Runs it on `device` with the values named in `given` and the model's leaves."""
         arguments = jax.device_put(
@@ -193,7 +194,7 @@ class Segment:
             self.compile_seconds += time.perf_counter() - began
         return self.compiled[device](*arguments)
 
-    def _compile(self, arguments: tuple, device: jax.Device) -> Any:
+    def _compile(self, arguments: tuple, device: Device) -> Any:
         lowered = jax.jit(self._run).lower(*arguments)
         text = hashlib.sha256(lowered.as_text().encode()).digest()
         key = (text, device, jax.tree.structure(lowered.out_info))

@@ -152,7 +152,11 @@ def run_method(model, method, density, batches, grams, bits_per_byte):
     """Compresses, evaluates and packs the model; a row of the record."""
     began = time.perf_counter()
     new, report = dsf_jax.compress_model(
-        model, batches[:1], method=method, density=density, calibration="one-pass", grams=grams
+        model,
+        batches[:1],
+        method=method,
+        density=density,
+        calibration=dsf_jax.Calibration("one-pass", grams=grams),
     )
     return {
         "method": method,

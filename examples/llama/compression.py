@@ -217,8 +217,9 @@ def _compress_block(out, stored, abstract, index, hidden, record, progress, *, e
             block,
             hidden,
             forward=functools.partial(_forward, stored.config),
-            keep_activations="host",
-            work_dir=out / "work" / str(index),
+            execution=dsf_jax.Execution(
+                keep_activations="host", work_dir=out / "work" / str(index)
+            ),
             callback=lambda step: progress.add(_renamed(step.layer, prefix)),
             **asked,
         )

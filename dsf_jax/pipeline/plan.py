@@ -1,0 +1,227 @@
+"""What is asked for each layer of a model, checked before anything is computed."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsf_jax.nn import layers as flax_layers
+from dsf_jax.pipeline.allocation import allocate_densities, probe_errors
+from dsf_jax.pipeline.rules import Rule, Rules, default_skip, match_rules
+from dsf_jax.pipeline.settings import Calibration
+from dsf_jax.pipeline.solve import Assignment, check_method
+from dsf_jax.solvers.problem import is_finite
+from dsf_jax.trace import stages
+from dsf_jax.trace.calibration import CalibrationPass
+from dsf_jax.trace.dataflow import Layer
+from dsf_jax.trace.network import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What becomes of each layer.
+
+    Attributes:
+      assignments: What is asked for each layer that is compressed, by path.
+      skipped: For each other layer or parameter matrix, why it stays as it is.
+      fixed: Paths of layers whose density a rule names.
+    """
+
+    assignments: Mapping[str, Assignment]
+    skipped: dict[str, str]
+    fixed: frozenset[str]
+
+
+def plan_layers(dense: CalibrationPass, rules: Rules, default: Assignment) -> Plan:
+    """Decides by the rules what becomes of each layer of a model, and checks that it can.
+
+    Args:
+      dense: The pass of the dense model.
+      rules: The first that matches a layer's path applies.
+      default: What is asked where a rule does not say.
+
+    Returns:
+      The plan.
+
+    Raises:
+      TypeError: A rule is no `Rule`.
+      ValueError: A rule matches nothing, asks for what a layer or a method has not, or leaves
+        nothing to do; a layer's weights are not finite.
+    """
+    matched = match_rules(rules, [layer.path for layer in dense.layers])
+    assignments, skipped, fixed = {}, {}, set()
+    for layer in dense.layers:
+        rule = matched[layer.path]
+        reason = _why_skipped(layer, rule)
+        if reason:
+            skipped[layer.path] = reason
+            continue
+        assignments[layer.path] = _assign(layer, rule, default)
+        if rule is not None and rule.density is not None:
+            fixed.add(layer.path)
+    for leaf, reason in dense.notes.items():
+        if all(layer.leaf != leaf for layer in dense.layers):
+            skipped[dense.network.module_path(leaf)] = reason
+    if not assignments:
+        raise ValueError(
+            "no layer is left to compress: "
+            + ("; ".join(f"{path}: {why}" for path, why in skipped.items()) or "none was found")
+        )
+    _check_pairs(dense, assignments)
+    for path in assignments:
+        layer = dense.layer(path)
+        if not is_finite(layer.read(dense.network.leaves[layer.leaf])):
+            raise ValueError(f"layer {path!r}: its weights hold NaN or infinity")
+    return Plan(assignments, skipped, frozenset(fixed))
+
+
+def _why_skipped(layer: Layer, rule: Rule | None) -> str | None:
+    if rule is None:
+        return default_skip(layer)
+    return f"rule {rule.path!r}" if rule.skip else None
+
+
+def _assign(layer: Layer, rule: Rule | None, default: Assignment) -> Assignment:
+    """What is asked for a layer, with its options checked."""
+    asked = rule or Rule(".*")
+    options = dict(default.options if asked.options is None else asked.options)
+    assignment = Assignment(
+        asked.method or default.method, asked.density or default.density, options
+    )
+    check_method(assignment.method, layer.path)
+    method = assignment.solver
+    unknown = sorted(set(options) - set(method.option_names))
+    if unknown:
+        source, remedy = "options", ""
+        if rule is not None:
+            source = f"the options of rule {rule.path!r}"
+            if rule.options is None:
+                source = f"the options of the call, which rule {rule.path!r} inherits,"
+                remedy = "; give the rule options of its own, such as options={}"
+        raise ValueError(
+            f"layer {layer.path!r}: {source} hold {', '.join(map(repr, unknown))}, which method "
+            f"{method.name!r} does not take; it takes {', '.join(method.option_names)}{remedy}"
+        )
+    method.check(options, assignment.density, (layer.rows, layer.cols), layer.path)
+    if method.gives_pairs and (layer.groups > 1 or layer.stack):
+        # Groups and slices share one parameter, so all are pairs or none is.
+        options["compare_single"] = False
+    return assignment
+
+
+def _check_pairs(dense: CalibrationPass, assignments: Mapping[str, Assignment]) -> None:
+    """Raises a ValueError where layers are asked to become pairs and cannot."""
+    paired = {path for path, asked in assignments.items() if asked.solver.gives_pairs}
+    for path in paired:
+        leaf = dense.layer(path).leaf
+        slices = {layer.path for layer in dense.layers if layer.leaf == leaf}
+        if not slices <= paired:
+            raise ValueError(
+                f"layer {path!r}: all slices of a stack must become pairs, or none; "
+                f"{sorted(slices - paired)} would not"
+            )
+    reasons = {path: _why_no_pair(dense.network, dense.layer(path)) for path in sorted(paired)}
+    reasons = {path: reason for path, reason in reasons.items() if reason}
+    if reasons:
+        pattern = "|".join(map(re.escape, reasons))
+        inherits = any(assignments[path].options for path in reasons)
+        options = ", options={}" if inherits else ""
+        raise ValueError(
+            "; ".join(f"layer {path!r}: {reason}" for path, reason in reasons.items())
+            + f"; give {'them' if len(reasons) > 1 else 'it'} a method of one matrix, "
+            f"Rule({pattern!r}, method='admm'{options}), or Rule({pattern!r}, skip=True)"
+        )
+
+
+def _why_no_pair(network: Network, layer: Layer) -> str | None:
+    """Why a layer of the model cannot become a pair of factors; None if it can."""
+    if network.paths[layer.leaf][-1] != "kernel":
+        return f"its parameter {'/'.join(network.paths[layer.leaf])} is no kernel of a Flax layer"
+    if "#" in layer.path:
+        return "its kernel is used in parts"
+    if layer.path.endswith("]") and not layer.view.steps[0][0].startswith("["):
+        return "its kernel is stacked along an axis that is not the first"
+    return flax_layers.why_no_pair(network.modules.get(network.module_path(layer.leaf)))
+
+
+def check_grams(
+    given: Mapping[str, Any], dense: CalibrationPass, paths: Sequence[str]
+) -> dict[str, jax.Array]:
+    """Gram matrices that a user gave, as `[groups, in, in]` for each of the paths that has inputs.
+
+    Raises:
+      ValueError: One is missing, or has another shape.
+    """
+    checked = {}
+    for path in paths:
+        layer = dense.layer(path)
+        if not layer.uses:
+            continue
+        if path not in given:
+            raise ValueError(
+                f"layer {path!r}: grams lacks it; take them from gram_matrices(model, batches), or "
+                f"skip the layer by Rule({path!r}, skip=True)"
+            )
+        wanted = (layer.groups, layer.cols, layer.cols)
+        gram = jnp.asarray(given[path])
+        if gram.shape not in (wanted, wanted[1:] if layer.groups == 1 else wanted):
+            raise ValueError(f"layer {path!r}: its Gram matrix must be {wanted}, got {gram.shape}")
+        checked[path] = gram.reshape(wanted)
+    return checked
+
+
+def share_budget(
+    plan: Plan, dense: CalibrationPass, grams: Mapping[str, jax.Array] | None, density: float
+) -> Plan:
+    """The plan with the densities of least summed error, but where a rule names one."""
+    leaves = dense.network.leaves
+    paths = [path for path in plan.assignments if path not in plan.fixed]
+    if grams is None:
+        grams = dense.grams([path for path in paths if dense.layer(path).uses], leaves)
+    curves, sizes = {}, {}
+    for path in paths:
+        layer = dense.layer(path)
+        weights = layer.read(leaves[layer.leaf])
+        curves[path] = probe_errors(weights, grams.get(path), density, path)
+        sizes[path] = layer.size
+    assignments = dict(plan.assignments)
+    for path, share in allocate_densities(curves, sizes, density).items():
+        assignments[path] = dataclasses.replace(assignments[path], density=share)
+    return dataclasses.replace(plan, assignments=assignments)
+
+
+def order_stages(
+    present: CalibrationPass, paths: Sequence[str], calibration: Calibration
+) -> list[list[str]]:
+    """The paths of each stage, in the order in which they are solved.
+
+    The pass is made ready to advance in that order.
+
+    Raises:
+      ValueError: `blocks` matches no path.
+    """
+    paths = [layer.path for layer in present.layers if layer.path in paths]
+    if calibration.mode == "one-pass":
+        return [paths]
+    units: dict[str, list[int]] = {}
+    if calibration.blocks is not None:
+        for path in paths:
+            match = re.match(calibration.blocks, path)
+            if match:
+                units.setdefault(match.group(), []).append(present.index[path])
+        if not units:
+            raise ValueError(
+                f"blocks={calibration.blocks!r} matches the beginning of no path among {paths}"
+            )
+    indices = [present.index[path] for path in paths]
+    present.start(
+        {
+            shape: stages.order_layers(flow, indices, list(units.values()))
+            for shape, flow in present.flows.items()
+        }
+    )
+    first = next(iter(present.stages.values()))
+    return [[present.layers[i].path for i in members] for members in first.members]
