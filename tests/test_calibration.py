@@ -248,7 +248,7 @@ def test_attention_layers_share_one_gram_and_come_in_order():
     np.testing.assert_allclose(linen["key"], grams["key"], rtol=1e-4)
 
 
-def test_groups_follow_the_data_not_the_names():
+def test_stages_follow_the_data_not_the_names():
     class Net(nnx.Module):
         def __init__(self, rngs):
             self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
@@ -262,12 +262,12 @@ def test_groups_follow_the_data_not_the_names():
             return self.down(nnx.silu(self.gate(y)) * self.up(y)) + self.side(x)
 
     flow = dataflow.trace(read_network(Net(nnx.Rngs(0))), draw(0, 2, 5, 8))
-    groups = stages.order_layers(flow, list(range(len(flow.layers)))).members
-    named = [{flow.layers[i].path.split("/")[-1] for i in group} for group in groups]
+    members = stages.order_layers(flow, list(range(len(flow.layers)))).members
+    named = [{flow.layers[i].path.split("/")[-1] for i in stage} for stage in members]
     assert named == [{"query", "key", "value", "side"}, {"out"}, {"gate", "up"}, {"down"}]
 
 
-def test_layers_that_feed_each_other_are_one_group():
+def test_layers_that_feed_each_other_are_one_stage():
     class Alternating(nnx.Module):
         def __init__(self, rngs):
             self.a = nnx.Linear(4, 4, rngs=rngs)
@@ -278,8 +278,8 @@ def test_layers_that_feed_each_other_are_one_group():
             return self.c(self.b(self.a(self.b(self.a(x)))))
 
     flow = dataflow.trace(read_network(Alternating(nnx.Rngs(0))), draw(0, 2, 4))
-    groups = stages.order_layers(flow, [0, 1, 2]).members
-    assert [sorted(group) for group in groups] == [[0, 1], [2]]
+    members = stages.order_layers(flow, [0, 1, 2]).members
+    assert [sorted(stage) for stage in members] == [[0, 1], [2]]
 
 
 def test_masks_are_made_again_and_not_kept():

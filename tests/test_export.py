@@ -123,7 +123,7 @@ def test_factorized_convolutional_network_runs_packed():
         rules=[Rule("stem", skip=True), Rule("shortcut", method="wanda", options={})],
     )
     assert [layer.path for layer in report.layers] == ["conv", "shortcut", "grouped"]
-    assert report.groups == 2  # the shortcut reads what the convolution reads
+    assert report.stages == 2  # the shortcut reads what the convolution reads
     for name in ("conv", "grouped"):
         assert isinstance(getattr(pair, name), FactorPair)
         kernels = (getattr(pair, name).left.kernel, getattr(pair, name).right.kernel)

@@ -39,7 +39,7 @@ def draw(seed, *shape):
 
 
 class Net(nnx.Module):
-    """An attention block and a gated MLP with a head: four groups of layers."""
+    """An attention block and a gated MLP with a head: four stages of layers."""
 
     def __init__(self, size=16, rngs=None):
         rngs = rngs or nnx.Rngs(0)
@@ -114,7 +114,7 @@ def test_one_pass_uses_the_dense_inputs():
     new, report = compress_model(
         model, batches, method="sparsegpt", density=0.4, calibration=Calibration("one-pass")
     )
-    assert report.groups == 1
+    assert report.stages == 1
     grams = gram_matrices(model, batches)
     for name in ("gate", "down"):
         expected = prune(
@@ -165,13 +165,13 @@ def test_layers_of_one_shape_are_factorized_together(monkeypatch):
         assert a.error == pytest.approx(b.error, rel=0.05)
 
 
-def test_groups_budgets_report_and_the_model_left_alone():
+def test_stages_budgets_report_and_the_model_left_alone():
     model, batches = Net(), token_batches()
     before = kernels(model)
     seen = []
     new, report = compress_model(model, batches, method="wanda", density=0.3, callback=seen.append)
     assert sorted(layer.path for layer in report.layers) == sorted(LAYERS)
-    assert report.groups == 4
+    assert report.stages == 4
     assert report.skipped == {"embed": "an embedding", "head": "the output head"}
     for layer in report.layers:
         assert layer.nonzeros == int(0.3 * np.prod(layer.shape))
@@ -223,7 +223,7 @@ def test_blocks_are_calibrated_together():
     new, report = compress_model(
         model, batches, calibration=Calibration(blocks="attention"), **rules
     )
-    assert report.groups == 3
+    assert report.stages == 3
     # The output projection saw the dense attention.
     gram = gram_matrices(model, batches)["attention/out"]
     weight = model.attention.out.kernel[...].reshape(16, 16).T
@@ -342,7 +342,7 @@ def test_resume_after_being_killed(tmp_path):
     with pytest.raises(Killed):
         compress_model(model, batches, callback=kill_after(5), **call)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    # The fifth layer's group was solved as a whole.
+    # The fifth layer's stage was solved as a whole.
     assert 5 <= len(files) < 7
     new, report = compress_model(model, batches, **call)
     assert sum(layer.resumed for layer in report.layers) == len(files)

@@ -78,13 +78,13 @@ class Report(base.Report):
       layers: One entry per compressed layer, in order of the data flow.
       other_bytes: Bytes of everything else in the model.
       skipped: For each other layer or parameter matrix, why it stayed as it is.
-      groups: How many times the pass was halted to solve layers.
+      stages: How many times the pass was halted to solve layers.
       seconds: Wall time of the whole run.
     """
 
     layers: tuple[LayerReport, ...]
     skipped: dict[str, str]
-    groups: int
+    stages: int
     seconds: float
 
     def totals(self):
