@@ -11,8 +11,6 @@ import numpy as np
 
 from macko_jax.lanes.mosaic import WARP
 
-QUAD, WITHIN = np.divmod(np.arange(WARP), 4)  # of lanes, in the layouts of tensor cores
-
 
 class NumpyLanes:
     """Lanes of `blocks` blocks of `threads` threads, all in step; registers are NumPy arrays.
@@ -21,15 +19,11 @@ class NumpyLanes:
       arrays: name -> NumPy array; stores write into them.
     """
 
-    def __init__(self, arrays, *, blocks, threads, shared_slots, cluster=1, rings=None):
-        """`rings` has the bytes, by names, of a block's arrays in shared memory beside that one."""
+    def __init__(self, arrays, *, blocks, threads, shared_slots, cluster=1):
         self.arrays = {name: a.reshape(-1) for name, a in arrays.items()}
         self._blocks, self._threads, self._cluster = blocks, threads, cluster
         self._shared = np.zeros((blocks, 2 * shared_slots), np.uint16)
         self._written = np.zeros(self._shared.shape, bool)
-        self._rings = {
-            name: np.zeros((blocks, size), np.uint8) for name, size in (rings or {}).items()
-        }
         self._active = np.ones(blocks * threads, bool)
         self._lane_block = np.repeat(np.arange(blocks, dtype=np.uint32), threads)
 
@@ -69,12 +63,6 @@ class NumpyLanes:
     def add_byte(self, word, number, scale, total):
         return total + scale * ((word >> (8 * number)) & 0xFF)
 
-    def trailing_zeros(self, word):
-        return np.bitwise_count(~word & (word - np.uint32(1))).astype(np.uint32)
-
-    def population(self, word):
-        return np.bitwise_count(word).astype(np.uint32)
-
     def pair(self, word, dtype):
         halves = np.ascontiguousarray(word).view(jnp.dtype(dtype)).astype(np.float32)
         return halves[0::2], halves[1::2]
@@ -100,11 +88,6 @@ class NumpyLanes:
 
     def any(self, condition):
         return self._vote(condition & self._active, np.any)
-
-    def ballot(self, condition):
-        votes = (condition & self._active).reshape(-1, WARP).astype(np.uint32)
-        words = (votes << np.arange(WARP, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
-        return np.repeat(words, WARP)
 
     def _vote(self, condition, reduce):
         return np.repeat(reduce(condition.reshape(-1, WARP), axis=1), WARP)
@@ -134,58 +117,15 @@ class NumpyLanes:
         warps = self._active.reshape(-1, WARP)
         assert (warps.all(1) | ~warps.any(1)).all(), "a warp with inactive lanes"
 
-    # Barriers open at once: no thread waits for another one of its block here
-
-    def wait(self, name, index, parity):
-        pass
-
-    def publish_shared(self):
-        pass
-
-    def end_copies(self):
-        pass
-
-    def wait_for_copies(self, but):
-        pass
-
-    def arrive_expecting(self, name, index, size, where):
-        self._whole_warps()
-
-    def send(self, offset, size, name, index, peer, where):
-        where = where & self._active
-        at = self._shared_at(offset, 16, where)[where][:, None] + np.arange(size // 2)
-        here = self._lane_block[where][:, None]
-        there = here // self._cluster * self._cluster + peer[where][:, None]
-        self._written[there, at] = True
-        self._shared[there, at] = self._shared[here, at]
-
-    def copy_ahead(self, name, index, size, to, place, there):
-        array, active = self.arrays[name].view(np.uint8), self._active
-        first = index.astype(np.int64) * size
-        self._in_range(name, first + there - 1, active & (there > 0), array.size)
-        assert (place % size == 0)[active].all(), f"misaligned copy to {to}"
-        for i in range(size):
-            at = self._in_range(to, place.astype(np.int64) + i, active, self._rings[to].shape[1])
-            byte = array[np.where(active & (i < there), first + i, 0)]
-            byte = np.where(i < there, byte, 0)
-            self._rings[to][self._lane_block[active], at[active]] = byte[active]
-
-    def load_copied(self, name, place, count):
-        ring = self._rings[name]
-        size = ring.shape[1] - 4 * count + 1
-        at = self._in_range(name, place.astype(np.int64), self._active, size)
-        bytes_ = ring[self._lane_block[:, None], at[:, None] + np.arange(4 * count)]
-        return list(np.ascontiguousarray(bytes_).view(np.uint32).T.copy())
-
     # Memory
 
-    def load_words(self, name, index, count, where, *, fill=0, how=None):
+    def load_words(self, name, index, count, where, *, how=None):
         del how
         array, where = self.arrays[name].view(np.uint8), where & self._active
         words = array[: array.size // 4 * 4].view(np.uint32)
         at = self._in_range(name, index.astype(np.int64) * count, where, words.size - count + 1)
         return [
-            np.where(where, words[at + i] if words.size else 0, fill).astype(np.uint32)
+            np.where(where, words[at + i] if words.size else 0, 0).astype(np.uint32)
             for i in range(count)
         ]
 
@@ -246,33 +186,6 @@ class NumpyLanes:
         assert self._written[place][self._active].all(), "shared slot never written"
         words = np.ascontiguousarray(self._shared[place]).view(np.uint32)
         return [np.ascontiguousarray(w) for w in words.T]
-
-    def load_fragments(self, offset):
-        self._whole_warps()
-        words = np.stack(self._load_shared(self._lane_block, offset, 4), axis=1)
-        rows = words.view(np.uint16).reshape(-1, 4, 8, 8)  # of each warp and matrix
-        pairs = np.stack([rows[:, :, 2 * WITHIN + i, QUAD] for i in (0, 1)], axis=-1)
-        return list(pairs.view(np.uint32).transpose(1, 0, 2, 3).reshape(4, -1))
-
-    def multiply_add(self, a, b, sums, dtype):
-        self._whole_warps()
-        wide_a, wide_b, total = (
-            np.zeros((self._active.size // WARP, rows, cols))
-            for rows, cols in ((16, 16), (16, 8), (16, 8))
-        )
-        place = lambda i: (slice(None), QUAD + 8 * (i // 2), 2 * WITHIN + i % 2)
-        for i, word in enumerate(a):
-            for j, half in enumerate(self.pair(word, dtype)):
-                column = 2 * WITHIN + j + 8 * (i // 2)
-                wide_a[:, QUAD + 8 * (i % 2), column] = half.reshape(-1, WARP)
-        for i, word in enumerate(b):
-            for j, half in enumerate(self.pair(word, dtype)):
-                wide_b[:, 2 * WITHIN + j + 8 * i, QUAD] = half.reshape(-1, WARP)
-        for i, element in enumerate(sums):
-            total[place(i)] = element.reshape(-1, WARP)
-        with np.errstate(all="ignore"):
-            total = (total + wide_a @ wide_b).astype(np.float32)
-        return [total[place(i)].reshape(-1) for i in range(4)]
 
     def store_shared_words(self, offset, words, where):
         halves = np.stack(words, axis=1).view(np.uint16)

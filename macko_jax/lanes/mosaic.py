@@ -126,11 +126,11 @@ class MosaicLanes:
       block: register with the block's index in the grid.
     """
 
-    def __init__(self, arrays, shared, block, first_thread: int = 0):
+    def __init__(self, arrays, shared, block):
         self._pointers = {name: mosaic.memref_ptr(ref) for name, (ref, _) in arrays.items()}
         self._dtypes = {name: jnp.dtype(dtype) for name, (_, dtype) in arrays.items()}
         self._shared = mosaic.memref_ptr(shared)
-        self._block, self._first_thread = Register(block), first_thread
+        self._block = Register(block)
 
     # Registers
 
@@ -138,7 +138,7 @@ class MosaicLanes:
         return self._block
 
     def thread(self):
-        return Register(mosaic.thread_idx()) - self._first_thread
+        return Register(mosaic.thread_idx())
 
     def integer(self, number):
         return Register(_constant(_i32(), number))
@@ -196,14 +196,6 @@ class MosaicLanes:
                 has_side_effects=False,
             )
         )
-
-    def trailing_zeros(self, word):
-        """Index of the lowest set bit; 32 for zero."""
-        return Register(llvm.intr_cttz(word.value, False))
-
-    def population(self, word):
-        """Number of set bits."""
-        return Register(llvm.intr_ctpop(word.value))
 
     def pair(self, word, dtype):
         """The two 16-bit floats of a 32-bit word, the lower half first, as float32."""
@@ -274,13 +266,6 @@ class MosaicLanes:
     def any(self, condition):
         return self._vote(condition, nvvm.VoteSyncKind.any)
 
-    def ballot(self, condition):
-        """A word whose bit l says whether the condition holds in lane l of the warp."""
-        mask = _constant(_i32(), FULL_WARP)
-        return Register(
-            nvvm.vote_sync(mask, condition.value, nvvm.VoteSyncKind.ballot, results=[_i32()])
-        )
-
     def _vote(self, condition, kind):
         mask = _constant(_i32(), FULL_WARP)
         return Register(nvvm.vote_sync(mask, condition.value, kind, results=[_i1()]))
@@ -303,121 +288,6 @@ class MosaicLanes:
     def warp_barrier(self):
         nvvm.bar_warp_sync(_constant(_i32(), FULL_WARP))
 
-    def multiply_add(self, a, b, sums, dtype):
-        """sums + a b by the tensor cores of the warp: a [16, 16], b [16, 8], of a 16-bit `dtype`.
-
-        A lane l holds, of a, rows l / 4 and 8 more, columns 2 (l mod 4) and the next, as two words,
-        and then those 8 columns on, as two more; of b, the same rows of column l / 4, as two words;
-        and of the float32 sums [16, 8], elements of the same places as the first two words of a.
-        """
-        kind = {"float16": "f16", "bfloat16": "bf16"}[jnp.dtype(dtype).name]
-        out, f32 = "{$0, $1, $2, $3}", ir.F32Type.get()
-        total = llvm.inline_asm(
-            llvm.StructType.get_literal([f32] * 4),
-            [r.value for r in (*a, *b, *sums)],
-            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {out}, {{$4, $5, $6, $7}},"
-            " {$8, $9}, {$10, $11, $12, $13};",
-            ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4),
-            has_side_effects=True,
-        )
-        return [Register(llvm.extractvalue(f32, total, [i])) for i in range(4)]
-
-    # Barriers of 8 bytes in an array in shared memory
-
-    def make_barrier(self, name, index, arrivals: int, where):
-        """Makes a barrier that opens after so many arrivals, again and again."""
-        self._act(
-            "@p mbarrier.init.shared::cta.b64 [$0], $1; fence.mbarrier_init.release.cluster;",
-            self._barrier(name, index),
-            _constant(_i32(), arrivals),
-            where=where,
-        )
-
-    def arrive(self, name, index, peer, where):
-        """Arrives at the barrier of block `peer` of the cluster."""
-        self._act(
-            "{.reg .b32 a; mapa.shared::cluster.u32 a, $0, $1;"
-            " @p mbarrier.arrive.shared::cluster.b64 _, [a];}",
-            self._barrier(name, index),
-            peer.value,
-            where=where,
-        )
-
-    def arrive_expecting(self, name, index, size: int, where):
-        """Arrives at the block's barrier, which then waits for so many bytes, too (see `send`)."""
-        self._act(
-            "@p mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [$0], $1;",
-            self._barrier(name, index),
-            _constant(_i32(), size),
-            where=where,
-        )
-
-    def wait(self, name, index, parity):
-        """Waits until the barrier has opened, for parity 0 (1) an odd (even) number of times."""
-        self._act(
-            "{again${:uid}: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;"
-            " @!p bra again${:uid};}",
-            self._barrier(name, index),
-            parity.value,
-        )
-
-    def publish_shared(self):
-        """Lets tensor cores and bulk copies see what the thread has written to shared memory."""
-        self._act("fence.proxy.async.shared::cta;")
-
-    def send(self, offset, size: int, name, index, peer, where):
-        """Copies bytes to the same place of block `peer`, and counts them at its barrier."""
-        place = llvm.ptrtoint(_i32(), self._shared_at(offset))
-        self._act(
-            "{.reg .b32 a, b; mapa.shared::cluster.u32 a, $0, $3;"
-            " mapa.shared::cluster.u32 b, $1, $3; @p cp.async.bulk.shared::cluster"
-            ".shared::cta.mbarrier::complete_tx::bytes [a], [$0], $2, [b];}",
-            place,
-            self._barrier(name, index),
-            _constant(_i32(), size),
-            peer.value,
-            where=where,
-        )
-
-    def _barrier(self, name, index):
-        return self._in_shared(name, index, ir.IntegerType.get_signless(64))
-
-    def _in_shared(self, name, index, kind):
-        return llvm.ptrtoint(_i32(), self._address(self._pointers[name], index, kind))
-
-    def _act(self, asm, *operands, where=None):
-        """An instruction without a result, which names p for whether `where` holds."""
-        flag = _constant(_i32(), 1) if where is None else self._flag(where)
-        act(f"{{.reg .pred p; setp.ne.u32 p, ${len(operands)}, 0; {asm}}}", *operands, flag)
-
-    # Copies of a thread from global memory to an array in shared memory
-
-    def copy_ahead(self, name, index, size: int, to, place, there):
-        """Begins a copy of 4 or 16 bytes, number `index` of an array, to a byte `place` in `to`.
-
-        What lies beyond its first bytes that are `there` is not read, and is zero.
-        """
-        kind = ir.VectorType.get((size // 4,), _i32()) if size > 4 else _i32()
-        self._act(
-            f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global [$0], [$1], {size}, $2;",
-            self._in_shared(to, place, ir.IntegerType.get_signless(8)),
-            self._address(self._pointers[name], index, kind),
-            there.value,
-        )
-
-    def end_copies(self):
-        """Makes a group of the thread's copies since the last one."""
-        self._act("cp.async.commit_group;")
-
-    def wait_for_copies(self, but: int):
-        """Waits for all groups of the thread's copies but the last so many."""
-        self._act(f"cp.async.wait_group {but};")
-
-    def load_copied(self, name, place, count: int):
-        """`count` words (1, 2 or 4) at a byte `place` in an array in shared memory."""
-        address = self._address(self._pointers[name], place, ir.IntegerType.get_signless(8))
-        return [Register(r) for r in _load(address, _i32(), count)]
-
     # Cluster
 
     def cluster_barrier(self):
@@ -431,7 +301,8 @@ class MosaicLanes:
             llvm.inline_asm(
                 ir.F32Type.get(),
                 [address, _constant(_i32(), peer)],
-                "{.reg .u32 a; mapa.shared::cluster.u32 a, $1, $2; ld.shared::cluster.f32 $0, [a];}",
+                "{.reg .u32 a; mapa.shared::cluster.u32 a, $1, $2;"
+                " ld.shared::cluster.f32 $0, [a];}",
                 "=f,r,r,~{memory}",
                 has_side_effects=True,
             )
@@ -439,8 +310,8 @@ class MosaicLanes:
 
     # Memory
 
-    def load_words(self, name, index, count, where, *, fill=0, how=CACHED):
-        """`count` consecutive 32-bit words at word index `index * count`; `fill` where not `where`.
+    def load_words(self, name, index, count, where, *, how=CACHED):
+        """`count` consecutive 32-bit words at word index `index * count`; 0 where not `where`.
 
         `how` is `STREAM` for data that is read once, which then spares the caches, and `FRESH` for
         data that other blocks write meanwhile; each 16-bit half is then old or new.
@@ -449,7 +320,7 @@ class MosaicLanes:
         address = self._address(self._pointers[name], index, vector)
         form, outs = (f".v{count}", [f"${i}" for i in range(count)]) if count > 1 else ("", ["$0"])
         listed = "{" + ",".join(outs) + "}" if count > 1 else "$0"
-        preset = "".join(f"mov.u32 {out}, {fill:#x};" for out in outs)
+        preset = "".join(f"mov.u32 {out}, 0x0;" for out in outs)
         asm = (
             f"{{.reg .pred p; setp.ne.u32 p, ${count + 1}, 0; {preset}"
             f" @p ld{how}{form}.b32 {listed}, [${count}];}}"
@@ -564,23 +435,6 @@ class MosaicLanes:
 
     def _load_shared(self, kind, offset, count):
         return _load(self._shared_at(offset), kind, count)
-
-    def load_fragments(self, offset):
-        """Four 8 x 8 matrices of 16-bit elements in shared memory, as operands of `multiply_add`.
-
-        Lane l gives the offset of the 16 bytes that are row l mod 8 of matrix l / 8. It gets, of
-        each matrix, the word of the elements 2 (l mod 4) and the next in column l / 4.
-        """
-        base = llvm.ptrtoint(_i32(), self._shared_at(Register(offset.base)))
-        fragments = llvm.inline_asm(
-            llvm.StructType.get_literal([_i32()] * 4),
-            [base],
-            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3},"
-            f" [$4+{offset.offset}];",
-            "=r,=r,=r,=r,r,~{memory}",
-            has_side_effects=True,
-        )
-        return [Register(llvm.extractvalue(_i32(), fragments, [i])) for i in range(4)]
 
     def store_shared_words(self, offset, words, where):
         """Writes 1, 2 or 4 words at an offset that is a multiple of their bytes."""
@@ -700,26 +554,24 @@ def prefetch_range(ops, name, first, end, size: int) -> None:
     ops.prefetch(name, index, index < end)
 
 
-def emit(program, arrays, shared, block, first_thread: int = 0, layout=()) -> None:
+def emit(program, arrays, shared, block) -> None:
     """A lane program inside the body of a kernel.
 
     Args:
       program: called with the vocabulary.
-      arrays: name -> (reference, dtype) of the global arrays and of barriers in shared memory.
+      arrays: name -> (reference, dtype) of the global arrays.
       shared: reference of the shared array.
       block: what the program takes for its block's index.
-      first_thread: of the block's, the one that the program takes for its first.
-      layout: the transforms of the shared array, whose bytes the program sees as they lie.
     """
     refs = [ref for ref, _ in arrays.values()]
 
     @plgpu.inline_mgpu(
-        arg_types=(*[plgpu.RefType()] * len(refs), plgpu.RefType(layout), plgpu.Layout.WG_SPLAT(()))
+        arg_types=(*[plgpu.RefType()] * len(refs), plgpu.RefType(), plgpu.Layout.WG_SPLAT(()))
     )
     def inline(_, *arguments):
         *memory, shared, index = arguments
         typed = {name: (ref, dtype) for ref, (name, (_, dtype)) in zip(memory, arrays.items())}
-        program(MosaicLanes(typed, shared, index.registers.item(), first_thread))
+        program(MosaicLanes(typed, shared, index.registers.item()))
 
     inline(*refs, shared, block)
 
