@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from macko_jax.gpu import tuning as config
 from macko_jax.lanes import mosaic as lanes
 from macko_jax.lanes.mosaic import WARP
+from macko_jax.lanes.vocabulary import STREAM
 
 AHEAD = 4  # 16-byte loads in flight for every lane
 WARPS = 16
@@ -22,7 +23,7 @@ def program(ops, chunks: int, blocks: int) -> None:
             word
             for i in range(AHEAD)
             for word in ops.load_words(
-                "x", chunk + i * stride, 4, chunk + i * stride < chunks, how=lanes.STREAM
+                "x", chunk + i * stride, 4, chunk + i * stride < chunks, how=STREAM
             )
         ]
         for word in words:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from macko_jax.gpu import staging as vectors
 from macko_jax.gpu import tuning as config
 from macko_jax.lanes import mosaic as lanes
+from macko_jax.lanes.vocabulary import sum_over_lanes
 
 HEAD_DIM = 128
 LANES = 8  # that share a slot
@@ -469,7 +470,7 @@ def _rotate(elements, turn):
 
 def _score(ops, query, key):
     """The product of two heads, of which each of `LANES` lanes has its elements."""
-    [score] = lanes.sum_over_lanes(ops, [_dot(ops, query, key)], LANES)
+    [score] = sum_over_lanes(ops, [_dot(ops, query, key)], LANES)
     return score
 
 

@@ -22,6 +22,7 @@ from macko_jax.gpu import tuning as config
 from macko_jax.gpu.staging import PIECE, Share, Vectors, gate
 from macko_jax.lanes import mosaic as lanes
 from macko_jax.lanes.mosaic import WARP
+from macko_jax.lanes.vocabulary import prefetch_range, sum_over_lanes
 
 WARPS = 32
 THREADS = WARPS * WARP
@@ -240,7 +241,7 @@ def _prefetch(ops, plan: Plan, ways: list) -> None:
     for i in range(1, len(plan.steps)):
         ways[i].prefetch()
         if plan.steps[i].fusion.eps is not None:
-            lanes.prefetch_range(ops, f"scale{i}", 0, plan.steps[i].matrix.shape[1], 2)
+            prefetch_range(ops, f"scale{i}", 0, plan.steps[i].matrix.shape[1], 2)
 
 
 def _finish(ops, plan: Plan, i: int, walk, inverse, row, sums: list) -> None:
@@ -249,7 +250,7 @@ def _finish(ops, plan: Plan, i: int, walk, inverse, row, sums: list) -> None:
     place = ops.select(inside, row - walk.first_row, ops.integer(0))
     if step.fusion.scaled:
         row_scale = ops.load_real(f"row_scales{i}", walk.index(row), inside)
-    [total] = lanes.sum_over_lanes(ops, sums, step.matrix.lanes)
+    [total] = sum_over_lanes(ops, sums, step.matrix.lanes)
     if step.fusion.scaled:
         total = total * row_scale
     if inverse is not None:

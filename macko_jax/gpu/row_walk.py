@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from macko_jax.format import two_bank as choice
 from macko_jax.format.codes import PLANES, prefix_bytes
 from macko_jax.format.layout import GROUP, WORD, start_dtype
-from macko_jax.lanes.mosaic import STREAM, WARP, prefetch_range
+from macko_jax.lanes.mosaic import WARP
+from macko_jax.lanes.vocabulary import STREAM, prefetch_range
 
 ENCODINGS = ("delta4", "delta5", "two_bank")  # that the walk reads
 SLACK = 2 * WORD  # columns past the last one that idle lanes may name; their values are zero

@@ -18,6 +18,7 @@ from macko_jax.gpu import tuning as config
 from macko_jax.gpu.staging import Share, deal_blocks
 from macko_jax.lanes import mosaic as lanes
 from macko_jax.lanes.mosaic import WARP
+from macko_jax.lanes.vocabulary import sum_over_lanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ def program(ops, plan: Plan) -> None:
         inside = row < walk.end_row
         if fusion.scaled:
             row_scale = ops.load_real("row_scales", row, inside)
-        for number, total in enumerate(lanes.sum_over_lanes(ops, sums, matrix.lanes)):
+        for number, total in enumerate(sum_over_lanes(ops, sums, matrix.lanes)):
             vector = first_vector + number
             if fusion.scaled:
                 total = total * row_scale
@@ -158,7 +159,7 @@ def multiply(ops, matrix: strips.Matrix, x, sums: list, groups: list) -> list:
 
 def share_squares(ops, squares: list, first_slot: int) -> None:
     """Writes a warp's sum of squares to shared memory, one slot a warp."""
-    [total] = lanes.sum_over_lanes(ops, squares, WARP)
+    [total] = sum_over_lanes(ops, squares, WARP)
     ops.store_shared((ops.thread() >> 5) + first_slot, total, (ops.thread() & (WARP - 1)) == 0)
 
 
@@ -167,7 +168,7 @@ def inverse_norm(ops, first_slot: int, warps: int, length: int, eps: float):
     lane = ops.thread() & (WARP - 1)
     index = ops.select(lane < warps, lane, ops.integer(0))
     [mine] = ops.load_shared((index + first_slot) * 4, 1)
-    [total] = lanes.sum_over_lanes(ops, [ops.select(lane < warps, mine, ops.real(0))], WARP)
+    [total] = sum_over_lanes(ops, [ops.select(lane < warps, mine, ops.real(0))], WARP)
     return ops.reciprocal_sqrt(ops.fma(total, ops.real(1 / length), ops.real(eps)))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from macko_jax.format import two_bank as choice
 from macko_jax.gpu.row_walk import SLACK
-from macko_jax.lanes.mosaic import FRESH
+from macko_jax.lanes.vocabulary import FRESH
 
 BLANK = 0xFFFF  # 16 bits in the place of an element that no block has published yet
 PIECE = 8  # elements of a published vector that a thread reads at a time

@@ -1,59 +1,67 @@
-"""The lane vocabulary, emitted as MLIR inside a Pallas Mosaic GPU kernel.
+"""Emits lane programs as MLIR inside a Pallas Mosaic GPU kernel, and runs them on a grid.
 
-A lane program sees registers (one 32-bit integer, float32 or truth value a lane), global arrays,
-one shared array of float32, warp votes and shuffles, and structured control flow. Integers are
-unsigned. Control flow may differ between warps, and where no vote, shuffle or barrier is inside,
-between lanes. Carried state is any pytree of registers.
+`vocabulary.Lanes` says what the operations mean; here is what they become: operations of MLIR's
+dialects arith, scf, llvm, nvvm and gpu, and inline PTX for what these lack, which is mostly loads
+under a predicate. All use of Mosaic GPU, of its utilities and of MLIR's Python bindings, none of
+which is stable, is in this file.
 """
 
-import functools
+import typing
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mosaic_gpu
-from jax.experimental.mosaic.gpu import utils as mosaic
+from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
 from macko_jax.format.layout import WARP
+from macko_jax.lanes.vocabulary import CACHED, FRESH, STREAM, How, Lanes, State
 
-WARPGROUP = 4  # warps; the granularity of Mosaic GPU's blocks
-FULL_WARP = 0xFFFFFFFF
-LINE = 128  # bytes of a line of the L2 cache
-# How global memory is read.
-CACHED, STREAM, FRESH = ".global", ".global.cs", ".relaxed.gpu.global"
+WARPGROUP = 4  # warps; blocks of Mosaic GPU consist of whole warpgroups
+FULL_WARP = 0xFFFFFFFF  # the mask of all lanes of a warp
+# The state space and the cache operator of a load in PTX.
+LOAD = {CACHED: ".global", STREAM: ".global.cs", FRESH: ".relaxed.gpu.global"}
 
 
 class Register:
-    """One lane's SSA value with Python's operators; Python numbers become constants.
+    """A `vocabulary.Register`: an SSA value of MLIR's type i32, f32 or i1.
 
-    Integers that are added are kept apart until the sum is needed, since loads and stores take a
-    constant offset for free.
+    An integer is kept as a base and a constant offset until their sum is needed, since loads and
+    stores take a constant offset for free.
     """
 
-    def __init__(self, value: ir.Value, offset: int = 0):
-        self.base, self.offset = value, offset
+    def __init__(self, base: ir.Value, offset: int = 0):
+        self.base, self.offset = base, offset
 
     @property
     def value(self) -> ir.Value:
+        """The SSA value of base and offset together."""
         if not self.offset:
             return self.base
         return arith.addi(self.base, _constant(self.base.type, self.offset))
 
-    def _coerce(self, other):
+    def _operand(self, other: "Register | float") -> ir.Value:
+        """The SSA value of what is on the right of an operator."""
         if isinstance(other, Register):
-            return other
-        return Register(_constant(self.base.type, other))
+            return other.value
+        return _constant(self.base.type, other)
 
-    def _apply(self, other, integer, floating=None):
-        operation = floating if isinstance(self.base.type, ir.F32Type) else integer
-        return Register(operation(self.value, self._coerce(other).value))
+    def _apply(self, other, integer: Callable, floating: Callable | None = None):
+        """The result of an operation, of which `integer` and `floating` are the two forms."""
+        operation = integer
+        if isinstance(self.base.type, ir.F32Type):
+            if floating is None:
+                raise TypeError(f"{integer.__name__} takes integers, not float32")
+            operation = floating
+        return Register(operation(self.value, self._operand(other)))
 
-    def _compare(self, predicate, other):
-        kind = getattr(arith.CmpIPredicate, predicate)
-        return Register(arith.cmpi(kind, self.value, self._coerce(other).value))
+    def _compare(self, predicate: arith.CmpIPredicate, other):
+        return Register(arith.cmpi(predicate, self.value, self._operand(other)))
 
     def __add__(self, other):
         if isinstance(other, int) and not isinstance(self.base.type, ir.F32Type):
@@ -87,518 +95,461 @@ class Register:
         return self._apply(other, arith.shrui)
 
     def __lt__(self, other):
-        return self._compare("ult", other)
+        return self._compare(arith.CmpIPredicate.ult, other)
 
     def __ge__(self, other):
-        return self._compare("uge", other)
+        return self._compare(arith.CmpIPredicate.uge, other)
 
-    def __eq__(self, other):
-        return self._compare("eq", other)
-
-    __hash__ = None
-
-
-def _i1():
-    return ir.IntegerType.get_signless(1)
-
-
-def _i16():
-    return ir.IntegerType.get_signless(16)
-
-
-def _i32():
-    return ir.IntegerType.get_signless(32)
-
-
-def _constant(kind: ir.Type, number) -> ir.Value:
-    if isinstance(kind, ir.F32Type):
-        return arith.constant(kind, float(number))
-    number = int(number) & FULL_WARP
-    return arith.constant(kind, number - (1 << 32) if number >> 31 else number)
+    def __eq__(self, other) -> typing.Any:
+        return self._compare(arith.CmpIPredicate.eq, other)
 
 
 class MosaicLanes:
-    """Emits a lane program for the block that the surrounding kernel runs in.
+    """Emits a lane program at the place in a kernel where MLIR's insertion point is.
 
-    Attributes:
+    Args:
       arrays: name -> (memref, dtype) of the global arrays.
-      shared: memref of the shared float32 array.
-      block: register with the block's index in the grid.
+      shared: memref of the shared array.
+      block: i32 with the block's index in the grid.
     """
 
-    def __init__(self, arrays, shared, block):
-        self._pointers = {name: mosaic.memref_ptr(ref) for name, (ref, _) in arrays.items()}
+    def __init__(
+        self, arrays: dict[str, tuple[ir.Value, DTypeLike]], shared: ir.Value, block: ir.Value
+    ):
+        self._pointers = {name: mosaic_utils.memref_ptr(ref) for name, (ref, _) in arrays.items()}
         self._dtypes = {name: jnp.dtype(dtype) for name, (_, dtype) in arrays.items()}
-        self._shared = mosaic.memref_ptr(shared)
+        self._shared = mosaic_utils.memref_ptr(shared)
         self._block = Register(block)
 
     # Registers
 
-    def block(self):
+    def block(self) -> Register:
         return self._block
 
-    def thread(self):
-        return Register(mosaic.thread_idx())
+    def thread(self) -> Register:
+        return Register(mosaic_utils.thread_idx())
 
-    def integer(self, number):
-        return Register(_constant(_i32(), number))
+    def integer(self, number: int) -> Register:
+        return Register(_constant(_integer_type(32), number))
 
-    def real(self, number):
+    def real(self, number: float) -> Register:
         return Register(_constant(ir.F32Type.get(), number))
 
-    def select(self, condition, yes, no):
-        """Of two pytrees of registers, the first where the condition holds."""
-        return jax.tree.map(
-            lambda a, b: Register(arith.select(condition.value, a.value, b.value)), yes, no
-        )
+    def select(self, condition: Register, yes: State, no: State) -> State:
+        def choose(a, b):
+            return Register(arith.select(condition.value, a.value, b.value))
 
-    def fma(self, a, b, c):
+        return jax.tree.map(choose, yes, no)
+
+    # Arithmetic
+
+    def fma(self, a: Register, b: Register, c: Register) -> Register:
         return Register(llvm.intr_fma(a.value, b.value, c.value))
 
-    def maximum(self, a, b):
+    def maximum(self, a: Register, b: Register) -> Register:
         return Register(arith.maximumf(a.value, b.value))
 
-    def exp2(self, a):
-        """2**a within 2 units in the last place; 0 for very negative a."""
-        return self._special("ex2.approx.ftz.f32", a)
+    def exp2(self, a: Register) -> Register:
+        return self._approximate("ex2", a)
 
-    def reciprocal(self, a):
-        """1/a within 1 unit in the last place."""
-        return self._special("rcp.approx.ftz.f32", a)
+    def reciprocal(self, a: Register) -> Register:
+        return self._approximate("rcp", a)
 
-    def reciprocal_sqrt(self, a):
-        """1/sqrt(a) within 2 units in the last place."""
-        return self._special("rsqrt.approx.ftz.f32", a)
+    def reciprocal_sqrt(self, a: Register) -> Register:
+        return self._approximate("rsqrt", a)
 
     @staticmethod
-    def _special(instruction, a):
-        return Register(
-            llvm.inline_asm(
-                ir.F32Type.get(),
-                [a.value],
-                f"{instruction} $0, $1;",
-                "=f,f",
-                has_side_effects=False,
-            )
-        )
+    def _approximate(function: str, a):
+        text = f"{function}.approx.ftz.f32 $0, $1;"
+        [out] = _assembly(text, a.value, results=[ir.F32Type.get()], pure=True)
+        return Register(out)
 
-    def add_byte(self, word, number, scale, total):
-        """total + scale * (byte `number` of word), one instruction where `scale` is at most 255."""
+    def add_byte(self, word: Register, number: int, scale: int, total: Register) -> Register:
         if scale > 255:
             return ((word >> (8 * number)) & 0xFF) * scale + total
-        weights = _constant(_i32(), scale << (8 * number))
-        return Register(
-            llvm.inline_asm(
-                _i32(),
-                [word.value, weights, total.value],
-                "dp4a.u32.u32 $0, $1, $2, $3;",
-                "=r,r,r,r",
-                has_side_effects=False,
-            )
+        # The scalar product of the word's four bytes with four weights, three of which are 0.
+        weights = _constant(_integer_type(32), scale << (8 * number))
+        [out] = _assembly(
+            "dp4a.u32.u32 $0, $1, $2, $3;",
+            word.value,
+            weights,
+            total.value,
+            results=[_integer_type(32)],
+            pure=True,
         )
+        return Register(out)
 
-    def pair(self, word, dtype):
-        """The two 16-bit floats of a 32-bit word, the lower half first, as float32."""
+    # Conversions
+
+    def pair(self, word: Register, dtype: DTypeLike) -> tuple[Register, Register]:
         if dtype == jnp.float16:
             halves = llvm.bitcast(ir.VectorType.get((2,), ir.F16Type.get()), word.value)
-            return tuple(
-                Register(
-                    arith.extf(ir.F32Type.get(), llvm.extractelement(halves, _constant(_i32(), i)))
-                )
-                for i in (0, 1)
+            first, second = (
+                Register(arith.extf(ir.F32Type.get(), half)) for half in _elements(halves, 2)
             )
+            return first, second
+        # A bfloat16 is the upper half of a float32.
         return self.as_real(word << 16), self.as_real(word & 0xFFFF0000)
 
-    def four(self, word, dtype):
-        """The four int8 or float8_e4m3fn of a 32-bit word, the lowest first, as float32."""
+    def four(self, word: Register, dtype: DTypeLike) -> list[Register]:
         if jnp.dtype(dtype) != jnp.int8:
-            halves = [self._narrow(word), self._narrow(word >> 16)]
-            return [a for half in halves for a in self.pair(half, jnp.float16)]
+            halves = [self._widen_float8(word), self._widen_float8(word >> 16)]
+            return [real for half in halves for real in self.pair(half, jnp.float16)]
         # With the sign bit flipped, a byte is the number plus 128; in the lowest bits of 2**23 it
         # makes a float32 without a conversion.
         biased, out = word ^ 0x80808080, []
         for i in range(4):
-            bits = llvm.inline_asm(
-                _i32(),
-                [biased.value],
-                f"prmt.b32 $0, $1, 0x4B000000, {0x7440 + i:#x};",
-                "=r,r",
-                has_side_effects=False,
-            )
+            text = f"prmt.b32 $0, $1, 0x4B000000, {0x7440 + i:#x};"
+            [bits] = _assembly(text, biased.value, results=[_integer_type(32)], pure=True)
             out.append(self.as_real(Register(bits)) - (2.0**23 + 128))
         return out
 
     @staticmethod
-    def _narrow(word):
-        """Two float8_e4m3fn in the lower half of a word as two float16."""
-        return Register(
-            llvm.inline_asm(
-                _i32(),
-                [arith.trunci(_i16(), word.value)],
-                "cvt.rn.f16x2.e4m3x2 $0, $1;",
-                "=r,h",
-                has_side_effects=False,
-            )
-        )
+    def _widen_float8(word):
+        """The word of two float16 that equal the two float8_e4m3fn in the lower half of `word`."""
+        lower = arith.trunci(_integer_type(16), word.value)
+        text = "cvt.rn.f16x2.e4m3x2 $0, $1;"
+        [out] = _assembly(text, lower, results=[_integer_type(32)], pure=True)
+        return Register(out)
 
-    def pack(self, low, high, dtype):
-        """The 32-bit word of two float32 rounded to a 16-bit type."""
+    def pack(self, low: Register, high: Register, dtype: DTypeLike) -> Register:
         kind = _float_type(dtype)
-        halves = [
-            arith.extui(_i32(), arith.bitcast(_i16(), arith.truncf(kind, a.value)))
-            for a in (low, high)
-        ]
-        return Register(halves[0]) | (Register(halves[1]) << 16)
 
-    def as_word(self, real):
-        """The bits of a float32."""
-        return Register(arith.bitcast(_i32(), real.value))
+        def bits(real):
+            half = arith.bitcast(_integer_type(16), arith.truncf(kind, real.value))
+            return Register(arith.extui(_integer_type(32), half))
 
-    def as_real(self, word):
-        """The float32 with the bits of `word`."""
+        first, second = bits(low), bits(high)
+        return first | (second << 16)
+
+    def as_word(self, real: Register) -> Register:
+        return Register(arith.bitcast(_integer_type(32), real.value))
+
+    def as_real(self, word: Register) -> Register:
         return Register(arith.bitcast(ir.F32Type.get(), word.value))
 
-    # Warp
+    # Warp, block and cluster
 
-    def all(self, condition):
+    def all(self, condition: Register) -> Register:
         return self._vote(condition, nvvm.VoteSyncKind.all)
 
-    def any(self, condition):
+    def any(self, condition: Register) -> Register:
         return self._vote(condition, nvvm.VoteSyncKind.any)
 
-    def _vote(self, condition, kind):
-        mask = _constant(_i32(), FULL_WARP)
-        return Register(nvvm.vote_sync(mask, condition.value, kind, results=[_i1()]))
+    @staticmethod
+    def _vote(condition, kind: nvvm.VoteSyncKind):
+        mask = _constant(_integer_type(32), FULL_WARP)
+        return Register(nvvm.vote_sync(mask, condition.value, kind, results=[_integer_type(1)]))
 
-    def exchange(self, value, distance):
-        """The value of the lane whose index differs by the bit `distance`."""
+    def exchange(self, value: Register, distance: int) -> Register:
+        word = _integer_type(32)
         return Register(
             nvvm.shfl_sync(
-                _constant(_i32(), FULL_WARP),
+                _constant(word, FULL_WARP),
                 value.value,
-                _constant(_i32(), distance),
-                _constant(_i32(), WARP - 1),
+                _constant(word, distance),
+                _constant(word, WARP - 1),
                 nvvm.ShflKind.bfly,
             )
         )
 
-    def barrier(self):
+    def warp_barrier(self) -> None:
+        nvvm.bar_warp_sync(_constant(_integer_type(32), FULL_WARP))
+
+    def barrier(self) -> None:
         gpu.barrier()
 
-    def warp_barrier(self):
-        nvvm.bar_warp_sync(_constant(_i32(), FULL_WARP))
-
-    # Cluster
-
-    def cluster_barrier(self):
-        """A barrier of all threads of the cluster's blocks, for their shared memory."""
-        act("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;")
-
-    def load_peer(self, offset, peer):
-        """The float32 at a byte offset in the shared memory of block `peer` of the cluster."""
-        address = llvm.ptrtoint(_i32(), self._shared_at(offset))
-        return Register(
-            llvm.inline_asm(
-                ir.F32Type.get(),
-                [address, _constant(_i32(), peer)],
-                "{.reg .u32 a; mapa.shared::cluster.u32 a, $1, $2;"
-                " ld.shared::cluster.f32 $0, [a];}",
-                "=f,r,r,~{memory}",
-                has_side_effects=True,
-            )
+    def cluster_barrier(self) -> None:
+        _assembly(
+            "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;",
+            memory=True,
         )
 
-    # Memory
+    def load_peer(self, offset: Register, peer: int) -> Register:
+        own = llvm.ptrtoint(_integer_type(32), self._shared_byte(offset))
+        [out] = _assembly(
+            "{.reg .u32 a; mapa.shared::cluster.u32 a, $1, $2; ld.shared::cluster.f32 $0, [a];}",
+            own,
+            _constant(_integer_type(32), peer),
+            results=[ir.F32Type.get()],
+            memory=True,
+        )
+        return Register(out)
 
-    def load_words(self, name, index, count, where, *, how=CACHED):
-        """`count` consecutive 32-bit words at word index `index * count`; 0 where not `where`.
+    # Global memory. Loads are PTX under a predicate: a branch around each would keep the compiler
+    # from having several in flight.
 
-        `how` is `STREAM` for data that is read once, which then spares the caches, and `FRESH` for
-        data that other blocks write meanwhile; each 16-bit half is then old or new.
-        """
-        vector = ir.VectorType.get((count,), _i32()) if count > 1 else _i32()
-        address = self._address(self._pointers[name], index, vector)
-        form, outs = (f".v{count}", [f"${i}" for i in range(count)]) if count > 1 else ("", ["$0"])
-        listed = "{" + ",".join(outs) + "}" if count > 1 else "$0"
-        preset = "".join(f"mov.u32 {out}, 0x0;" for out in outs)
-        asm = (
-            f"{{.reg .pred p; setp.ne.u32 p, ${count + 1}, 0; {preset}"
-            f" @p ld{how}{form}.b32 {listed}, [${count}];}}"
-        )
-        kinds = [_i32()] * count
-        result = kinds[0] if count == 1 else llvm.StructType.get_literal(kinds)
-        out = llvm.inline_asm(
-            result,
-            [address, self._flag(where)],
-            asm,
-            ",".join(["=r"] * count + ["l", "r"]),
-            has_side_effects=True,
-        )
-        if count == 1:
-            return [Register(out)]
-        return [Register(llvm.extractvalue(_i32(), out, [i])) for i in range(count)]
+    def load_words(
+        self, name: str, index: Register, count: int, where: Register, *, how: How = CACHED
+    ) -> list[Register]:
+        word = _integer_type(32)
+        kind = ir.VectorType.get((count,), word) if count > 1 else word
+        place = self._element(name, index, kind)
+        names = [f"${i}" for i in range(count)]
+        form, listed = (f".v{count}", "{" + ",".join(names) + "}") if count > 1 else ("", "$0")
+        preset = "".join(f"mov.u32 {each}, 0x0;" for each in names)
+        text = f"{preset} @p ld{LOAD[how]}{form}.b32 {listed}, [${count}];"
+        words = _assembly(_predicated(text, count + 1), place, _flag(where), results=[word] * count)
+        return [Register(value) for value in words]
 
-    def load_integer(self, name, index):
-        """One unsigned element of an integer array; the index must be in range."""
-        kind = ir.IntegerType.get_signless(8 * self._dtypes[name].itemsize)
-        value = llvm.load(kind, self._address(self._pointers[name], index, kind))
-        return Register(arith.extui(_i32(), value) if kind != _i32() else value)
+    def load_integer(self, name: str, index: Register) -> Register:
+        kind = _integer_type(8 * self._dtypes[name].itemsize)
+        value = llvm.load(kind, self._element(name, index, kind))
+        if kind == _integer_type(32):
+            return Register(value)
+        return Register(arith.extui(_integer_type(32), value))
 
-    def load_small(self, name, offset, size, where):
-        """1 or 2 bytes, read once, at a byte offset of whole `size`s; 0 where not `where`."""
-        address = self._address(self._pointers[name], offset, ir.IntegerType.get_signless(8))
-        asm = (
-            "{.reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0;"
-            f" @p ld.global.cs.u{8 * size} $0, [$1];}}"
-        )
-        return Register(
-            llvm.inline_asm(
-                _i32(), [address, self._flag(where)], asm, "=r,l,r", has_side_effects=True
-            )
-        )
+    def load_small(self, name: str, offset: Register, size: int, where: Register) -> Register:
+        place = self._element(name, offset, _integer_type(8))
+        text = _predicated(f"mov.u32 $0, 0; @p ld.global.cs.u{8 * size} $0, [$1];", 2)
+        [out] = _assembly(text, place, _flag(where), results=[_integer_type(32)])
+        return Register(out)
 
-    def load_real(self, name, index, where):
-        """One element of a float array as float32; 0 where not `where`."""
-        kind = _float_type(self._dtypes[name])
-        address, flag = self._address(self._pointers[name], index, kind), self._flag(where)
-        bits = self._dtypes[name].itemsize * 8
-        asm = (
-            f"{{.reg .pred p; setp.ne.u32 p, $2, 0; mov.b{bits} $0, 0;"
-            f" @p ld.global.b{bits} $0, [$1];}}"
-        )
-        word = _i32() if bits == 32 else _i16()
-        loaded = llvm.inline_asm(
-            word, [address, flag], asm, f"={'r' if bits == 32 else 'h'},l,r", has_side_effects=True
-        )
+    def load_real(self, name: str, index: Register, where: Register) -> Register:
+        kind, bits = _float_type(self._dtypes[name]), 8 * self._dtypes[name].itemsize
+        place = self._element(name, index, kind)
+        text = _predicated(f"mov.b{bits} $0, 0; @p ld.global.b{bits} $0, [$1];", 2)
+        [loaded] = _assembly(text, place, _flag(where), results=[_integer_type(bits)])
         value = arith.bitcast(kind, loaded)
         return Register(value if bits == 32 else arith.extf(ir.F32Type.get(), value))
 
-    def store_real(self, name, index, value, where):
-        """Writes float32 registers to a float array, rounded to its dtype, where `where` holds."""
+    def store_real(self, name: str, index: Register, value: Register, where: Register) -> None:
         kind = _float_type(self._dtypes[name])
-        with mosaic.when(where.value):
+        with mosaic_utils.when(where.value):
             rounded = value.value if kind == ir.F32Type.get() else arith.truncf(kind, value.value)
-            llvm.store(rounded, self._address(self._pointers[name], index, kind))
+            llvm.store(rounded, self._element(name, index, kind))
 
-    def publish(self, name, index, value, dtype, where):
-        """Writes a float32 as 16 bits of `dtype` for other blocks, which read it meanwhile.
+    def store_words(
+        self, name: str, index: Register, words: list[Register], where: Register
+    ) -> None:
+        vector = _join(words)
+        with mosaic_utils.when(where.value):
+            place = self._element(name, index, vector.type)
+            llvm.store(vector, place, alignment=4 * len(words))
 
-        Never 0xFFFF, which is no number in either type: 0xFFFE stands for it.
-        """
-        word = arith.bitcast(_i16(), arith.truncf(_float_type(dtype), value.value))
-        word = arith.minui(word, arith.constant(_i16(), -2))
-        address = self._address(self._pointers[name], index, _i16())
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [address, word, self._flag(where)],
-            "{.reg .pred p; setp.ne.u32 p, $2, 0; @p st.relaxed.gpu.global.b16 [$0], $1;}",
-            "l,h,r,~{memory}",
-            has_side_effects=True,
-        )
+    def store_half(self, name: str, index: Register, word: Register, where: Register) -> None:
+        half = _integer_type(16)
+        with mosaic_utils.when(where.value):
+            llvm.store(arith.trunci(half, word.value), self._element(name, index, half))
 
-    def store_words(self, name, index, words, where):
-        """Writes consecutive 32-bit words at word index `index * len(words)`, where told."""
-        value, kind = self._vector(words)
-        with mosaic.when(where.value):
-            llvm.store(
-                value, self._address(self._pointers[name], index, kind), alignment=4 * len(words)
-            )
+    def publish(
+        self, name: str, index: Register, value: Register, dtype: DTypeLike, where: Register
+    ) -> None:
+        half = _integer_type(16)
+        word = arith.bitcast(half, arith.truncf(_float_type(dtype), value.value))
+        word = arith.minui(word, arith.constant(half, -2))
+        place = self._element(name, index, half)
+        text = _predicated("@p st.relaxed.gpu.global.b16 [$0], $1;", 2)
+        _assembly(text, place, word, _flag(where), memory=True)
 
-    def store_half(self, name, index, word, where):
-        """Writes the lower 16 bits of `word` as element `index` of a 16-bit array."""
-        with mosaic.when(where.value):
-            llvm.store(
-                arith.trunci(_i16(), word.value), self._address(self._pointers[name], index, _i16())
-            )
+    def prefetch(self, name: str, index: Register, where: Register) -> None:
+        kind = _integer_type(8 * self._dtypes[name].itemsize)
+        place = self._element(name, index, kind)
+        _assembly(_predicated("@p prefetch.global.L2 [$0];", 1), place, _flag(where))
 
-    def prefetch(self, name, index, where):
-        """Asks for an element of an array to be brought to the L2 cache, and does not wait."""
-        kind = ir.IntegerType.get_signless(8 * self._dtypes[name].itemsize)
-        address = self._address(self._pointers[name], index, kind)
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [address, self._flag(where)],
-            "{.reg .pred p; setp.ne.u32 p, $1, 0; @p prefetch.global.L2 [$0];}",
-            "l,r",
-            has_side_effects=True,
-        )
+    def _element(self, name: str, index: Register, kind: ir.Type) -> ir.Value:
+        """The pointer to element `index` of a global array that is taken as one of type `kind`."""
+        return _element_pointer(self._pointers[name], index, kind)
 
-    # Shared memory, by byte offsets
+    # Shared memory of the block
 
-    def load_shared_words(self, offset, count):
-        """`count` (1, 2 or 4) consecutive 32-bit words at an offset of whole `count`s."""
-        return [Register(r) for r in self._load_shared(_i32(), offset, count)]
+    def load_shared_words(self, offset: Register, count: int) -> list[Register]:
+        return self._load_shared(_integer_type(32), offset, count)
 
-    def load_shared(self, offset, count):
-        """The same as float32."""
-        return [Register(r) for r in self._load_shared(ir.F32Type.get(), offset, count)]
+    def load_shared(self, offset: Register, count: int) -> list[Register]:
+        return self._load_shared(ir.F32Type.get(), offset, count)
 
-    def _load_shared(self, kind, offset, count):
-        return _load(self._shared_at(offset), kind, count)
+    def _load_shared(self, kind: ir.Type, offset, count: int) -> list[Register]:
+        vector = ir.VectorType.get((count,), kind) if count > 1 else kind
+        loaded = llvm.load(vector, self._shared_byte(offset), alignment=4 * count)
+        values = _elements(loaded, count) if count > 1 else [loaded]
+        return [Register(value) for value in values]
 
-    def store_shared_words(self, offset, words, where):
-        """Writes 1, 2 or 4 words at an offset that is a multiple of their bytes."""
-        value, _ = self._vector(words)
-        with mosaic.when(where.value):
-            llvm.store(value, self._shared_at(offset), alignment=4 * len(words))
+    def store_shared_words(self, offset: Register, words: list[Register], where: Register) -> None:
+        vector = _join(words)
+        with mosaic_utils.when(where.value):
+            llvm.store(vector, self._shared_byte(offset), alignment=4 * len(words))
 
-    def store_shared_half(self, offset, word, where):
-        """Writes the lower 16 bits of `word` at an even offset."""
-        with mosaic.when(where.value):
-            llvm.store(arith.trunci(_i16(), word.value), self._shared_at(offset))
+    def store_shared_half(self, offset: Register, word: Register, where: Register) -> None:
+        with mosaic_utils.when(where.value):
+            half = arith.trunci(_integer_type(16), word.value)
+            llvm.store(half, self._shared_byte(offset))
 
-    def store_shared(self, index, value, where):
-        """Writes a float32 at the offset 4 * index."""
-        with mosaic.when(where.value):
-            llvm.store(value.value, self._address(self._shared, index, ir.F32Type.get()))
+    def store_shared(self, index: Register, value: Register, where: Register) -> None:
+        with mosaic_utils.when(where.value):
+            llvm.store(value.value, _element_pointer(self._shared, index, ir.F32Type.get()))
 
-    def _shared_at(self, offset):
-        byte = ir.IntegerType.get_signless(8)
-        return self._address(self._shared, offset, byte)
-
-    @staticmethod
-    def _vector(words):
-        if len(words) == 1:
-            return words[0].value, _i32()
-        kind = ir.VectorType.get((len(words),), _i32())
-        vector = llvm.mlir_undef(kind)
-        for i, word in enumerate(words):
-            vector = llvm.insertelement(vector, word.value, _constant(_i32(), i))
-        return vector, kind
-
-    @staticmethod
-    def _flag(condition):
-        return arith.extui(_i32(), condition.value)
-
-    @staticmethod
-    def _address(pointer, index, kind):
-        return address(pointer, index, kind)
+    def _shared_byte(self, offset: Register) -> ir.Value:
+        """The pointer to a byte of shared memory."""
+        return _element_pointer(self._shared, offset, _integer_type(8))
 
     # Control flow
 
-    def loop(self, condition, body, state):
-        """Repeats `state = body(state)` while `condition(state)` holds."""
+    def loop(
+        self, condition: Callable[[State], Register], body: Callable[[State], State], state: State
+    ) -> State:
         leaves, tree = jax.tree.flatten(state)
         kinds = [leaf.value.type for leaf in leaves]
         op = scf.WhileOp(kinds, [leaf.value for leaf in leaves])
 
-        def unflatten(block):
+        def state_of(block):
             return jax.tree.unflatten(tree, [Register(a) for a in block.arguments])
 
         before, after = op.before.blocks.append(*kinds), op.after.blocks.append(*kinds)
         with ir.InsertionPoint(before):
-            scf.condition(condition(unflatten(before)).value, list(before.arguments))
+            scf.condition(condition(state_of(before)).value, list(before.arguments))
         with ir.InsertionPoint(after):
-            scf.yield_([leaf.value for leaf in jax.tree.leaves(body(unflatten(after)))])
+            scf.yield_([leaf.value for leaf in jax.tree.leaves(body(state_of(after)))])
         return jax.tree.unflatten(tree, [Register(r) for r in op.results])
 
-    def branch(self, condition, yes, otherwise):
-        """`yes()` where the condition holds, else the state `otherwise`, a like pytree."""
+    def branch(self, condition: Register, yes: Callable[[], State], otherwise: State) -> State:
         leaves, tree = jax.tree.flatten(otherwise)
         op = scf.IfOp(condition.value, [leaf.value.type for leaf in leaves], has_else=True)
         with ir.InsertionPoint(op.then_block):
             scf.yield_([leaf.value for leaf in jax.tree.leaves(yes())])
-        with ir.InsertionPoint(op.else_block):
+        with ir.InsertionPoint(op.elseRegion.blocks[0]):
             scf.yield_([leaf.value for leaf in leaves])
         return jax.tree.unflatten(tree, [Register(r) for r in op.results])
 
 
-def act(asm: str, *operands: ir.Value) -> None:
-    """An instruction without a result, whose operands are 32-bit integers and pointers."""
-    constraints = ["r" if isinstance(a.type, ir.IntegerType) else "l" for a in operands]
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"),
-        list(operands),
-        asm,
-        ",".join([*constraints, "~{memory}"]),
-        has_side_effects=True,
-    )
+# Types, constants and instructions of MLIR
 
 
-def address(pointer: ir.Value, index: Register, kind: ir.Type) -> ir.Value:
-    """Of element `index` of an array of the given kind."""
-    at = functools.partial(
-        llvm.getelementptr, pointer.type, elem_type=kind, no_wrap_flags=llvm.GEPNoWrapFlags.none
-    )
-    first = at(pointer, [index.base], [mosaic.DYNAMIC32])
-    return at(first, [], [index.offset]) if index.offset else first
+def _integer_type(bits: int) -> ir.Type:
+    return ir.IntegerType.get_signless(bits)
 
 
-def _load(address, kind: ir.Type, count: int) -> list:
-    """`count` consecutive words of 32 bits."""
-    vector = ir.VectorType.get((count,), kind) if count > 1 else kind
-    loaded = llvm.load(vector, address, alignment=4 * count)
-    if count == 1:
-        return [loaded]
-    return [llvm.extractelement(loaded, _constant(_i32(), i)) for i in range(count)]
+def _float_type(dtype: DTypeLike) -> ir.Type:
+    types = {"float16": ir.F16Type, "bfloat16": ir.BF16Type, "float32": ir.F32Type}
+    return types[jnp.dtype(dtype).name].get()
 
 
-def _float_type(dtype) -> ir.Type:
-    return {"float16": ir.F16Type, "bfloat16": ir.BF16Type, "float32": ir.F32Type}[
-        jnp.dtype(dtype).name
-    ].get()
+def _constant(kind: ir.Type, number: float) -> ir.Value:
+    """A constant of type f32, i32 or i1; integers are taken modulo 2**32."""
+    if isinstance(kind, ir.F32Type):
+        return arith.constant(kind, float(number))
+    number = int(number) & 0xFFFFFFFF
+    return arith.constant(kind, number - (1 << 32) if number >> 31 else number)
 
 
-def sum_over_lanes(ops, values: list, count: int) -> list:
-    """Each value added up over `count` neighbouring lanes, a power of two, in all of them."""
-    distance = count // 2
-    while distance:
-        values = [value + ops.exchange(value, distance) for value in values]
-        distance //= 2
-    return values
+def _flag(condition: Register) -> ir.Value:
+    """A truth value as an i32, since inline PTX takes no i1."""
+    return arith.extui(_integer_type(32), condition.value)
 
 
-def prefetch_range(ops, name, first, end, size: int) -> None:
-    """Asks for the elements of `size` bytes from `first` up to `end`, a line for each thread."""
-    index = ops.thread() * (LINE // size) + first
-    ops.prefetch(name, index, index < end)
+def _element_pointer(array: ir.Value, index: Register, kind: ir.Type) -> ir.Value:
+    """The pointer to element `index` of an array of elements of type `kind`."""
+
+    def advance(pointer, dynamic: list, static: list):
+        return llvm.getelementptr(
+            pointer.type,
+            pointer,
+            dynamic,
+            static,
+            elem_type=kind,
+            no_wrap_flags=llvm.GEPNoWrapFlags.none,
+        )
+
+    first = advance(array, [index.base], [mosaic_utils.DYNAMIC32])
+    return advance(first, [], [index.offset]) if index.offset else first
 
 
-def emit(program, arrays, shared, block) -> None:
-    """A lane program inside the body of a kernel.
+def _elements(vector: ir.Value, count: int) -> Iterator[ir.Value]:
+    for i in range(count):
+        yield llvm.extractelement(vector, _constant(_integer_type(32), i))
+
+
+def _join(words: list[Register]) -> ir.Value:
+    """One word as it is, or several as a vector."""
+    if len(words) == 1:
+        return words[0].value
+    vector = llvm.mlir_undef(ir.VectorType.get((len(words),), _integer_type(32)))
+    for i, word in enumerate(words):
+        vector = llvm.insertelement(vector, word.value, _constant(_integer_type(32), i))
+    return vector
+
+
+def _predicated(text: str, flag: int) -> str:
+    """PTX in which the predicate p says whether the operand ${flag} is not 0."""
+    return f"{{.reg .pred p; setp.ne.u32 p, ${flag}, 0; {text}}}"
+
+
+def _assembly(
+    text: str,
+    *operands: ir.Value,
+    results: Sequence[ir.Type] = (),
+    pure: bool = False,
+    memory: bool = False,
+) -> list[ir.Value]:
+    """Inline PTX, in which $0, $1 and so on are the results and, after them, the operands.
 
     Args:
-      program: called with the vocabulary.
-      arrays: name -> (reference, dtype) of the global arrays.
-      shared: reference of the shared array.
-      block: what the program takes for its block's index.
+      text: the instructions.
+      operands: pointers, and values of type i16, i32 or f32.
+      results: their types.
+      pure: whether the compiler may move, merge or drop the instructions as it likes.
+      memory: whether it must not move loads and stores across them.
+
+    Returns:
+      The results.
     """
-    refs = [ref for ref, _ in arrays.values()]
-
-    @plgpu.inline_mgpu(
-        arg_types=(*[plgpu.RefType()] * len(refs), plgpu.RefType(), plgpu.Layout.WG_SPLAT(()))
+    if len(results) > 1:
+        kind = llvm.StructType.get_literal(list(results))
+    else:
+        kind = results[0] if results else ir.Type.parse("!llvm.void")
+    constraints = ["=" + _constraint(result) for result in results]
+    constraints += [_constraint(operand.type) for operand in operands]
+    constraints += ["~{memory}"] * memory
+    out = typing.cast(
+        ir.Value,
+        llvm.inline_asm(
+            kind, list(operands), text, ",".join(constraints), has_side_effects=not pure
+        ),
     )
-    def inline(_, *arguments):
-        *memory, shared, index = arguments
-        typed = {name: (ref, dtype) for ref, (name, (_, dtype)) in zip(memory, arrays.items())}
-        program(MosaicLanes(typed, shared, index.registers.item()))
+    if len(results) > 1:
+        return [llvm.extractvalue(result, out, [i]) for i, result in enumerate(results)]
+    return [out] if results else []
 
-    inline(*refs, shared, block)
+
+def _constraint(kind: ir.Type) -> str:
+    """The letter for the PTX register that holds a value of a type."""
+    if isinstance(kind, ir.F32Type):
+        return "f"
+    if isinstance(kind, ir.IntegerType):
+        return {16: "h", 32: "r"}[kind.width]
+    return "l"  # a pointer
+
+
+# Kernels
 
 
 def run(
-    name,
-    program,
-    names,
-    operands,
+    name: str,
+    program: Callable[[Lanes[Register]], None],
+    names: Sequence[str],
+    operands: Sequence[jax.Array],
     result,
     *,
     blocks: int,
     warps: int,
     shared_slots: int,
     cluster: int = 1,
-    changed=(),
+    changed: Sequence[jax.Array] = (),
 ):
-    """Runs a lane program on a grid of `blocks` blocks of `warps` warps.
+    """Runs a lane program on a grid.
 
     Args:
-      name: of the kernel, for profilers.
-      program: called with the vocabulary; finds all arrays under `names`.
-      names: of the operands, of the arrays that are changed, and of the results, in this order.
+      name: the name of the kernel, for profilers.
+      program: is called with the operations, and finds all arrays under `names`.
+      names: the names of the operands, of the arrays that are changed, and of the results, in this
+        order.
       operands: arrays in GPU memory.
-      result: shape and dtype of the result, or a list of them.
-      shared_slots: float32 elements of shared memory of a block.
-      cluster: consecutive blocks, up to 8, that run together and read each other's shared memory.
+      result: a `jax.ShapeDtypeStruct` of the result, or a list of them.
+      blocks: how many blocks the grid has, a multiple of `cluster`.
+      warps: how many warps a block has, a multiple of `WARPGROUP`.
+      shared_slots: how many words of shared memory a block has.
+      cluster: how many consecutive blocks, up to 8, run at once and may read each other's shared
+        memory.
       changed: arrays that the program reads and writes in place. XLA copies one first that is
         read elsewhere.
 
@@ -607,14 +558,13 @@ def run(
     """
     dtypes = [a.dtype for a in (*operands, *changed, *jax.tree.leaves(result))]
 
-    def body(*refs):
+    def body(*references):
         block = jax.lax.axis_index("block")
         if cluster > 1:
             block = block * cluster + jax.lax.axis_index("peer")
 
         def with_shared(shared):
-            arrays = {name: typed for name, *typed in zip(names, refs, dtypes)}
-            emit(program, arrays, shared, block)
+            _emit(program, dict(zip(names, zip(references, dtypes))), shared, block)
 
         pl.run_scoped(
             with_shared, plgpu.SMEM((shared_slots,), jnp.float32), collective_axes="warpgroup"
@@ -630,16 +580,33 @@ def run(
     params = plgpu.CompilerParams(
         lowering_semantics=mosaic_gpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
     )
-    result = results(result, operands[0])
-    changed = [jax.new_ref(array) for array in changed]
-    kernel = pl.kernel(body, out_type=result, mesh=mesh, compiler_params=params, name=name)
-    out = kernel(*operands, *changed)
-    return (out, [ref[...] for ref in changed]) if changed else out
-
-
-def results(of, operand):
-    """The types of a kernel's results, which inside `shard_map` vary as all its operands do."""
-    varying = jax.typeof(operand).manual_axis_type
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varying), of
+    # Inside `shard_map` results vary over the mesh's axes as the operands do.
+    varying = jax.typeof(operands[0]).manual_axis_type
+    result = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varying), result
     )
+    in_place = [jax.new_ref(array) for array in changed]
+    kernel = pl.kernel(body, out_type=result, mesh=mesh, compiler_params=params, name=name)
+    out = kernel(*operands, *in_place)
+    return (out, [ref[...] for ref in in_place]) if changed else out
+
+
+def _emit(program: Callable[[Lanes[Register]], None], arrays: dict, shared, block) -> None:
+    """Emits a lane program inside the body of a Pallas kernel.
+
+    Args:
+      arrays: name -> (reference, dtype) of the global arrays.
+      shared: the reference of the shared array.
+      block: the block's index in the grid.
+    """
+    references = [reference for reference, _ in arrays.values()]
+
+    @plgpu.inline_mgpu(
+        arg_types=(*[plgpu.RefType()] * (len(arrays) + 1), plgpu.Layout.WG_SPLAT(()))
+    )
+    def inline(_, *arguments):
+        *memory, shared, index = arguments
+        typed = {name: (ref, dtype) for ref, (name, (_, dtype)) in zip(memory, arrays.items())}
+        program(MosaicLanes(typed, shared, index.registers.item()))
+
+    inline(*references, shared, block)
