@@ -1,223 +1,312 @@
-"""The lane vocabulary executed with NumPy, every lane of the grid at once.
+"""Executes lane programs with NumPy, for every lane of the grid at once.
 
-It runs the very program that `lanes.py` emits, so that a machine without a GPU can check decode
-arithmetic, control flow and addresses: a load or store outside an array, or of a shared slot that
-nothing wrote, is an error. It does not model races within a block.
+It runs the very program that `mosaic` emits, so that a machine without a GPU can check arithmetic,
+control flow and addresses. What `vocabulary.Lanes` forbids is an `InterpreterError`: an access out
+of range or misaligned, a load of shared memory that nothing wrote, two lanes that store to the same
+element, and votes, exchanges and barriers that not all lanes reach. All lanes are in step, so it
+finds no missing barrier, and no race.
 """
+
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from macko_jax.lanes.mosaic import WARP
+from macko_jax.format.layout import WARP
+from macko_jax.lanes.vocabulary import CACHED, How, Lanes, State
+
+SHARED = "shared memory"  # its name in errors
+
+
+class InterpreterError(AssertionError):
+    """A lane program did what the language forbids."""
 
 
 class NumpyLanes:
-    """Lanes of `blocks` blocks of `threads` threads, all in step; registers are NumPy arrays.
+    """Lanes of a grid, all in step; a register is an array with an element for each of them.
+
+    Args:
+      arrays: name -> global array, contiguous; stores write into it.
+      blocks: how many blocks the grid has.
+      threads: how many lanes a block has, whole warps.
+      shared_slots: how many words of shared memory a block has.
+      cluster: how many consecutive blocks are a cluster.
 
     Attributes:
-      arrays: name -> NumPy array; stores write into them.
+      arrays: name -> global array, flat.
     """
 
-    def __init__(self, arrays, *, blocks, threads, shared_slots, cluster=1):
-        self.arrays = {name: a.reshape(-1) for name, a in arrays.items()}
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        *,
+        blocks: int,
+        threads: int,
+        shared_slots: int,
+        cluster: int = 1,
+    ):
+        self.arrays = {name: array.reshape(-1) for name, array in arrays.items()}
         self._blocks, self._threads, self._cluster = blocks, threads, cluster
+        # Shared memory as halves of words, since that is the least that is written.
         self._shared = np.zeros((blocks, 2 * shared_slots), np.uint16)
         self._written = np.zeros(self._shared.shape, bool)
-        self._active = np.ones(blocks * threads, bool)
+        self._active = np.ones(blocks * threads, bool)  # lanes that execute the operation
         self._lane_block = np.repeat(np.arange(blocks, dtype=np.uint32), threads)
 
     # Registers
 
-    def block(self):
+    def block(self) -> np.ndarray:
         return self._lane_block.copy()
 
-    def thread(self):
+    def thread(self) -> np.ndarray:
         return np.tile(np.arange(self._threads, dtype=np.uint32), self._blocks)
 
-    def integer(self, number):
+    def integer(self, number: int) -> np.ndarray:
         return np.full(self._active.size, number, np.uint32)
 
-    def real(self, number):
+    def real(self, number: float) -> np.ndarray:
         return np.full(self._active.size, number, np.float32)
 
-    def select(self, condition, yes, no):
+    def select(self, condition: np.ndarray, yes: State, no: State) -> State:
         return jax.tree.map(lambda a, b: np.where(condition, a, b), yes, no)
 
-    def fma(self, a, b, c):
+    # Arithmetic
+
+    def fma(self, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        # The product is exact in float64. The sum is rounded twice, which seldom matters.
         with np.errstate(all="ignore"):
             return (a.astype(np.float64) * b + c).astype(np.float32)
 
-    def maximum(self, a, b):
+    def maximum(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.maximum(a, b)
 
-    def exp2(self, a):
+    def exp2(self, a: np.ndarray) -> np.ndarray:
         return np.exp2(a)
 
-    def reciprocal(self, a):
+    def reciprocal(self, a: np.ndarray) -> np.ndarray:
         return 1 / a
 
-    def reciprocal_sqrt(self, a):
+    def reciprocal_sqrt(self, a: np.ndarray) -> np.ndarray:
         return (1 / np.sqrt(a)).astype(np.float32)
 
-    def add_byte(self, word, number, scale, total):
+    def add_byte(self, word: np.ndarray, number: int, scale: int, total: np.ndarray) -> np.ndarray:
         return total + scale * ((word >> (8 * number)) & 0xFF)
 
-    def pair(self, word, dtype):
+    # Conversions
+
+    def pair(self, word: np.ndarray, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
         halves = np.ascontiguousarray(word).view(jnp.dtype(dtype)).astype(np.float32)
         return halves[0::2], halves[1::2]
 
-    def four(self, word, dtype):
-        bytes_ = np.ascontiguousarray(word).view(jnp.dtype(dtype)).astype(np.float32)
-        return [bytes_[i::4] for i in range(4)]
+    def four(self, word: np.ndarray, dtype: DTypeLike) -> list[np.ndarray]:
+        numbers = np.ascontiguousarray(word).view(jnp.dtype(dtype)).astype(np.float32)
+        return [numbers[i::4] for i in range(4)]
 
-    def pack(self, low, high, dtype):
+    def pack(self, low: np.ndarray, high: np.ndarray, dtype: DTypeLike) -> np.ndarray:
         rounded = np.stack([low, high], axis=-1).astype(jnp.dtype(dtype))
         return rounded.view(np.uint32).reshape(-1)
 
-    def as_real(self, word):
-        return word.view(np.float32)
-
-    def as_word(self, real):
+    def as_word(self, real: np.ndarray) -> np.ndarray:
         return real.view(np.uint32)
 
-    # Warp
+    def as_real(self, word: np.ndarray) -> np.ndarray:
+        return word.view(np.float32)
 
-    def all(self, condition):
-        return self._vote(condition | ~self._active, np.all)
+    # Warp, block and cluster
 
-    def any(self, condition):
-        return self._vote(condition & self._active, np.any)
+    def all(self, condition: np.ndarray) -> np.ndarray:
+        return self._vote("all", condition, np.all)
 
-    def _vote(self, condition, reduce):
+    def any(self, condition: np.ndarray) -> np.ndarray:
+        return self._vote("any", condition, np.any)
+
+    def _vote(self, operation: str, condition, reduce: Callable):
+        self._demand_whole_warps(operation)
         return np.repeat(reduce(condition.reshape(-1, WARP), axis=1), WARP)
 
-    def exchange(self, value, distance):
-        self._whole_warps()
+    def exchange(self, value: np.ndarray, distance: int) -> np.ndarray:
+        self._demand_whole_warps("exchange")
         return value.reshape(-1, WARP)[:, np.arange(WARP) ^ distance].reshape(-1)
 
-    def barrier(self):
-        assert self._active.all(), "barrier that not every lane reaches"
+    def warp_barrier(self) -> None:
+        self._demand_whole_warps("warp_barrier")
 
-    def warp_barrier(self):
-        self._whole_warps()
+    def barrier(self) -> None:
+        self._demand_all_lanes("barrier")
 
-    # Cluster: its blocks are in step, too
+    def cluster_barrier(self) -> None:
+        self._demand_all_lanes("cluster_barrier")
 
-    def cluster_barrier(self):
-        self.barrier()
-
-    def load_peer(self, offset, peer):
-        assert peer < self._cluster, f"block {peer} of a cluster of {self._cluster}"
+    def load_peer(self, offset: np.ndarray, peer: int) -> np.ndarray:
+        if not 0 <= peer < self._cluster:
+            raise InterpreterError(f"load_peer of block {peer} in a cluster of {self._cluster}")
         first = self._lane_block // self._cluster * self._cluster
         [word] = self._load_shared(first + np.uint32(peer), offset, 1)
         return word.view(np.float32)
 
-    def _whole_warps(self):
+    def _demand_whole_warps(self, operation: str) -> None:
         warps = self._active.reshape(-1, WARP)
-        assert (warps.all(1) | ~warps.any(1)).all(), "a warp with inactive lanes"
+        torn = np.flatnonzero(warps.any(1) & ~warps.all(1))
+        if torn.size:
+            lanes = np.flatnonzero(warps[torn[0]])
+            raise InterpreterError(
+                f"{operation} that only lanes {lanes} of a warp of {WARP} reach, warp {torn[0]} of"
+                " the grid"
+            )
 
-    # Memory
+    def _demand_all_lanes(self, operation: str) -> None:
+        if not self._active.all():
+            raise InterpreterError(
+                f"{operation} that {self._active.sum()} of the grid's {self._active.size} lanes"
+                " reach"
+            )
 
-    def load_words(self, name, index, count, where, *, how=None):
+    # Global memory
+
+    def load_words(
+        self, name: str, index: np.ndarray, count: int, where: np.ndarray, *, how: How = CACHED
+    ) -> list[np.ndarray]:
         del how
-        array, where = self.arrays[name].view(np.uint8), where & self._active
-        words = array[: array.size // 4 * 4].view(np.uint32)
-        at = self._in_range(name, index.astype(np.int64) * count, where, words.size - count + 1)
-        return [
-            np.where(where, words[at + i] if words.size else 0, 0).astype(np.uint32)
-            for i in range(count)
-        ]
+        return list(self._load(name, self._words(name, count), index, where).T.copy())
 
-    def load_integer(self, name, index):
-        array = self.arrays[name]
-        at = self._in_range(name, index.astype(np.int64), self._active, array.size)
-        return array[at].astype(np.uint32)
+    def load_integer(self, name: str, index: np.ndarray) -> np.ndarray:
+        return self._load(name, self.arrays[name], index, self._active).astype(np.uint32)
 
-    def load_small(self, name, offset, size, where):
-        array, where = self.arrays[name].view(np.uint8), where & self._active
-        array = array[: array.size // size * size].view(f"u{size}")
-        assert (offset % size == 0)[where].all(), f"misaligned load of {name}"
-        at = self._in_range(name, offset.astype(np.int64) // size, where, array.size)
-        return np.where(where, array[at], 0).astype(np.uint32)
+    def load_small(self, name: str, offset: np.ndarray, size: int, where: np.ndarray) -> np.ndarray:
+        self._demand_aligned(name, offset, size, where & self._active)
+        small = self._whole(name, size).view(f"u{size}")
+        return self._load(name, small, offset // size, where).astype(np.uint32)
 
-    def load_real(self, name, index, where):
-        array, where = self.arrays[name], where & self._active
-        at = self._in_range(name, index.astype(np.int64), where, array.size)
-        return np.where(where, array[at], 0).astype(np.float32)
+    def load_real(self, name: str, index: np.ndarray, where: np.ndarray) -> np.ndarray:
+        return self._load(name, self.arrays[name], index, where).astype(np.float32)
 
-    def store_real(self, name, index, value, where):
-        array, where = self.arrays[name], where & self._active
-        at = self._in_range(name, index.astype(np.int64), where, array.size)[where]
-        assert np.unique(at).size == at.size, f"two lanes store the same element of {name}"
-        array[at] = value[where].astype(array.dtype)
+    def store_real(
+        self, name: str, index: np.ndarray, value: np.ndarray, where: np.ndarray
+    ) -> None:
+        self._store(name, self.arrays[name], index, value, where)
 
-    def publish(self, name, index, value, dtype, where):
-        bits = value.astype(dtype).view(np.uint16)
+    def store_words(
+        self, name: str, index: np.ndarray, words: list[np.ndarray], where: np.ndarray
+    ) -> None:
+        values = np.stack(words, axis=1)
+        self._store(name, self._words(name, len(words)), index, values, where)
+
+    def store_half(self, name: str, index: np.ndarray, word: np.ndarray, where: np.ndarray) -> None:
+        self._store(name, self.arrays[name].view(np.uint16), index, word & 0xFFFF, where)
+
+    def publish(
+        self, name: str, index: np.ndarray, value: np.ndarray, dtype: DTypeLike, where: np.ndarray
+    ) -> None:
+        with np.errstate(over="ignore"):
+            bits = value.astype(dtype).view(np.uint16)
         self.store_half(name, index, np.minimum(bits, 0xFFFE), where)
 
-    def store_words(self, name, index, words, where):
-        array, where = self.arrays[name].view(np.uint32), where & self._active
-        at = index.astype(np.int64) * len(words)
-        at = self._in_range(name, at, where, array.size - len(words) + 1)[where]
-        assert np.unique(at).size == at.size, f"two lanes store the same words of {name}"
-        for i, word in enumerate(words):
-            array[at + i] = word[where]
+    def prefetch(self, name: str, index: np.ndarray, where: np.ndarray) -> None:
+        array = self.arrays[name]
+        self._in_range(name, index, where & self._active, array.size, array.itemsize)
 
-    def store_half(self, name, index, word, where):
-        array, where = self.arrays[name].view(np.uint16), where & self._active
-        at = self._in_range(name, index.astype(np.int64), where, array.size)[where]
-        array[at] = word[where] & 0xFFFF
+    def _whole(self, name: str, size: int) -> np.ndarray:
+        """The bytes of a global array, as far as they are whole units of `size`."""
+        array = self.arrays[name].view(np.uint8)
+        return array[: array.size // size * size]
 
-    def prefetch(self, name, index, where):
-        self._in_range(name, index.astype(np.int64), where & self._active, self.arrays[name].size)
+    def _words(self, name: str, count: int) -> np.ndarray:
+        """A global array as words, [n, count]."""
+        return self._whole(name, 4 * count).view(np.uint32).reshape(-1, count)
 
-    # Shared memory
+    def _load(self, name: str, array: np.ndarray, index, where) -> np.ndarray:
+        """The elements or rows of an array at an index, and 0 where not `where`."""
+        where = where & self._active
+        at = self._in_range(name, index, where, len(array), _row_bytes(array))[where]
+        out = np.zeros((where.size, *array.shape[1:]), array.dtype)
+        out[where] = array[at]
+        return out
 
-    def load_shared_words(self, offset, count):
+    def _store(self, name: str, array: np.ndarray, index, value, where) -> None:
+        """Writes elements or rows of an array where `where` holds."""
+        where = where & self._active
+        at = self._in_range(name, index, where, len(array), _row_bytes(array))[where]
+        places, stores = np.unique(at, return_counts=True)
+        if (stores > 1).any():
+            raise InterpreterError(
+                f"several lanes store to index {places[stores > 1][0]} of {name}"
+            )
+        array[at] = value[where].astype(array.dtype)
+
+    # Shared memory of the block
+
+    def load_shared_words(self, offset: np.ndarray, count: int) -> list[np.ndarray]:
         return self._load_shared(self._lane_block, offset, count)
 
-    def load_shared(self, offset, count):
-        return [w.view(np.float32) for w in self.load_shared_words(offset, count)]
+    def load_shared(self, offset: np.ndarray, count: int) -> list[np.ndarray]:
+        return [word.view(np.float32) for word in self.load_shared_words(offset, count)]
 
-    def _load_shared(self, block, offset, count):
-        at = self._shared_at(offset, 4 * count, self._active)[:, None] + np.arange(2 * count)
-        place = block[:, None], at
-        assert self._written[place][self._active].all(), "shared slot never written"
-        words = np.ascontiguousarray(self._shared[place]).view(np.uint32)
-        return [np.ascontiguousarray(w) for w in words.T]
-
-    def store_shared_words(self, offset, words, where):
+    def store_shared_words(
+        self, offset: np.ndarray, words: list[np.ndarray], where: np.ndarray
+    ) -> None:
         halves = np.stack(words, axis=1).view(np.uint16)
         self._store_shared(offset, 4 * len(words), halves, where)
 
-    def store_shared_half(self, offset, word, where):
+    def store_shared_half(self, offset: np.ndarray, word: np.ndarray, where: np.ndarray) -> None:
         self._store_shared(offset, 2, (word & 0xFFFF).astype(np.uint16)[:, None], where)
 
-    def store_shared(self, index, value, where):
+    def store_shared(self, index: np.ndarray, value: np.ndarray, where: np.ndarray) -> None:
         self.store_shared_words(4 * index, [value.view(np.uint32)], where)
 
-    def _store_shared(self, offset, size, halves, where):
+    def _load_shared(self, block, offset, count: int) -> list[np.ndarray]:
+        """The `count` words at a byte offset in the shared memory of a block."""
+        place = block[:, None], self._shared_halves(offset, 4 * count, self._active)
+        blank = self._active & ~self._written[place].all(axis=1)
+        if blank.any():
+            raise InterpreterError(
+                f"load of {4 * count} bytes of {SHARED} that nothing wrote, at offset"
+                f" {offset[blank][0]} in block {block[blank][0]}"
+            )
+        words = np.ascontiguousarray(self._shared[place]).view(np.uint32)
+        return [np.ascontiguousarray(word) for word in words.T]
+
+    def _store_shared(self, offset, size: int, halves, where) -> None:
         where = where & self._active
-        at = self._shared_at(offset, size, where)[where][:, None] + np.arange(size // 2)
-        place = self._lane_block[where][:, None], at
+        place = self._lane_block[where][:, None], self._shared_halves(offset, size, where)[where]
         self._shared[place], self._written[place] = halves[where], True
 
-    def _shared_at(self, offset, size, where):
-        assert (offset % size == 0)[where].all(), "misaligned access of shared memory"
-        return self._in_range(
-            "shared", offset.astype(np.int64) // 2, where, self._shared.shape[1] - size // 2 + 1
-        )
+    def _shared_halves(self, offset, size: int, where) -> np.ndarray:
+        """The indices of the halves of `size` bytes at an offset, [lanes, size / 2]."""
+        self._demand_aligned(SHARED, offset, size, where)
+        count = self._shared.shape[1] * 2 // size
+        index = self._in_range(SHARED, offset // size, where, count, size)
+        return index[:, None] * (size // 2) + np.arange(size // 2)
+
+    # Demands on addresses
 
     @staticmethod
-    def _in_range(name, index, where, size):
-        outside = where & ((index < 0) | (index >= size))
-        assert not outside.any(), f"{name}[{index[outside][:4]}] of {size} elements"
-        return np.where(where, index, 0)
+    def _demand_aligned(name: str, offset, size: int, where) -> None:
+        crooked = where & (offset % size != 0)
+        if crooked.any():
+            raise InterpreterError(
+                f"access to {size} bytes of {name} at offset {offset[crooked][0]}, which is not a"
+                f" multiple of {size}"
+            )
+
+    @staticmethod
+    def _in_range(name: str, index, where, count: int, size: int) -> np.ndarray:
+        """The index of one of `count` elements of `size` bytes, and 0 where not `where`."""
+        outside = where & (index >= count)
+        if outside.any():
+            raise InterpreterError(
+                f"index {index[outside][0]} of {name} is out of range: it has {count} elements of"
+                f" {size} bytes ({outside.sum()} lanes are wrong)"
+            )
+        return np.where(where, index, 0).astype(np.int64)
 
     # Control flow
 
-    def loop(self, condition, body, state):
+    def loop(
+        self, condition: Callable[[State], np.ndarray], body: Callable[[State], State], state: State
+    ) -> State:
         outer = self._active
         while True:
             going = condition(state) & self._active
@@ -228,9 +317,39 @@ class NumpyLanes:
         self._active = outer
         return state
 
-    def branch(self, condition, yes, otherwise):
+    def branch(self, condition: np.ndarray, yes: Callable[[], State], otherwise: State) -> State:
         outer = self._active
         self._active = outer & condition
         result = yes()
         self._active = outer
         return self.select(condition & outer, result, otherwise)
+
+
+def _row_bytes(array: np.ndarray) -> int:
+    return array.itemsize * math.prod(array.shape[1:])
+
+
+def run(
+    program: Callable[[Lanes[np.ndarray]], None],
+    arrays: Mapping[str, np.ndarray],
+    *,
+    blocks: int,
+    warps: int,
+    shared_slots: int,
+    cluster: int = 1,
+) -> dict[str, np.ndarray]:
+    """Executes a lane program on a grid.
+
+    Args:
+      program: is called with the operations, and finds all arrays under their names.
+      arrays: name -> array, of operands and results; results usually are full of NaN.
+      blocks, warps, shared_slots, cluster: as of `mosaic.run`.
+
+    Returns:
+      name -> array of the same shape, after the program.
+    """
+    lanes = NumpyLanes(
+        arrays, blocks=blocks, threads=WARP * warps, shared_slots=shared_slots, cluster=cluster
+    )
+    program(lanes)
+    return {name: lanes.arrays[name].reshape(array.shape) for name, array in arrays.items()}
