@@ -13,7 +13,7 @@ import macko_jax
 from macko_jax.gpu import chain, spmv
 from macko_jax.gpu import tuning as config
 from macko_jax.gpu.staging import BLANK
-from macko_jax.lanes import interpreter as emulation
+from macko_jax.lanes import interpreter
 from tests.test_kernels import STORED, abstract, needs_gpu, sparse, vectors
 
 EPS = 1e-5
@@ -62,7 +62,7 @@ def assert_close(found, wanted, eps):
         )
 
 
-def emulate(plan, matrices, **others):
+def interpret(plan, matrices, **others):
     """All arrays after the program is executed with NumPy, the results among them."""
     arrays = {
         f"{name}{i}": np.asarray(getattr(m, name))
@@ -78,11 +78,13 @@ def emulate(plan, matrices, **others):
     for i in plan.kept:
         arrays[f"y{i}"] = np.full(matrices[i].shape[0], np.nan, np.float32)
     arrays["exchange"] = np.full(plan.exchanged, BLANK, np.uint16)
-    ops = emulation.NumpyLanes(
-        arrays, blocks=plan.blocks, threads=chain.THREADS, shared_slots=plan.shared_slots
+    return interpreter.run(
+        lambda ops: chain.program(ops, plan),
+        arrays,
+        blocks=plan.blocks,
+        warps=chain.WARPS,
+        shared_slots=plan.shared_slots,
     )
-    chain.program(ops, plan)
-    return ops.arrays
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_program(encoding, values, blocks, ahead, monkeypatch):
         jnp.dtype(np.float16),
         blocks,
     )
-    arrays = emulate(plan, matrices, x=x, add0=residual, scale1=scale, scale3=scale)
+    arrays = interpret(plan, matrices, x=x, add0=residual, scale1=scale, scale3=scale)
     assert not (arrays["exchange"] == BLANK).any()
     found = arrays["y2"], arrays["y3"]
     assert_close(found, exact(matrices, x, residual, scale), np.finfo(np.float16).eps)
@@ -121,7 +123,7 @@ def test_only_what_is_needed_is_published(kept):
         3,
     )
     assert plan.exchanged == (2 * WIDE if kept else WIDE)
-    arrays = emulate(plan, [gate_up, down], x=residual, scale0=scale)
+    arrays = interpret(plan, [gate_up, down], x=residual, scale0=scale)
     assert not (arrays["exchange"] == BLANK).any()
     x, scale, gate_up, down = (
         np.asarray(a, np.float64)
@@ -136,7 +138,7 @@ def test_only_what_is_needed_is_published(kept):
 
 def test_what_is_no_number_is_published_as_such():
     """Not as what is missing, for which other blocks would wait for ever."""
-    ops = emulation.NumpyLanes(
+    ops = interpreter.NumpyLanes(
         {"exchange": np.full(64, BLANK, np.uint16)}, blocks=1, threads=32, shared_slots=8
     )
     nan = np.full(32, 0xFFFFFFFF, np.uint32).view(np.float32)  # becomes 0xFFFF in 16 bits

@@ -19,7 +19,7 @@ from macko_jax.gpu import sddmm as by_values
 from macko_jax.gpu import spmv as kernel
 from macko_jax.gpu import spmv_transposed as transposed
 from macko_jax.gpu import tuning as config
-from macko_jax.lanes import interpreter as emulation
+from macko_jax.lanes import interpreter
 from macko_jax.ops import dispatch, reference
 from tests.cases import static_of
 
@@ -56,18 +56,17 @@ def abstract(matrix):
 
 
 def execute(program, plan, arrays, out, *, blocks, warps, slots):
-    """The result of a lane program, by the emulation."""
-    ops = emulation.NumpyLanes(arrays | out, blocks=blocks, threads=32 * warps, shared_slots=slots)
-    program(ops, plan)
+    """The result of a lane program, by the interpreter."""
     [name] = out
-    return ops.arrays[name].reshape(out[name].shape)
+    run = lambda ops: program(ops, plan)
+    return interpreter.run(run, arrays | out, blocks=blocks, warps=warps, shared_slots=slots)[name]
 
 
 def arrays_of(matrix, *names):
     return {name: np.asarray(getattr(matrix, name)) for name in names}
 
 
-def emulate(matrix, x, settings):
+def interpret(matrix, x, settings):
     plan = kernel.Plan(abstract(matrix), x.dtype, len(x), settings)
     y = np.full((len(x), matrix.shape[0]), np.nan, np.float32)
     return execute(
@@ -133,7 +132,7 @@ def test_program_on_shapes(rows, cols, density, encoding, lanes):
     dense = sparse(rows, cols, density, jnp.float16)
     matrix = macko_jax.compress(dense, encoding=encoding, lanes=lanes)
     x = vectors(1, cols)
-    assert_product(emulate(matrix, x, SETTINGS), dense, x)
+    assert_product(interpret(matrix, x, SETTINGS), dense, x)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -154,7 +153,7 @@ def test_program_on_types_and_batches(batch, x_dtype, per_pass, unroll, dtype, e
     matrix = macko_jax.compress(dense, encoding=encoding)
     x = vectors(batch, 410, dtype=x_dtype)
     settings = config.Settings(blocks=2, warps=4, unroll=unroll, vectors=per_pass)
-    assert_product(emulate(matrix, x, settings), dense, x)
+    assert_product(interpret(matrix, x, settings), dense, x)
 
 
 @pytest.mark.parametrize("batch,x_dtype", [(1, "float32"), (1, "float16"), (3, "bfloat16")])
@@ -165,7 +164,7 @@ def test_program_with_two_copies(rows, cols, density, lanes, batch, x_dtype):
     matrix = macko_jax.compress(dense, encoding="two_bank", lanes=lanes)
     x = vectors(batch, cols, dtype=x_dtype)
     settings = dataclasses.replace(SETTINGS, vectors=min(2, batch), twice=True)
-    assert_product(emulate(matrix, x, settings), dense, x)
+    assert_product(interpret(matrix, x, settings), dense, x)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +280,7 @@ def test_programs_on_8_bit_values(dtype, encoding):
     dense = np.asarray(macko_jax.decompress(unscaled)).astype(np.float32)
     x, y = vectors(2, 300, dtype=np.float16), vectors(1, 21)
     settings = dataclasses.replace(SETTINGS, vectors=2)
-    assert_product(emulate(unscaled, x, settings), dense, x)
+    assert_product(interpret(unscaled, x, settings), dense, x)
 
     plan = transposed.Plan(abstract(unscaled), batch=1, share=2, warps=4, rows_per_warp=1)
     partial = execute(
@@ -313,7 +312,7 @@ def test_program_reads_only_its_own_rows():
         matrix.lanes,
     )
     x = vectors(1, 90)
-    assert_product(emulate(matrix, x, SETTINGS), dense, x)
+    assert_product(interpret(matrix, x, SETTINGS), dense, x)
 
 
 def lowered(

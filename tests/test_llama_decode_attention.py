@@ -17,7 +17,7 @@ from examples.llama import attention, decode_attention
 from examples.llama.cache import widen
 from examples.llama.split import SplitModules
 from macko_jax.gpu import staging as vectors
-from macko_jax.lanes import interpreter as emulation
+from macko_jax.lanes import interpreter
 
 HAS_GPU = any(device.platform == "gpu" for device in jax.local_devices())
 # heads, key-value heads, slots, live tokens of each sequence, window; fewer slots than two blocks
@@ -96,7 +96,7 @@ def assert_cache(found, wanted):
     assert differ.sum() <= 1e-2 * found.shape[0] * found.shape[1] * DIM
 
 
-def emulate(rows, rotation, cache, positions, heads, window, blanks=0):
+def interpret(rows, rotation, cache, positions, heads, window, blanks=0):
     """As `decode_attention.attend`, its program executed with NumPy."""
     batch, kv_heads, slots = cache.shape[:3]
     plan = decode_attention.Plan(batch, heads, kv_heads, slots, window, cache.dtype, blanks)
@@ -109,25 +109,23 @@ def emulate(rows, rotation, cache, positions, heads, window, blanks=0):
         "out": np.full(batch * heads * DIM, np.nan, np.float32),
         "blank": np.zeros(blanks, np.uint16),
     }
-    ops = emulation.NumpyLanes(
-        {name: np.array(array) for name, array in arrays.items()},
-        blocks=plan.blocks,
-        threads=32 * decode_attention.WARPS,
-        shared_slots=plan.shared_slots,
-        cluster=plan.splits,
-    )
     with np.errstate(under="ignore"):
-        decode_attention.program(ops, plan)
-    names = "out", "cache", "blank"
-    mixed, changed, blank = (ops.arrays[name] for name in names)
-    return mixed.reshape(batch, -1), changed.reshape(cache.shape), blank
+        results = interpreter.run(
+            lambda ops: decode_attention.program(ops, plan),
+            {name: np.array(array) for name, array in arrays.items()},
+            blocks=plan.blocks,
+            warps=decode_attention.WARPS,
+            shared_slots=plan.shared_slots,
+            cluster=plan.splits,
+        )
+    return results["out"].reshape(batch, -1), results["cache"], results["blank"]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_program_is_attention(case):
     heads, kv_heads, slots, live, window = case
     arguments = make(heads, kv_heads, slots, live)
-    found, cache, _ = emulate(*arguments, heads, window)
+    found, cache, _ = interpret(*arguments, heads, window)
     rows, rotation, before, positions = arguments
     assert_cache(cache, with_own_tokens(rows, rotation, before, positions, heads))
     wanted = expected(rows, rotation, cache, positions, heads, window)
@@ -136,16 +134,16 @@ def test_program_is_attention(case):
 
 @pytest.mark.parametrize("blanks", [8, 1000, 100_000])
 def test_program_makes_blanks_for_the_chain_after_it(blanks):
-    _, _, blank = emulate(*make(4, 2, 64, [5]), 4, None, blanks)
+    _, _, blank = interpret(*make(4, 2, 64, [5]), 4, None, blanks)
     assert (blank == vectors.BLANK).all()
 
 
 def test_a_token_past_the_last_slot_changes_nothing():
     rows, rotation, cache, positions = make(4, 2, 64, [65])
-    found, changed, _ = emulate(rows, rotation, cache, positions, 4, None)
+    found, changed, _ = interpret(rows, rotation, cache, positions, 4, None)
     np.testing.assert_array_equal(changed, cache)
     wider = jnp.pad(cache, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
-    _, wider, _ = emulate(rows, rotation, wider, positions, 4, None)
+    _, wider, _ = interpret(rows, rotation, wider, positions, 4, None)
     wanted = expected(rows, rotation, wider, positions, 4, None)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -180,13 +178,13 @@ def test_kernel_gives_attention(case, dtype):
     )
 
 
-def by_emulation(rows, rotation, cache, positions, *, heads, window, blanks):
+def by_interpreter(rows, rotation, cache, positions, *, heads, window, blanks):
     """`attend`, its program executed on the CPU."""
 
     def call(rows, cos, sin, cache, positions):
         rows, cos, sin, cache, positions = map(np.asarray, (rows, cos, sin, cache, positions))
         angles = cos.reshape(len(rows), -1), sin.reshape(len(rows), -1)
-        mixed, *others = emulate(rows, angles, cache, positions, heads, window, blanks)
+        mixed, *others = interpret(rows, angles, cache, positions, heads, window, blanks)
         return mixed.astype(rows.dtype), *others
 
     mixed = jax.ShapeDtypeStruct((len(rows), heads * DIM), rows.dtype)
@@ -230,7 +228,7 @@ def test_model_decodes_with_it_as_without(qk_norm, windows, batch, monkeypatch):
     wanted, wanted_cache = decode(model, tokens, 5)
     monkeypatch.setattr(attention, "has_decode_kernel", lambda cache: True)
     if not HAS_GPU:
-        monkeypatch.setattr(decode_attention, "attend", by_emulation)
+        monkeypatch.setattr(decode_attention, "attend", by_interpreter)
     found, cache = decode(model, tokens, 5)
     # float16 of numbers of size 1 to 4, through two layers
     np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2)
