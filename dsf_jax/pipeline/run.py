@@ -148,7 +148,7 @@ def compress_model(
         layers=tuple(layers),
         other_bytes=sum(getattr(leaf, "nbytes", 0) for leaf in network.leaves) - compressed_bytes,
         skipped=plan.skipped,
-        groups=len(stages),
+        stages=len(stages),
         seconds=time.perf_counter() - began,
     )
     return Compressed(_assemble(network, present, run.leaves, run.pairs), report)
