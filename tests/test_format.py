@@ -201,6 +201,19 @@ def test_choices_spread_reads_over_banks():
     assert np.mean(turns) < 2.1 and np.mean(plain) > 3.4
 
 
+@pytest.mark.parametrize("encoding, lanes", LAYOUTS)
+def test_padding_gets_no_gradient_from_decompress(encoding, lanes):
+    """Else a step of training would move explicit zeros, and fill columns that are pruned."""
+    weight = (np.random.default_rng(0).random((6, 133)) < 0.1).astype(np.float32)
+    matrix = macko_jax.compress(weight, encoding=encoding, lanes=lanes)
+
+    def total(values):
+        return macko_jax.decompress(dataclasses.replace(matrix, values=values)).sum()
+
+    gradient = jax.grad(total)(matrix.values)
+    np.testing.assert_array_equal(gradient, np.asarray(matrix.values) != 0)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_empty_shapes(shape, encoding):

@@ -45,7 +45,11 @@ def slot_positions(codes, row_offsets, starts, *, stored: int, shape, encoding: 
 def decode_dense(
     values, codes, row_offsets, starts, *, shape, encoding: str, lanes: int
 ) -> jax.Array:
-    """The matrix as a dense array [rows, cols] of the values' dtype."""
+    """The matrix as a dense array [rows, cols] of the values' dtype.
+
+    Slots that are padding get no gradient, as in products: where an encoding has deltas, those that
+    hold zero.
+    """
     stored = values.shape[0]
     if stored == 0 or 0 in shape:
         return jnp.zeros(shape, values.dtype)
@@ -59,7 +63,6 @@ def decode_dense(
     row, column, valid = slot_positions(
         codes, row_offsets, starts, stored=stored, shape=shape, encoding=encoding, lanes=lanes
     )
-    row = jnp.where(valid, row, shape[0])
-    return (
-        jnp.zeros(shape, values.dtype).at[row, column].set(values, mode="drop", unique_indices=True)
-    )
+    row, elements = jnp.where(valid, row, shape[0]), layout.masked(values, values)
+    dense = jnp.zeros(shape, values.dtype)
+    return dense.at[row, column].set(elements, mode="drop", unique_indices=True)
