@@ -54,7 +54,7 @@ def make(name, model_type, changes):
         config, attn_implementation="eager", dtype=torch.float32
     )
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for parameter in model.parameters():
             # Biases and norms start as constants, which would hide a wrong assignment.
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))

@@ -96,7 +96,7 @@ def test_float64_is_summed_in_float64():
         for encoding in ("bitmask", "delta4"):
             y = macko_jax.spmv(macko_jax.compress(weight, encoding=encoding), x)
             assert y.dtype == np.float64
-            # As `error_bound`, with float64's unit: sums in float32 would be 2**29 times as far off.
+            # As `error_bound`, with float64's unit: sums in float32 would be 2**29 times as far.
             size = np.abs(x) @ np.abs(weight.astype(np.float64)).T
             bound = (weight.shape[1] + 1) * 2.0**-53 * size
             np.testing.assert_array_less(np.abs(y - exact(weight, x)), bound + 2.0**-1000)
