@@ -109,7 +109,7 @@ COMPRESSED = dsf_jax.Report(
     ),
     other_bytes=1000,
     skipped={"head": "the output head"},
-    groups=1,
+    stages=1,
     seconds=201.0,
 )
 
