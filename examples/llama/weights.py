@@ -260,7 +260,7 @@ def _names_of(index):
     """Names of the files that an index names, all of them beside it."""
     named = read_json(index, [Field("weight_map", dict, required=True)])["weight_map"].values()
     for name in named:
-        file = isinstance(name, str) and name.isprintable() and len(name.encode()) < 256
+        file = isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) < 256
         if not file or pathlib.PurePath(name).name != name:
             raise ValueError(
                 f"{index}: weight_map must name files beside it, got {str(name)[:60]!r}"
