@@ -4,7 +4,7 @@
 
 Every number of lanes a row (fixed when a matrix is packed) is tried with every pair of warps and
 unroll. Printed and saved are the times, the best first, beside those of the default rule in
-macko_jax/kernels/config.py, where a better rule would go.
+macko_jax/gpu/tuning.py, where a better rule would go.
 """
 
 import dataclasses
