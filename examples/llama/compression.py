@@ -309,8 +309,8 @@ class _Record:
     def report(self, seconds):
         layers = tuple(layer for index in sorted(self.blocks) for layer in self.blocks[index])
         skipped = {"embed": "an embedding", "head": "the output head"}
-        groups = LAYERS_OF_BLOCK * len(self.blocks)
-        return dsf_jax.Report(layers=layers, skipped=skipped, groups=groups, seconds=seconds)
+        stages = LAYERS_OF_BLOCK * len(self.blocks)  # each of one layer
+        return dsf_jax.Report(layers=layers, skipped=skipped, stages=stages, seconds=seconds)
 
 
 class _Progress:
