@@ -223,14 +223,3 @@ def pack_as_paper(weight: np.ndarray):
         np.array(packed, np.uint8),
         np.array(row_indices, np.int32),
     )
-
-
-def static_of(matrix, out_dtype):
-    """What a product's functions take beside arrays; see `macko_jax.ops.reference`."""
-    return dict(
-        shape=matrix.shape,
-        encoding=matrix.encoding,
-        lanes=matrix.lanes,
-        stored=matrix.stored,
-        out_dtype=jnp.dtype(out_dtype),
-    )

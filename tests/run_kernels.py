@@ -20,15 +20,11 @@ from absl import app, flags
 
 import macko_jax
 from examples.llama import decode_attention
-from macko_jax.gpu import densify as decode
-from macko_jax.gpu import row_walk as strips
-from macko_jax.gpu import sddmm as by_values
-from macko_jax.gpu import spmv
-from macko_jax.gpu import spmv_transposed as transposed
-from macko_jax.gpu import tuning as config
+from macko_jax.experimental import fused_chain, fused_spmv
+from macko_jax.gpu import densify, sddmm, select, spmv, spmv_transposed
 from tests import test_chain, test_fused
 from tests import test_llama_decode_attention as attention
-from tests.test_kernels import ENCODINGS
+from tests.kernels import ENCODINGS, ask
 
 PART = flags.DEFINE_string("part", "0/1", "Which part of how many.")
 ONLY = flags.DEFINE_string("only", "", "Regular expression; cases whose names match it are run.")
@@ -59,34 +55,29 @@ def products(encoding, shape, dtype, batch):
         )
         matrix = jax.tree.map(np.asarray, dataclasses.replace(matrix, scales=None))
         dense = np.asarray(macko_jax.decompress(matrix)).astype(np.float32)
-    positions = matrix.codes, matrix.row_offsets, matrix.starts
-    static = dict(shape=matrix.shape, encoding=encoding, lanes=matrix.lanes, stored=matrix.stored)
-    known = strips.Matrix(matrix.shape, encoding, matrix.lanes, matrix.stored, matrix.dtype)
     x, y = (rng.standard_normal((batch, n)).astype(np.float16) for n in (cols, rows))
     wide_x, wide_y = x.astype(np.float32), y.astype(np.float32)
+    values, positions = matrix.values, matrix.positions
 
     def run(product, *operands, **options):
-        call = functools.partial(product, **static, **options)
+        call = functools.partial(product, matrix.layout, **options)
         return np.asarray(jax.jit(call)(*operands))
 
-    yield (
-        "spmv",
-        run(spmv.spmv, matrix.values, x, *positions, out_dtype="float32"),
-        wide_x @ dense.T,
-    )
-    if transposed.why_not(known, batch) is None:
-        found = run(transposed.spmv_transposed, matrix.values, y, *positions, out_dtype="float32")
+    found = run(spmv.spmv, values, positions, x, out_dtype="float32")
+    yield "spmv", found, wide_x @ dense.T
+    if spmv_transposed.why_not(ask("spmv_transposed", matrix, y)) is None:
+        found = run(spmv_transposed.spmv_transposed, values, positions, y, out_dtype="float32")
         yield "transposed", found, wide_y @ dense
-    dense_dtype = config.dense_dtype(matrix.dtype, x.dtype)
-    if decode.why_not(known, dense_dtype) is None:
-        found = run(decode.decode, matrix.values, *positions, dtype=dense_dtype)
-        yield "decode", found.astype(np.float32), dense
-    if not narrow and by_values.why_not(known, x.dtype, batch) is None:
-        found = run(by_values.spmv_values, x, y, *positions, matrix.values, out_dtype=matrix.dtype)
+    dense_dtype = select.dense_dtype(matrix.dtype, x.dtype)
+    if densify.why_not(densify.problem_for(matrix.layout, matrix.dtype, dense_dtype)) is None:
+        found = run(densify.densify, values, positions, dtype=dense_dtype)
+        yield "densify", found.astype(np.float32), dense
+    if not narrow and sddmm.why_not(ask("sddmm", matrix, x, matrix.dtype)) is None:
+        found = run(sddmm.sddmm, positions, x, y, values, out_dtype=matrix.dtype)
         with on_host():
             found = macko_jax.decompress(dataclasses.replace(matrix, values=found))
         kept = dense != 0
-        yield "by_values", np.asarray(found).astype(np.float32) * kept, wide_y.T @ wide_x * kept
+        yield "sddmm", np.asarray(found).astype(np.float32) * kept, wide_y.T @ wide_x * kept
 
 
 def fused(encoding, shape, kind):
@@ -95,8 +86,8 @@ def fused(encoding, shape, kind):
         dense, x, scale, add = test_fused.make(*shape, kind, True)
         matrix = jax.tree.map(np.asarray, macko_jax.compress(dense, encoding=encoding))
         given = test_fused.options(kind, scale, add)
-        wanted = np.asarray(macko_jax.fused_spmv(matrix, x, **given))
-    found = jax.jit(lambda m, x: macko_jax.fused_spmv(m, x, **given))(matrix, x)
+        wanted = np.asarray(fused_spmv(matrix, x, **given))
+    found = jax.jit(lambda m, x: fused_spmv(m, x, **given))(matrix, x)
     yield "fused", np.asarray(found).astype(np.float32), wanted.astype(np.float32)
 
 
@@ -105,9 +96,7 @@ def chained(encoding, shape):
     with on_host():
         arguments = jax.tree.map(np.asarray, test_chain.make(*shape, encoding=encoding))
         wanted = test_chain.exact(*arguments)
-    found = jax.jit(lambda m, x, *rest: macko_jax.fused_chain(x, test_chain.steps(m, *rest)))(
-        *arguments
-    )
+    found = jax.jit(lambda m, x, *rest: fused_chain(x, test_chain.steps(m, *rest)))(*arguments)
     for name, a, b in zip(("stream", "last"), found, wanted):
         yield name, np.asarray(a).astype(np.float64)[0], b
 

@@ -10,11 +10,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import macko_jax
-from macko_jax.gpu import chain, spmv
-from macko_jax.gpu import tuning as config
+from macko_jax.experimental import Step, fused_chain, fused_spmv
+from macko_jax.gpu import chain, occupancy
+from macko_jax.gpu.kernel import Fusion
 from macko_jax.gpu.staging import BLANK
 from macko_jax.lanes import interpreter
-from tests.test_kernels import STORED, abstract, needs_gpu, sparse, vectors
+from tests.kernels import ARRAYS, STORED, ask, needs_gpu, sparse, vectors
 
 EPS = 1e-5
 HIDDEN, WIDE, NEXT = 72, 136, 104
@@ -34,10 +35,10 @@ def make(hidden=HIDDEN, wide=WIDE, after=NEXT, encoding=None, dtype=np.float16, 
 def steps(matrices, residual, scale):
     out, gate_up, down, after = matrices
     return [
-        macko_jax.Step(out, add=residual),
-        macko_jax.Step(gate_up, norm=(scale, EPS)),
-        macko_jax.Step(down, gated=True, add=0, kept=True),
-        macko_jax.Step(after, norm=(scale, EPS)),
+        Step(out, add=residual),
+        Step(gate_up, norm=(scale, EPS)),
+        Step(down, gated=True, add=0, kept=True),
+        Step(after, norm=(scale, EPS)),
     ]
 
 
@@ -62,12 +63,18 @@ def assert_close(found, wanted, eps):
         )
 
 
+def problems_of(matrices, fusions):
+    """What a chain of float16 vectors is asked for."""
+    x = np.zeros((1, 1), np.float16)
+    return tuple(ask("spmv", m, x, fusion=fusion) for m, fusion in zip(matrices, fusions))
+
+
 def interpret(plan, matrices, **others):
     """All arrays after the program is executed with NumPy, the results among them."""
     arrays = {
         f"{name}{i}": np.asarray(getattr(m, name))
         for i, m in enumerate(matrices)
-        for name in ("values", "codes", "row_offsets", "starts")
+        for name in ARRAYS
     } | others
     arrays |= {
         f"row_scales{i}": np.asarray(m.scales)
@@ -92,18 +99,16 @@ def interpret(plan, matrices, **others):
     [*((*stored, 5, 2) for stored in STORED), ("delta4", None, 1, 3), ("two_bank", "int8", 1, 3)],
 )
 def test_program(encoding, values, blocks, ahead, monkeypatch):
-    monkeypatch.setattr(config, "groups_ahead", lambda matrix, blocks: ahead)
+    monkeypatch.setattr(occupancy, "prefetch_distance", lambda layout, dtype, blocks: ahead)
     matrices, x, residual, scale = make(encoding=encoding, values=values)
-    fusion = functools.partial(spmv.Fusion, scaled=values is not None)
-    fusions = [fusion(add=True), fusion(EPS), fusion(gated=True, add=True), fusion(EPS)]
-    plan = chain.Plan(
-        tuple(
-            chain.Step(abstract(m), fusion, 0 if i == 2 else None, i == 2)
-            for i, (m, fusion) in enumerate(zip(matrices, fusions))
-        ),
-        jnp.dtype(np.float16),
-        blocks,
-    )
+    fusion = functools.partial(Fusion, scaled=values is not None)
+    fusions = [
+        fusion(add=True),
+        fusion(EPS),
+        fusion(gated=True, add=True, added=0, kept=True),
+        fusion(EPS, kept=True),
+    ]
+    plan = chain.Plan(problems_of(matrices, fusions), blocks)
     arrays = interpret(plan, matrices, x=x, add0=residual, scale1=scale, scale3=scale)
     assert not (arrays["exchange"] == BLANK).any()
     found = arrays["y2"], arrays["y3"]
@@ -114,14 +119,8 @@ def test_program(encoding, values, blocks, ahead, monkeypatch):
 def test_only_what_is_needed_is_published(kept):
     """Of gate and up their product, unless they are results themselves."""
     (_, gate_up, down, _), _, residual, scale = make()
-    plan = chain.Plan(
-        (
-            chain.Step(abstract(gate_up), spmv.Fusion(EPS), kept=kept),
-            chain.Step(abstract(down), spmv.Fusion(gated=True)),
-        ),
-        jnp.dtype(np.float16),
-        3,
-    )
+    fusions = [Fusion(EPS, kept=kept), Fusion(gated=True, kept=True)]
+    plan = chain.Plan(problems_of([gate_up, down], fusions), 3)
     assert plan.exchanged == (2 * WIDE if kept else WIDE)
     arrays = interpret(plan, [gate_up, down], x=residual, scale0=scale)
     assert not (arrays["exchange"] == BLANK).any()
@@ -149,7 +148,7 @@ def test_what_is_no_number_is_published_as_such():
 
 
 def lowered(platform, arguments):
-    function = jax.jit(lambda m, x, r, s: macko_jax.fused_chain(x, steps(m, r, s)))
+    function = jax.jit(lambda m, x, r, s: fused_chain(x, steps(m, r, s)))
     return function.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -177,7 +176,7 @@ def test_layers_are_one_kernel_too():
 
     @jax.jit
     def function(state, x):
-        return macko_jax.flax_nnx.chain(x, [macko_jax.Step(a) for a in nnx.merge(graph, state)])
+        return macko_jax.flax_nnx.chain(x, [Step(a) for a in nnx.merge(graph, state)])
 
     x = vectors(1, 256, dtype=np.float16)
     text = function.trace(state, x).lower(lowering_platforms=("cuda",)).as_text()
@@ -189,9 +188,7 @@ def test_layers_are_one_kernel_too():
 def test_is_the_products_one_after_the_other(tokens):
     matrices, x, residual, scale = make(dtype=np.float32)
     x, residual = (np.broadcast_to(a[0], (*tokens, a.shape[1])) for a in (x, residual))
-    found = jax.jit(lambda m, x, r, s: macko_jax.fused_chain(x, steps(m, r, s)))(
-        matrices, x, residual, scale
-    )
+    found = jax.jit(lambda m, x, r, s: fused_chain(x, steps(m, r, s)))(matrices, x, residual, scale)
     assert [y.shape for y in found] == [(*tokens, HIDDEN), (*tokens, NEXT)]
     wanted = exact(matrices, x.reshape(-1, 40)[0], residual.reshape(-1, HIDDEN)[0], scale)
     for i in range(int(np.prod(tokens))):
@@ -204,11 +201,11 @@ def test_derivatives_are_those_of_the_products():
     def loss(x, residual, scale, separate):
         chained = steps(matrices, residual, scale)
         if separate:
-            x1 = macko_jax.fused_spmv(matrices[0], x, add=residual)
-            wide = macko_jax.fused_spmv(matrices[1], x1, norm=(scale, EPS))
-            x2 = macko_jax.fused_spmv(matrices[2], wide, gated=True, add=x1)
-            return (x2**2).sum() + macko_jax.fused_spmv(matrices[3], x2, norm=(scale, EPS)).sum()
-        x2, y = macko_jax.fused_chain(x, chained)
+            x1 = fused_spmv(matrices[0], x, add=residual)
+            wide = fused_spmv(matrices[1], x1, norm=(scale, EPS))
+            x2 = fused_spmv(matrices[2], wide, gated=True, add=x1)
+            return (x2**2).sum() + fused_spmv(matrices[3], x2, norm=(scale, EPS)).sum()
+        x2, y = fused_chain(x, chained)
         return (x2**2).sum() + y.sum()
 
     found = jax.grad(loss, (0, 1, 2))(x, residual, scale, False)
@@ -216,7 +213,7 @@ def test_derivatives_are_those_of_the_products():
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     of_values = jax.grad(
-        lambda m: macko_jax.fused_chain(x, steps([m, *matrices[1:]], residual, scale))[1].sum(),
+        lambda m: fused_chain(x, steps([m, *matrices[1:]], residual, scale))[1].sum(),
         allow_int=True,
     )(matrices[0]).values
     assert np.any(of_values)
@@ -233,7 +230,7 @@ def test_one_vector_on_each_device():
     @jax.jit
     @jax.shard_map(mesh=mesh, in_specs=(P(), P("d"), P("d"), P()), out_specs=P("d"))
     def chained(m, x, r, s):
-        return macko_jax.fused_chain(x, steps(m, r, s))
+        return fused_chain(x, steps(m, r, s))
 
     arguments = matrices, all_x, all_residual, scale
     lowered_here = chained.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -249,13 +246,13 @@ def test_errors_say_what_is_wrong():
     matrices, x, residual, scale = make(dtype=np.float32)
     good = steps(matrices, residual, scale)
     with pytest.raises(ValueError, match="at least one step"):
-        macko_jax.fused_chain(x, [])
+        fused_chain(x, [])
     with pytest.raises(ValueError, match=r"72\] without a gate, got \[1, 104\]"):
-        macko_jax.fused_chain(x, [*good, good[1]])
+        fused_chain(x, [*good, good[1]])
     with pytest.raises(ValueError, match="step 2 adds the result of step 1 to 72 rows"):
-        macko_jax.fused_chain(x, [*good[:2], good[2]._replace(add=1)])
+        fused_chain(x, [*good[:2], good[2]._replace(add=1)])
     with pytest.raises(ValueError, match="step 0 adds the result of step 0"):
-        macko_jax.fused_chain(x, [good[0]._replace(add=0)])
+        fused_chain(x, [good[0]._replace(add=0)])
 
 
 @pytest.mark.gpu
@@ -268,7 +265,7 @@ def test_errors_say_what_is_wrong():
 def test_kernel(shape, dtype, encoding, values):
     matrices, x, residual, scale = make(*shape, encoding=encoding, dtype=dtype, values=values)
     assert lowered("cuda", (matrices, x, residual, scale)).count("@mosaic_gpu") == 1
-    function = jax.jit(lambda m, x, r, s: macko_jax.fused_chain(x, steps(m, r, s)))
+    function = jax.jit(lambda m, x, r, s: fused_chain(x, steps(m, r, s)))
     found = function(matrices, x, residual, scale)
     wanted = exact(matrices, x, residual, scale)
     eps = float(jnp.finfo(dtype).eps)
@@ -284,7 +281,5 @@ def test_kernel(shape, dtype, encoding, values):
 def test_kernel_passes_on_what_is_no_number():
     matrices, x, residual, scale = make(136, 272, 144)
     x[0, 3] = np.nan
-    found = jax.jit(lambda m, x, r, s: macko_jax.fused_chain(x, steps(m, r, s)))(
-        matrices, x, residual, scale
-    )
+    found = jax.jit(lambda m, x, r, s: fused_chain(x, steps(m, r, s)))(matrices, x, residual, scale)
     assert all(np.isnan(np.asarray(y, np.float32)).all() for y in found)

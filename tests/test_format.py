@@ -180,15 +180,7 @@ def test_choices_spread_reads_over_banks():
     """A choice of two takes 2.1 turns a gather; random columns take 3.5."""
     weight = (np.random.default_rng(0).random((20, 4096)) < 0.5).astype(np.float16)
     matrix = macko_jax.compress(weight, encoding="two_bank", lanes=32)
-    _, column, _ = positions.slot_positions(
-        matrix.codes,
-        matrix.row_offsets,
-        matrix.starts,
-        stored=matrix.stored,
-        shape=matrix.shape,
-        encoding="two_bank",
-        lanes=32,
-    )
+    _, column, _ = positions.slot_positions(matrix.layout, matrix.positions)
     codes = np.asarray(matrix.codes)
     chosen = codes[:, None] >> np.arange(3, 32, 4, dtype=np.uint32) & 1
     columns = np.asarray(column).reshape(-1, 8)

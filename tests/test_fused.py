@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 
 import macko_jax
-from macko_jax.gpu import spmv as kernel
-from macko_jax.gpu import tuning as config
-from tests.test_kernels import STORED, abstract, arrays_of, execute, needs_gpu, sparse, vectors
+from macko_jax.experimental import fused_spmv
+from macko_jax.gpu import spmv
+from macko_jax.gpu.gather import Settings
+from macko_jax.gpu.kernel import Fusion
+from tests.kernels import STORED, arrays_of, ask, execute, needs_gpu, sparse, vectors
 
 EPS = 1e-5
 KINDS = [("norm", False), ("norm", True), ("gated", False), ("gated", True), (None, True)]
@@ -59,25 +61,24 @@ def assert_exact(y, dense, x, scale, add, rounding=0.0):
 def test_program(shape, kind, add, encoding, values):
     dense, x, scale, addend = make(*shape, kind, add)
     matrix = macko_jax.compress(dense, encoding=encoding, dtype=values)
-    settings = config.Settings(
-        blocks=min(3, shape[0]), warps=4, unroll=2, vectors=1, twice=encoding == "two_bank"
+    settings = Settings(
+        blocks=min(3, shape[0]), warps=4, ahead=2, vectors=1, two_copies=encoding == "two_bank"
     )
     scaled = values is not None
-    fusion = kernel.Fusion(EPS if kind == "norm" else None, kind == "gated", add, scaled)
-    plan = kernel.Plan(abstract(matrix), x.dtype, 1, settings, fusion)
-    operands = arrays_of(matrix, "values", "codes", "row_offsets", "starts")
-    operands |= {"x": x, "scale": scale, "add": addend}
+    eps = EPS if kind == "norm" else None
+    fusion = Fusion(eps, kind == "gated", add, scaled=scaled)
+    plan = spmv.Plan(ask("spmv", matrix, x, fusion=fusion), settings)
+    operands = arrays_of(matrix) | {"x": x, "scale": scale, "add": addend}
     if scaled:
         operands["row_scales"] = np.asarray(matrix.scales)
         dense = exact_product(matrix)
     y = execute(
-        kernel.program,
+        spmv.program,
         plan,
         {name: a for name, a in operands.items() if a is not None},
         {"y": np.full((1, shape[0]), np.nan, np.float32)},
         blocks=plan.blocks,
         warps=4,
-        slots=plan.shared_slots,
     )
     assert_exact(y, dense, x, scale, addend)
 
@@ -91,7 +92,7 @@ def test_what_it_stands_for(kind, add, density, tokens):
     x = np.broadcast_to(x[0], (*tokens, x.shape[1]))
     if addend is not None:
         addend = np.broadcast_to(addend[0], (*tokens, 21))
-    y = jax.jit(lambda m, x: macko_jax.fused_spmv(m, x, **options(kind, scale, addend)))(matrix, x)
+    y = jax.jit(lambda m, x: fused_spmv(m, x, **options(kind, scale, addend)))(matrix, x)
     assert y.shape == (*tokens, 21)
     for row in y.reshape(-1, 21):
         assert_exact(
@@ -109,7 +110,7 @@ def test_derivatives_and_vmap_are_those_of_the_separate_operations(kind, add):
     matrix = macko_jax.compress(dense)
 
     def fused(x, scale, addend):
-        return macko_jax.fused_spmv(matrix, x, **options(kind, scale, addend))
+        return fused_spmv(matrix, x, **options(kind, scale, addend))
 
     def separate(x, scale, addend):  # two tokens are never one kernel
         two = None if addend is None else jnp.concatenate([addend, addend])
@@ -123,7 +124,7 @@ def test_derivatives_and_vmap_are_those_of_the_separate_operations(kind, add):
     many = jax.vmap(fused, in_axes=(0, None, None))(np.stack([x, 2 * x]), scale, addend)
     np.testing.assert_allclose(many[1], fused(2 * x, scale, addend), rtol=1e-5, atol=1e-5)
 
-    of_matrix = loss(lambda m: macko_jax.fused_spmv(m, x, **options(kind, scale, addend)))
+    of_matrix = loss(lambda m: fused_spmv(m, x, **options(kind, scale, addend)))
     by_values = jax.grad(of_matrix, allow_int=True)(matrix).values
     assert by_values.shape == matrix.values.shape and np.any(by_values)
 
@@ -133,7 +134,7 @@ def lowered(platform, tokens, kind, add, values=None):
     matrix = macko_jax.compress(dense, dtype=values)
     x = jnp.broadcast_to(x, (tokens, x.shape[1]))
     addend = None if addend is None else jnp.broadcast_to(addend, (tokens, 64))
-    function = jax.jit(lambda m, x: macko_jax.fused_spmv(m, x, **options(kind, scale, addend)))
+    function = jax.jit(lambda m, x: fused_spmv(m, x, **options(kind, scale, addend)))
     return function.trace(matrix, x).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -154,6 +155,12 @@ def test_scales_of_8_bit_values_take_no_kernel_of_their_own():
         traced = function.trace(matrix, vectors(tokens, 96, dtype=np.float16))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("@mosaic_gpu") == 1 and ("stablehlo.multiply" in text) != alone
+
+
+def test_old_names_warn_and_work():
+    with pytest.warns(DeprecationWarning, match="macko_jax.experimental.fused_spmv"):
+        assert macko_jax.fused_spmv is fused_spmv
+    assert "fused_spmv" not in dir(macko_jax)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -178,13 +185,13 @@ def test_errors_say_what_is_wrong():
     matrix = macko_jax.compress(sparse(13, 24, 0.5, np.float32))
     x = jnp.ones((1, 24))
     with pytest.raises(ValueError, match=r"\[\.\.\., 48\] with a gate, got \[1, 24\]"):
-        macko_jax.fused_spmv(matrix, x, gated=True)
+        fused_spmv(matrix, x, gated=True)
     with pytest.raises(ValueError, match=r"scale .* has shape \[24\], got \[13\]"):
-        macko_jax.fused_spmv(matrix, x, norm=(jnp.ones(13), EPS))
+        fused_spmv(matrix, x, norm=(jnp.ones(13), EPS))
     with pytest.raises(ValueError, match="not both"):
-        macko_jax.fused_spmv(matrix, x, norm=(jnp.ones(24), EPS), gated=True)
+        fused_spmv(matrix, x, norm=(jnp.ones(24), EPS), gated=True)
     with pytest.raises(ValueError, match=r"add .* got \[1, 24\]"):
-        macko_jax.fused_spmv(matrix, x, add=x)
+        fused_spmv(matrix, x, add=x)
 
 
 @pytest.mark.gpu
@@ -204,7 +211,7 @@ def test_on_gpu(kind, add, shape, dtype, encoding, values):
     dense, x, scale, addend = make(*shape, kind, add, dtype)
     matrix = macko_jax.compress(dense, encoding=encoding, dtype=values)
     dense = exact_product(matrix)
-    product = jax.jit(lambda m, x: macko_jax.fused_spmv(m, x, **options(kind, scale, addend)))
+    product = jax.jit(lambda m, x: fused_spmv(m, x, **options(kind, scale, addend)))
     y = np.asarray(product(matrix, x))
     assert_exact(
         y.astype(np.float64),

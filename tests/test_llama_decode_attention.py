@@ -16,7 +16,7 @@ from examples import llama
 from examples.llama import attention, decode_attention
 from examples.llama.cache import widen
 from examples.llama.split import SplitModules
-from macko_jax.gpu import staging as vectors
+from macko_jax.gpu import staging
 from macko_jax.lanes import interpreter
 
 HAS_GPU = any(device.platform == "gpu" for device in jax.local_devices())
@@ -135,7 +135,7 @@ def test_program_is_attention(case):
 @pytest.mark.parametrize("blanks", [8, 1000, 100_000])
 def test_program_makes_blanks_for_the_chain_after_it(blanks):
     _, _, blank = interpret(*make(4, 2, 64, [5]), 4, None, blanks)
-    assert (blank == vectors.BLANK).all()
+    assert (blank == staging.BLANK).all()
 
 
 def test_a_token_past_the_last_slot_changes_nothing():
@@ -168,7 +168,7 @@ def test_kernel_gives_attention(case, dtype):
     found, cache, blank = decode_attention.attend(
         *arguments, heads=heads, window=window, blanks=1 << 20
     )
-    assert blank.shape == (1 << 20,) and (blank == vectors.BLANK).all()
+    assert blank.shape == (1 << 20,) and (blank == staging.BLANK).all()
     rows, rotation, before, positions = arguments
     assert_cache(cache, with_own_tokens(rows, rotation, before, positions, heads))
     wanted = expected(rows, rotation, cache, positions, heads, window)

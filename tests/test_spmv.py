@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import macko_jax
 from macko_jax._compatibility import check_jax
-from macko_jax.ops import dispatch, reference
-from macko_jax.ops import xla_cpu as cpu
-from tests.cases import CASES, Case, error_bound, static_of
+from macko_jax.format.layout import Layout
+from macko_jax.ops import dispatch, reference, xla_cpu
+from tests.cases import CASES, Case, error_bound
 
 BITMASK, DELTA4 = CASES[6], CASES[8]  # 33 x 301, several lanes
 
@@ -42,18 +42,20 @@ def test_all_products(case):
     """Forward, transposed and by the values, for CPUs and for others; one program for each case."""
     weight, matrix, x = case.weight(), case.matrix(), case.vectors(9)
     y = np.random.default_rng(1).standard_normal((9, case.rows)).astype(weight.dtype)
-    structure = matrix.codes, matrix.row_offsets, matrix.starts
-    static = static_of(matrix, "float32")
+    layout, positions = matrix.layout, matrix.positions
 
     @jax.jit
     def products(values, x, y):
         pattern = values[:0] if case.encoding == "bitmask" else values
-        by_values = reference.spmv_values(x, y, *structure, pattern, **static)
+        by_values = reference.sddmm(layout, positions, x, y, pattern, out_dtype="float32")
         return (
-            [module.spmv(values, x, *structure, **static) for module in (cpu, reference)],
             [
-                module.spmv_transposed(values, y, *structure, **static)
-                for module in (cpu, reference)
+                m.spmv(layout, values, positions, x, out_dtype="float32")
+                for m in (xla_cpu, reference)
+            ],
+            [
+                m.spmv_transposed(layout, values, positions, y, out_dtype="float32")
+                for m in (xla_cpu, reference)
             ],
             macko_jax.decompress(dataclasses.replace(matrix, values=by_values)),
         )
@@ -186,10 +188,7 @@ def problem(**changes):
         **dict(
             product="spmv",
             platform="cpu",
-            shape=(33, 301),
-            encoding="bitmask",
-            lanes=8,
-            stored=800,
+            layout=Layout((33, 301), "bitmask", 8, 800),
             batch=1,
             dtypes=("float16", "float16"),
             out_dtype="float16",
@@ -201,7 +200,7 @@ def problem(**changes):
 def test_a_named_implementation_never_falls_back():
     for name, reason in dispatch.explain(problem()).items():
         if reason is None:
-            assert callable(dispatch.choose(problem(), name))
+            assert callable(dispatch.implement(problem(), name))
         else:
             with pytest.raises(NotImplementedError, match=f"(?s){name}.*implementation=None"):
                 macko_jax.spmv(BITMASK.matrix(), BITMASK.vectors(), implementation=name)
@@ -209,8 +208,8 @@ def test_a_named_implementation_never_falls_back():
 
 def test_there_is_an_implementation_for_every_platform_and_product():
     for platform in ("cpu", "cuda", "any"):
-        for product in ("spmv", "spmv_transposed", "spmv_values"):
-            assert callable(dispatch.choose(problem(platform=platform, product=product), None))
+        for product in ("spmv", "spmv_transposed", "sddmm"):
+            assert callable(dispatch.implement(problem(platform=platform, product=product), None))
 
 
 @pytest.mark.gpu
@@ -222,10 +221,7 @@ def test_implementations_on_a_gpu(case, batch):
     for name, implementation in dispatch.IMPLEMENTATIONS.items():
         asked = problem(
             platform="cuda",
-            shape=matrix.shape,
-            encoding=case.encoding,
-            lanes=case.lanes,
-            stored=matrix.stored,
+            layout=matrix.layout,
             batch=int(np.prod(batch)),
             dtypes=(matrix.dtype, x.dtype),
             out_dtype=matrix.dtype,

@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from macko_jax.gpu import tuning as config
+from macko_jax.gpu import device
 from macko_jax.lanes import mosaic as lanes
 from macko_jax.lanes.mosaic import WARP
 from macko_jax.lanes.vocabulary import STREAM
 
 AHEAD = 4  # 16-byte loads in flight for every lane
 WARPS = 16
-BLOCKS_PER_MULTIPROCESSOR = 4
+BLOCKS_PER_SM = 4
 
 
 def program(ops, chunks: int, blocks: int) -> None:
@@ -38,7 +38,7 @@ def program(ops, chunks: int, blocks: int) -> None:
 
 def read(x: jax.Array) -> jax.Array:
     """Reads a float array of a multiple of 16 bytes from GPU memory, and returns one element."""
-    blocks = BLOCKS_PER_MULTIPROCESSOR * config.multiprocessors()
+    blocks = BLOCKS_PER_SM * device.multiprocessors()
     chunks = x.size * x.dtype.itemsize // 16
     return lanes.run(
         "macko_read",

@@ -1,9 +1,9 @@
-"""Times the ways of a product with several vectors, to find from how many on which is the fastest.
+"""Times the methods of a product with several vectors, to find which is the fastest for how many.
 
     python -m examples.benchmarks.tune_many --shape=4096x11008 --density=0.5 --batch=8
 
-The ways are those of macko_jax/gpu/select.py: passes over the packed matrix, and a dense decode
-with a dense product. Printed and saved is what each takes, and which one the rule in
+The methods are those of macko_jax/gpu/select.py: passes over the packed matrix, and a dense product
+with the densified one. Printed and saved is what each takes, and which one the rule in
 macko_jax/gpu/tuning.py chooses, where a better rule would go.
 """
 
@@ -18,15 +18,15 @@ import macko_jax
 from examples import cli
 from examples.benchmarks import timing as benchmark
 from examples.records import write_json
-from macko_jax.gpu import select as products
-from macko_jax.ops import dispatch
+from macko_jax.gpu import select
+from macko_jax.gpu.kernel import problem_of
 
 flags.DEFINE_multi_string("shape", ["4096x11008", "22016x4096"], "Matrix, rows x cols; repeatable.")
 flags.DEFINE_multi_float("density", [0.5, 0.3, 0.1], "Share of non-zeros; repeatable.", 0, 1)
 flags.DEFINE_multi_integer(
     "batch", [8, 16, 32, 64, 512], "Vectors at a time; repeatable.", lower_bound=1
 )
-flags.DEFINE_enum("product", "spmv", list(products.WAYS), "Forward or transposed.")
+flags.DEFINE_enum("product", "spmv", list(select.METHODS), "Forward or transposed.")
 flags.DEFINE_enum("dtype", "float16", ["float16", "bfloat16", "float32"], "Type of the vectors.")
 flags.DEFINE_string("values", None, "Type of the values, if not that of the vectors.")
 flags.DEFINE_string("encoding", None, "Encoding, as in macko_jax.compress; by default its choice.")
@@ -51,46 +51,37 @@ class Settings:
     out: str
 
 
-def multiply(product: str, way: str, matrix, x) -> jax.Array:
-    """The product by one of the ways, without scales of 8-bit values."""
-    return products.WAYS[product][way](
-        matrix.values,
-        x,
-        matrix.codes,
-        matrix.row_offsets,
-        matrix.starts,
-        shape=matrix.shape,
-        encoding=matrix.encoding,
-        lanes=matrix.lanes,
-        stored=matrix.stored,
-        out_dtype=x.dtype,
-    )
+def multiply(product: str, method: str, matrix, x) -> jax.Array:
+    """The product by one of the methods, without scales of 8-bit values."""
+    function = select.METHODS[product][method]
+    return function(matrix.layout, matrix.values, matrix.positions, x, out_dtype=x.dtype)
 
 
 def tune(settings, matrices: list, batch: int) -> dict:
-    """Microseconds by way, and the way that is chosen."""
-    length = matrices[0].shape[settings.product == "spmv"]
+    """Microseconds by method, and the method that is chosen."""
+    first = matrices[0]
+    length = first.shape[settings.product == "spmv"]
     x = jax.random.normal(jax.random.key(1), (batch, length), settings.dtype)
-    problem = dispatch.problem_of(settings.product, "cuda", matrices[0], x, x.dtype)
+    problem = problem_of(settings.product, first.layout, first.values, x, x.dtype)
     microseconds = {}
-    for way in products.WAYS[settings.product]:
-        if way == "passes" and batch > settings.most_passes:
+    for method in select.METHODS[settings.product]:
+        if method == "passes" and batch > settings.most_passes:
             continue
-        if products.why_not_by(way, problem) is None:
+        if select.why_not_by(method, problem) is None:
             timing = benchmark.time_products(
-                functools.partial(multiply, settings.product, way),
+                functools.partial(multiply, settings.product, method),
                 matrices,
                 x,
                 repeats=settings.repeats,
             )
-            microseconds[way] = 1e6 * timing.median
-    return {"batch": batch, "microseconds": microseconds, "chosen": products.way(problem)}
+            microseconds[method] = 1e6 * timing.median
+    return {"batch": batch, "microseconds": microseconds, "chosen": select.fastest_method(problem)}
 
 
 def main(_):
     settings = cli.settings(Settings)
     if jax.default_backend() != "gpu":
-        raise ValueError(f"the ways are kernels; this needs a GPU, not {jax.default_backend()}")
+        raise ValueError(f"kernels are timed; this needs a GPU, not {jax.default_backend()}")
     record = {
         **benchmark.environment(),
         "product": settings.product,
@@ -106,7 +97,7 @@ def main(_):
         first = matrices[0]
         times = [tune(settings, matrices, batch) for batch in settings.batch]
         for row in times:
-            each = "  ".join(f"{way} {t:.1f}" for way, t in row["microseconds"].items())
+            each = "  ".join(f"{method} {t:.1f}" for method, t in row["microseconds"].items())
             print(
                 f"{shape:>12} {density} {first.encoding} {row['batch']:>5}: {each} us; chosen: "
                 f"{row['chosen']}",

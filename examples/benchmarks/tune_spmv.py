@@ -3,8 +3,8 @@
     python -m examples.benchmarks.tune_spmv --shape=4096x4096 --density=0.5
 
 Every number of lanes a row (fixed when a matrix is packed) is tried with every pair of warps and
-unroll. Printed and saved are the times, the best first, beside those of the default rule in
-macko_jax/gpu/tuning.py, where a better rule would go.
+prefetch distance. Printed and saved are the times, the best first, beside those of the default rule
+in macko_jax/gpu/tuning.py, where a better rule would go.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ import macko_jax
 from examples import cli
 from examples.benchmarks import timing as benchmark
 from examples.records import write_json
-from macko_jax.gpu import row_walk as strips
 from macko_jax.gpu import spmv
+from macko_jax.gpu.kernel import problem_of
 
 flags.DEFINE_multi_string("shape", ["4096x4096", "11008x4096"], "Matrix, rows x cols; repeatable.")
 flags.DEFINE_multi_float("density", [0.5, 0.3, 0.1], "Share of non-zeros; repeatable.", 0, 1)
@@ -28,7 +28,7 @@ flags.DEFINE_string("values", None, "Type of the values, if not that of the vect
 flags.DEFINE_string("encoding", None, "Encoding, as in macko_jax.compress; by default its choice.")
 flags.DEFINE_multi_integer("lanes", [8, 16, 32], "Lanes that share a row; repeatable.")
 flags.DEFINE_multi_string(
-    "warps_and_unroll",
+    "warps_and_ahead",
     ["32x1", "32x2", "32x4", "28x2", "24x2", "24x4", "16x4"],
     "Warps of a block x groups that a lane loads ahead; repeatable.",
 )
@@ -46,7 +46,7 @@ class Settings:
     values: str | None
     encoding: str | None
     lanes: tuple[int, ...]
-    warps_and_unroll: tuple[str, ...]
+    warps_and_ahead: tuple[str, ...]
     repeats: int
     out: str
 
@@ -55,10 +55,9 @@ def time_plan(matrices, x, repeats, **changes) -> float:
     """Median microseconds of a product by a changed plan, without scales of 8-bit values."""
 
     def product(m, x):
-        static = strips.Matrix(m.shape, m.encoding, m.lanes, m.stored, m.values.dtype)
-        plan = spmv.choose(static, x.dtype, 1)
+        plan = spmv.plan(problem_of("spmv", m.layout, m.values, x[None], x.dtype))
         plan = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, **changes))
-        return spmv.run(plan, x.dtype, m.values, m.codes, m.row_offsets, m.starts, x[None])
+        return spmv.run(plan, m.values, *m.positions, x[None])
 
     return 1e6 * benchmark.time_products(product, matrices, x, repeats=repeats).median
 
@@ -74,11 +73,11 @@ def tune(settings, rows: int, cols: int, density: float) -> list[dict]:
     for lanes in settings.lanes:
         matrix = pack(lanes=lanes)
         matrices = benchmark.distinct(matrix)
-        for pair in ["default"] * (lanes == default) + list(settings.warps_and_unroll):
+        for pair in ["default"] * (lanes == default) + list(settings.warps_and_ahead):
             changes = {}
             if pair != "default":
-                warps, unroll = benchmark.parse_shape(pair)
-                changes = {"warps": warps, "unroll": unroll}
+                warps, ahead = benchmark.parse_shape(pair)
+                changes = {"warps": warps, "ahead": ahead}
             out.append(
                 {
                     "lanes": lanes,

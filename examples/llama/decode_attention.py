@@ -17,8 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from macko_jax.gpu import staging as vectors
-from macko_jax.gpu import tuning as config
+from macko_jax.gpu import device, staging
 from macko_jax.lanes import mosaic as lanes
 from macko_jax.lanes.vocabulary import sum_over_lanes
 
@@ -31,7 +30,7 @@ MOST_HEADS = 4  # query heads of a block: each takes 32 registers
 WARPS = 4  # of a block; small blocks leave room for several on each multiprocessor
 ENOUGH_BLOCKS = 256
 MOST_SPLITS = 8  # blocks of a cluster, on every GPU that has them
-BLANKS = vectors.BLANK * 0x10001  # two of them
+BLANKS = staging.BLANK * 0x10001  # two of them
 NEVER = -1e30  # score of a slot that is not visible; finite, so that differences are numbers
 
 
@@ -120,7 +119,7 @@ def fits(cache):
     """Whether the kernel serves a layer's cache [B, K, S, 2, D] on the default device."""
     return (
         jax.default_backend() == "gpu"
-        and config.why_no_kernels() is None
+        and device.why_no_kernels() is None
         and cache.shape[-1] == HEAD_DIM
         and cache.dtype in (jnp.float16, jnp.bfloat16)
         and cache.size // CHUNK < 2**31  # loads have 32-bit indices
@@ -141,7 +140,7 @@ def attend(rows, rotation, cache, positions, *, heads, window, blanks=0):
 
     Returns:
       [B, H * D] in the dtype of the rows; the cache with the tokens' keys and values; and [blanks]
-      uint16, see `macko_jax.fused_chain`.
+      uint16, see `macko_jax.experimental.fused_chain`.
     """
     batch, kv_heads, slots = cache.shape[:3]
     plan = Plan(batch, heads, kv_heads, slots, window, cache.dtype, blanks)

@@ -20,7 +20,8 @@ from dsf_jax.nn.layers import FactorPair
 from examples.llama import attention
 from examples.llama.cache import Cache, write
 from examples.llama.rope import rotate, rotation
-from macko_jax import Step, flax_nnx
+from macko_jax import flax_nnx
+from macko_jax.experimental import Step
 from macko_jax.ops.fused import blanks, in_turn, rms_norm, swiglu
 
 
@@ -63,7 +64,7 @@ class Attention(nnx.Module):
         Args:
           qkv: [B, T, (H + 2 K) * D].
           positions, rotary, layer_cache: where the tokens are, and what was before them.
-          blanks: length of the array that `macko_jax.fused_chain` needs for what follows.
+          blanks: length of the array that `experimental.fused_chain` needs for what follows.
 
         Returns:
           [B, T, H * D]; the layer's cache with these tokens; and that array, or None.

@@ -12,7 +12,7 @@ from macko_jax.format import quantization
 from macko_jax.format.codes import ENCODINGS
 from macko_jax.format.layout import MAX_COLS, Layout, Positions
 from macko_jax.format.pack import Capacity, pack
-from macko_jax.format.unpack import decode_dense
+from macko_jax.format.unpack import densify
 from macko_jax.format.validate import DTYPES, QUANTIZED, check_lanes, name_dtypes, validate
 
 __all__ = ["DTYPES", "QUANTIZED", "MackoMatrix", "compress", "decompress", "validate"]
@@ -231,13 +231,5 @@ def decompress(matrix: MackoMatrix) -> jax.Array:
     """
     if matrix.row_offsets.ndim > 1:
         return jax.vmap(decompress)(matrix)
-    dense = decode_dense(
-        matrix.values,
-        matrix.codes,
-        matrix.row_offsets,
-        matrix.starts,
-        shape=matrix.shape,
-        encoding=matrix.encoding,
-        lanes=matrix.lanes,
-    )
+    dense = densify(matrix.layout, matrix.values, matrix.positions)
     return dense if matrix.scales is None else quantization.dequantize(dense, matrix.scales)

@@ -1,7 +1,8 @@
 """The lane program of the gradient by the values: y[row] x[column] for every stored slot.
 
-It walks the strips as the product does, and writes as many bytes as a read of the values takes. It
-reads them only where they tell which slots are padding.
+It is a sampled dense-dense matrix product (SDDMM). It walks the chunks as the product does, and
+writes as many bytes as a read of the values takes. It reads them only where they tell which slots
+are padding.
 """
 
 import dataclasses
@@ -9,16 +10,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from macko_jax.format.layout import GROUP
-from macko_jax.gpu import row_walk as strips
-from macko_jax.gpu import tuning as config
+from macko_jax.format.layout import GROUP, Layout, Positions
+from macko_jax.gpu import device, gather, row_walk
+from macko_jax.gpu.kernel import Problem, problem_of
 from macko_jax.gpu.staging import Share
-from macko_jax.lanes import mosaic as lanes
+from macko_jax.lanes import mosaic
 from macko_jax.lanes.mosaic import WARP
+from macko_jax.lanes.vocabulary import Lanes
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(config.Plan):
+class Plan(gather.GatherPlan):
     """How one gradient is computed.
 
     Attributes:
@@ -29,11 +31,12 @@ class Plan(config.Plan):
 
     @property
     def y(self) -> Share:
+        """The block's share of all vectors y."""
         return Share(
-            rows=self.matrix.shape[0],
+            rows=self.layout.shape[0],
             blocks=self.settings.blocks,
             count=self.settings.vectors,
-            batch=self.batch,
+            batch=self.problem.batch,
         )
 
     @property
@@ -41,22 +44,49 @@ class Plan(config.Plan):
         return self.x.slots + self.y.slots
 
 
-def program(ops, plan: Plan) -> None:
+def why_not(problem: Problem) -> str | None:
+    """None if the kernel serves the problem, or the reason why it does not."""
+    if _fitting(problem) is None:
+        return f"{problem.batch} vectors do not fit in one pass"
+    return None
+
+
+def plan(problem: Problem) -> Plan:
+    """The plan of a gradient, of all vectors in one pass.
+
+    Raises:
+      ValueError: there is none; see `why_not`.
+    """
+    if (found := _fitting(problem)) is None:
+        raise ValueError(why_not(problem))
+    return found
+
+
+def _fitting(problem: Problem) -> Plan | None:
+    settings = gather.settle(problem)
+    if settings is None or problem.batch > settings.vectors:
+        return None
+    fitting = Plan(problem, settings)
+    return fitting if 4 * fitting.shared_slots <= device.shared_bytes() else None
+
+
+def program(ops: Lanes, plan: Plan) -> None:
     """Computes gradient [stored] from the arrays codes, row_offsets, starts, x, y, values.
 
     Groups beyond the last row are spare capacity and get zeros.
     """
-    matrix, settings, x, y = plan.matrix, plan.settings, plan.x, plan.y
-    end, threads = matrix.shape[1] * x.scale, settings.warps * WARP
-    walk = strips.RowWalk(
+    layout, settings, x, y = plan.layout, plan.settings, plan.x, plan.y
+    dtype, end, threads = plan.problem.dtype, layout.shape[1] * x.scale, settings.warps * WARP
+    walk = row_walk.RowWalk(
         ops,
-        matrix,
+        layout,
+        dtype,
         block=ops.block(),
         blocks=settings.blocks,
         warps=settings.warps,
-        unroll=settings.unroll,
+        ahead=settings.ahead,
         scale=x.scale,
-        chooses=x.twice,
+        two_copies=settings.two_copies,
         read_values=plan.masked,
     )
 
@@ -69,16 +99,16 @@ def program(ops, plan: Plan) -> None:
                 total = ops.fma(a, b, total)
             products.append(ops.select(column < end, total, ops.real(0)))
         if plan.masked:
-            zeros = _zeros(group.values, matrix.dtype)
+            zeros = _zeros(group.values, dtype)
             products = [ops.select(zero, ops.real(0), p) for zero, p in zip(zeros, products)]
-        _store_group(ops, group.index, products, matrix.dtype, group.live)
+        _store_group(ops, group.index, products, dtype, group.live)
         return state
 
     def clear(group):
-        _store_group(ops, group, [ops.real(0)] * GROUP, matrix.dtype, group < groups)
+        _store_group(ops, group, [ops.real(0)] * GROUP, dtype, group < groups)
         return group + settings.blocks * threads
 
-    first, groups = ops.integer(0), matrix.stored // GROUP
+    first, groups = ops.integer(0), layout.stored // GROUP
     x.begin(ops, "x", first, threads)
     y.begin(ops, "y", walk, first_vector=first, first_slot=x.slots, threads=threads)
     started = walk.start()
@@ -86,63 +116,48 @@ def program(ops, plan: Plan) -> None:
     y.finish()
     ops.barrier()
     walk.run(started, lambda: (), outer, lambda row, state: None)
-    spare = ops.load_integer("row_offsets", ops.integer(matrix.shape[0]))
+    spare = ops.load_integer("row_offsets", ops.integer(layout.shape[0]))
     ops.loop(lambda group: group < groups, clear, spare + ops.block() * threads + ops.thread())
 
 
 def _zeros(words, dtype) -> list:
-    """Which of a group's values are zero, of either sign."""
+    """Tells which of a group's values are zero, of either sign."""
     magnitudes = (0x7FFFFFFF,) if jnp.dtype(dtype).itemsize == 4 else (0x7FFF, 0x7FFF0000)
     return [(word & bits) == 0 for word in words for bits in magnitudes]
 
 
-def _store_group(ops, index, reals, dtype, where) -> None:
-    """Writes the eight gradients of a group."""
+def _store_group(ops: Lanes, index, reals, dtype, where) -> None:
+    """Writes the eight gradients of a group, 16 bytes at a time."""
     if jnp.dtype(dtype).itemsize == 4:
         words = [ops.as_word(real) for real in reals]
     else:
         words = [ops.pack(a, b, dtype) for a, b in zip(reals[::2], reals[1::2])]
-    pieces = len(words) // 4
-    for i in range(pieces):
-        ops.store_words("gradient", index * pieces + i, words[4 * i : 4 * i + 4], where)
+    stores = len(words) // 4
+    for i in range(stores):
+        ops.store_words("gradient", index * stores + i, words[4 * i : 4 * i + 4], where)
 
 
-def plan(matrix: strips.Matrix, x_dtype, batch: int) -> Plan | None:
-    """The plan of a gradient; None if so many vectors do not fit in one pass."""
-    settings = config.choose(matrix, x_dtype, batch)
-    if settings is None or batch > settings.vectors:
-        return None
-    fitting = Plan(matrix, x_dtype, batch, settings)
-    return fitting if 4 * fitting.shared_slots <= config.shared_bytes() else None
-
-
-def why_not(matrix: strips.Matrix, x_dtype, batch: int) -> str | None:
-    """None if the kernel serves, or the reason why it does not."""
-    if plan(matrix, x_dtype, batch) is None:
-        return f"{batch} vectors do not fit in one pass"
-    return None
-
-
-def spmv_values(
-    x, y, codes, row_offsets, starts, pattern, *, shape, encoding, lanes, stored, out_dtype
-):
-    """As `reference.spmv_values`, on the GPU; a gradient and its pattern have one type."""
-    matrix = strips.Matrix(shape, encoding, lanes, stored, jnp.dtype(out_dtype))
-    masked = pattern.size > 0
-    chosen = dataclasses.replace(plan(matrix, x.dtype, x.shape[0]), masked=masked)
-    return run(chosen, codes, row_offsets, starts, x, y, *[pattern] * masked)
-
-
-def run(plan: Plan, *operands):
+def run(plan: Plan, *operands) -> jax.Array:
     """The gradient by a given plan, of codes, row_offsets, starts, x, y and, if masked, values."""
-    names = "codes", "row_offsets", "starts", "x", "y", *["values"] * plan.masked, "gradient"
-    return lanes.run(
-        "macko_spmv_values",
+    names = *Positions._fields, "x", "y", *["values"] * plan.masked, "gradient"
+    return mosaic.run(
+        "macko_sddmm",
         lambda ops: program(ops, plan),
         names,
         operands,
-        jax.ShapeDtypeStruct((plan.matrix.stored,), plan.matrix.dtype),
+        jax.ShapeDtypeStruct((plan.layout.stored,), plan.problem.dtype),
         blocks=plan.settings.blocks,
         warps=plan.settings.warps,
         shared_slots=plan.shared_slots,
     )
+
+
+def sddmm(layout: Layout, positions: Positions, x, y, pattern, *, out_dtype) -> jax.Array:
+    """The gradient by the values, on the GPU; see `reference.sddmm`.
+
+    A gradient and its pattern have one type.
+    """
+    masked = pattern.size > 0
+    chosen = plan(problem_of("sddmm", layout, x, y, out_dtype))
+    chosen = dataclasses.replace(chosen, masked=masked)
+    return run(chosen, *positions, x, y, *[pattern] * masked)

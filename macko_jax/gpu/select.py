@@ -1,4 +1,4 @@
-"""Which kernel computes which product of a `dispatch.Problem`; functions as in `reference.py`."""
+"""Which kernel computes which product of a `kernel.Problem`, and how."""
 
 from collections.abc import Callable
 
@@ -7,106 +7,104 @@ import jax.numpy as jnp
 
 from macko_jax.format import quantization
 from macko_jax.format.layout import words_per_row
-from macko_jax.gpu import chain, spmv
-from macko_jax.gpu import densify as decode
-from macko_jax.gpu import row_walk as strips
-from macko_jax.gpu import sddmm as by_values
-from macko_jax.gpu import spmv_transposed as transposed
-from macko_jax.gpu import tuning as config
+from macko_jax.gpu import chain, densify, device, row_walk, sddmm, spmv, spmv_transposed, tuning
+from macko_jax.gpu.kernel import Kernel, Problem
 
 FLOATS = ("float16", "bfloat16", "float32")
+KERNELS: dict[str, Kernel] = {
+    "spmv": spmv,
+    "spmv_transposed": spmv_transposed,
+    "sddmm": sddmm,
+    "densify": densify,
+    "chain": chain,
+}
 
 
-def why_not(problem) -> str | None:
+def why_not(problem: Problem) -> str | None:
     """None if a kernel serves the problem, or the reason why none does."""
-    if (reason := config.why_no_kernels()) is not None:
+    if (reason := device.why_no_kernels()) is not None:
         return reason
-    if problem.encoding not in strips.ENCODINGS:
+    layout, batch = problem.layout, problem.batch
+    if layout.encoding not in row_walk.ENCODINGS:
         return (
-            f"no kernel reads the encoding {problem.encoding!r}; "
+            f"no kernel reads the encoding {layout.encoding!r}; "
             "macko_jax.compress(macko_jax.decompress(m)) gives one that has kernels"
         )
-    values_first = problem.product != "spmv_values"
+    values_first = problem.product != "sddmm"
     for i, dtype in enumerate((*problem.dtypes, problem.out_dtype)):
         allowed = FLOATS + quantization.NAMES * (values_first and i == 0)
         if jnp.dtype(dtype).name not in allowed:
             return f"the kernels take {', '.join(allowed)} here, not {jnp.dtype(dtype).name}"
-    if problem.stored == 0 or 0 in problem.shape or problem.batch == 0:
+    if layout.stored == 0 or 0 in layout.shape or batch == 0:
         return "the matrix or the batch is empty"
-    rows, cols = problem.shape
-    if max(rows * words_per_row(cols), problem.batch * max(rows, cols), problem.stored) >= 2**31:
+    rows, cols = layout.shape
+    if max(rows * words_per_row(cols), batch * max(rows, cols), layout.stored) >= 2**31:
         return "the arrays are too large for 32-bit indices"
-    if problem.product == "spmv_values":
-        return by_values.why_not(_matrix(problem), problem.dtypes[0], problem.batch)
-    reasons = [why_not_by(way, problem) for way in WAYS[problem.product]]
-    return None if None in reasons else ", and ".join(reasons)
+    if problem.product == "sddmm":
+        return sddmm.why_not(problem)
+    methods = METHODS[problem.product]
+    reasons = [reason for method in methods if (reason := why_not_by(method, problem))]
+    return ", and ".join(reasons) if len(reasons) == len(methods) else None
 
 
-def choose(problem) -> Callable:
+def implement(problem: Problem) -> Callable:
     """The function that serves a problem that `why_not` has no objection to."""
-    if problem.product == "spmv_values":
-        return by_values.spmv_values
-    return WAYS[problem.product][way(problem)]
+    if problem.product == "sddmm":
+        return sddmm.sddmm
+    return METHODS[problem.product][fastest_method(problem)]
 
 
-def way(problem) -> str:
-    """The fastest of the `WAYS` of a product with vectors, by what was measured."""
-    matrix = _matrix(problem)
+def fastest_method(problem: Problem) -> str:
+    """The fastest of the `METHODS` of a product with vectors, by what was measured."""
     if why_not_by("passes", problem) is not None:
-        return "decode"
-    by_passes = config.by_passes(problem.product, matrix, problem.dtypes[1], problem.batch)
-    return "passes" if by_passes or why_not_by("decode", problem) is not None else "decode"
+        return "densify"
+    vectors = 1
+    if problem.product == "spmv":
+        vectors = spmv.plan(problem).settings.vectors
+    # Where types differ, the dense product is one of float32.
+    dense = dense_dtype(*problem.dtypes)
+    bits = 16 if dense.itemsize == 2 and dense == problem.x_dtype else 32
+    faster = tuning.passes_are_faster(problem.product, problem.layout, bits, problem.batch, vectors)
+    return "passes" if faster or why_not_by("densify", problem) is not None else "densify"
 
 
-def why_not_by(way: str, problem) -> str | None:
-    """None if one of the `WAYS` serves the product, or the reason why it does not."""
-    matrix, backward = _matrix(problem), problem.product == "spmv_transposed"
-    if way == "decode":
-        return decode.why_not(matrix, config.dense_dtype(*problem.dtypes))
-    if backward:
-        return transposed.why_not(matrix, problem.batch)
-    return spmv.why_not(matrix, problem.dtypes[1])
-
-
-def plan_fused(problems, around) -> spmv.Plan | chain.Plan | None:
-    """Of one kernel for a chain of products, or for one; None where there is none.
-
-    `around` has for each of them what a `chain.Step` is beside its matrix.
-    """
-    if any(why_not(problem) is not None for problem in problems):
-        return None
-    steps = [chain.Step(_matrix(problem), *more) for problem, more in zip(problems, around)]
-    x_dtype = problems[0].dtypes[1]
-    if len(steps) == 1:
-        [step] = steps
-        return spmv.plan_fused(step.matrix, x_dtype, step.fusion)
-    plan = chain.Plan(tuple(steps), x_dtype, config.multiprocessors())
-    return plan if chain.why_not(plan) is None else None
-
-
-def _matrix(problem) -> strips.Matrix:
-    """What the kernels know of the problem's matrix; its values are an operand or the result."""
-    dtype = problem.out_dtype if problem.product == "spmv_values" else problem.dtypes[0]
-    return strips.Matrix(
-        problem.shape, problem.encoding, problem.lanes, problem.stored, jnp.dtype(dtype)
+def why_not_by(method: str, problem: Problem) -> str | None:
+    """None if one of the `METHODS` serves the product, or the reason why it does not."""
+    if method == "passes":
+        return KERNELS[problem.product].why_not(problem)
+    values, vectors = problem.dtypes
+    return densify.why_not(
+        densify.problem_for(problem.layout, values, dense_dtype(values, vectors))
     )
 
 
-def _spmv_by_decode(values, x, codes, row_offsets, starts, *, out_dtype, **static):
-    # Decoding waits for x: else XLA decodes matrices ahead, and holds two or more at a time.
-    row_offsets, x = jax.lax.optimization_barrier((row_offsets, x))
-    dense = _decode(values, x, codes, row_offsets, starts, **static)
+def why_not_fused(problems: tuple[Problem, ...]) -> str | None:
+    """None if one kernel computes a product with its fusion, or a chain, or the reason why not."""
+    reasons = filter(None, map(why_not, problems))
+    if (reason := next(reasons, None)) is not None or len(problems) == 1:
+        return reason
+    return chain.why_not(problems)
+
+
+def dense_dtype(dtype, x_dtype) -> jnp.dtype:
+    """The type in which a matrix is densified for vectors, which represents its values exactly."""
+    return jnp.dtype(x_dtype if jnp.dtype(dtype).itemsize == 1 else dtype)
+
+
+def _spmv_by_densify(layout, values, positions, x, *, out_dtype) -> jax.Array:
+    # The densifying waits for x: else XLA does it ahead, and holds two or more matrices at a time.
+    row_offsets, x = jax.lax.optimization_barrier((positions.row_offsets, x))
+    dense = _densify(layout, values, positions._replace(row_offsets=row_offsets), x.dtype)
     return _matmul("kc,rc->kr", x, dense, out_dtype)
 
 
-def _transposed_by_decode(values, y, codes, row_offsets, starts, *, out_dtype, **static):
-    dense = _decode(values, y, codes, row_offsets, starts, **static)
-    return _matmul("kr,rc->kc", y, dense, out_dtype)
+def _transposed_by_densify(layout, values, positions, y, *, out_dtype) -> jax.Array:
+    return _matmul("kr,rc->kc", y, _densify(layout, values, positions, y.dtype), out_dtype)
 
 
-def _decode(values, x, *positions, **static):
-    dtype = config.dense_dtype(values.dtype, x.dtype)
-    return decode.decode(values, *positions, **static, dtype=dtype)
+def _densify(layout, values, positions, x_dtype) -> jax.Array:
+    dtype = dense_dtype(values.dtype, x_dtype)
+    return densify.densify(layout, values, positions, dtype=dtype)
 
 
 def _matmul(subscripts, a, b, out_dtype) -> jax.Array:
@@ -120,9 +118,12 @@ def _matmul(subscripts, a, b, out_dtype) -> jax.Array:
     return product.astype(out_dtype)
 
 
-# The ways of a product with vectors: by passes over the matrix; by a dense decode and a dense
+# How a product with vectors is computed: by passes over the matrix, or by densifying it for a dense
 # product.
-WAYS = {
-    "spmv": {"passes": spmv.spmv, "decode": _spmv_by_decode},
-    "spmv_transposed": {"passes": transposed.spmv_transposed, "decode": _transposed_by_decode},
+METHODS = {
+    "spmv": {"passes": spmv.spmv, "densify": _spmv_by_densify},
+    "spmv_transposed": {
+        "passes": spmv_transposed.spmv_transposed,
+        "densify": _transposed_by_densify,
+    },
 }

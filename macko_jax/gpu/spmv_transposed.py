@@ -1,11 +1,12 @@
 """The lane program of the transposed product, the gradient by x.
 
-A warp adds y[row] times its row into float32 columns of its own in shared memory. The strips of a
+A warp adds y[row] times its row into float32 columns of its own in shared memory. The chunks of a
 row do not overlap, so no two lanes meet in a column, and sums are in a fixed order. At the end the
 columns of a block's warps are added up; one row a block goes to memory.
 
-The budget: an element costs a shared load and a store at random banks, 3.6 turns each for 32 lanes,
-so shared memory limits it to 4.2 elements a clock, 1.6 times the time of the forward product.
+The budget: an element costs a shared load and a store at random banks, 3.6 cycles each for 32
+lanes, so shared memory limits it to 4.2 elements a clock, 1.6 times the time of the forward
+product.
 """
 
 import dataclasses
@@ -14,34 +15,44 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from macko_jax.format.layout import GROUP
-from macko_jax.gpu import row_walk as strips
-from macko_jax.gpu import tuning as config
+from macko_jax.format.layout import GROUP, Layout, Positions
+from macko_jax.gpu import occupancy, row_walk, tuning
+from macko_jax.gpu.kernel import Problem, problem_of
 from macko_jax.gpu.staging import Share, deal_blocks
-from macko_jax.lanes import mosaic as lanes
+from macko_jax.lanes import mosaic
 from macko_jax.lanes.mosaic import WARP, WARPGROUP
-
-TOGETHER = 4  # groups that a lane visits at a time; most of their time is the latency of a sum
+from macko_jax.lanes.vocabulary import Lanes
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one product is computed."""
+    """How one product is computed.
 
-    matrix: strips.Matrix
-    batch: int
-    share: int  # blocks that share the rows
+    Attributes:
+      share: the number of blocks that share the rows.
+      warps: warps of a block.
+      rows_per_warp: rows that a warp works on at a time.
+    """
+
+    problem: Problem
+    share: int
     warps: int
     rows_per_warp: int
 
     @property
+    def layout(self) -> Layout:
+        return self.problem.layout
+
+    @property
     def blocks(self) -> int:
-        """Of the grid: `share` for every vector."""
-        return self.share * self.batch
+        """Blocks of the grid: `share` for every vector."""
+        return self.share * self.problem.batch
 
     @property
     def y(self) -> Share:
-        return Share(rows=self.matrix.shape[0], blocks=self.share, count=1, batch=self.batch)
+        """The block's share of y."""
+        rows, batch = self.layout.shape[0], self.problem.batch
+        return Share(rows=rows, blocks=self.share, count=1, batch=batch)
 
     @property
     def buffers(self) -> int:
@@ -50,40 +61,57 @@ class Plan:
 
     @property
     def columns(self) -> int:
-        return self.matrix.shape[1] + strips.SLACK
+        """Columns of such a row."""
+        return self.layout.shape[1] + row_walk.SLACK
 
     @property
     def shared_slots(self) -> int:
         return self.buffers * self.columns + self.y.slots
 
 
-def plan(matrix: strips.Matrix, batch: int) -> Plan | None:
-    """With as many sums as shared memory has room for; None if for less than four rows."""
-    share = config.row_blocks(matrix.shape[0])
-    none = Plan(matrix, batch, share, 0, 0)
-    fitting = config.row_buffers(matrix, 4 * none.columns, 4 * none.shared_slots)
-    return fitting and dataclasses.replace(none, warps=fitting[0], rows_per_warp=fitting[1])
+def why_not(problem: Problem) -> str | None:
+    """None if the kernel serves the problem, or the reason why it does not."""
+    if _fitting(problem) is None:
+        return f"shared memory has no room for four times {problem.layout.shape[1]} sums"
+    return None
 
 
-def program(ops, plan: Plan) -> None:
+def plan(problem: Problem) -> Plan:
+    """The plan of a product, with as many sums as shared memory has room for.
+
+    Raises:
+      ValueError: there is none; see `why_not`.
+    """
+    if (found := _fitting(problem)) is None:
+        raise ValueError(why_not(problem))
+    return found
+
+
+def _fitting(problem: Problem) -> Plan | None:
+    share = occupancy.row_blocks(problem.layout.shape[0])
+    empty = Plan(problem, share, 0, 0)
+    fitting = occupancy.row_buffers(problem.layout, 4 * empty.columns, 4 * empty.shared_slots)
+    return fitting and Plan(problem, share, *fitting)
+
+
+def program(ops: Lanes, plan: Plan) -> None:
     """Computes partial sums x [batch, share, cols] of x = y A from values, ..., y [batch, rows]."""
-    matrix = plan.matrix
-    cols = matrix.shape[1]
-    threads = plan.warps * WARP
+    dtype, cols, threads = plan.problem.dtype, plan.layout.shape[1], plan.warps * WARP
     thread = ops.thread()
-    block, vector = deal_blocks(ops, plan.batch, 1)
-    walk = strips.RowWalk(
+    block, vector = deal_blocks(ops, plan.problem.batch, 1)
+    walk = row_walk.RowWalk(
         ops,
-        matrix,
+        plan.layout,
+        dtype,
         block=block,
         blocks=plan.share,
         warps=plan.warps,
-        unroll=config.unroll(plan.warps),
+        ahead=tuning.prefetch_distance_of_few(plan.warps),
         scale=4,
         rows_per_warp=plan.rows_per_warp,
-        together=TOGETHER,
+        together=tuning.TRANSPOSED_TOGETHER,
     )
-    columns = ops.select(walk.busy, walk.buffer, ops.integer(0)) * (4 * plan.columns)
+    first_column = ops.select(walk.busy, walk.buffer, ops.integer(0)) * (4 * plan.columns)
     y, sums_end = plan.y, plan.buffers * plan.columns
 
     def each(count, visit):
@@ -95,8 +123,8 @@ def program(ops, plan: Plan) -> None:
 
     nothing = [ops.real(0)] * GROUP
 
-    def load(places):
-        return [ops.load_shared(columns + column, 1)[0] for column in places]
+    def load(columns):
+        return [ops.load_shared(first_column + column, 1)[0] for column in columns]
 
     def add(state, groups):
         # Columns of a row are distinct, so that all loads may come before the stores. A lane that
@@ -107,10 +135,10 @@ def program(ops, plan: Plan) -> None:
             for group in groups
         ]
         for group, totals in zip(groups, sums):
-            weights = strips.unpack(ops, group.values, matrix.dtype)
+            weights = row_walk.unpack(ops, group.values, dtype)
             for column, weight, total in zip(group.columns, weights, totals):
                 total = ops.fma(weight, element, total)
-                ops.store_shared_words(columns + column, [ops.as_word(total)], group.live)
+                ops.store_shared_words(first_column + column, [ops.as_word(total)], group.live)
         return state
 
     def end_row(row, state):
@@ -119,10 +147,10 @@ def program(ops, plan: Plan) -> None:
 
     def reduce(index):
         def add_some(carried):
-            place, total = carried
+            slot, total = carried
             for i in range(WARPGROUP):
-                total = total + ops.load_shared((place + i * plan.columns) * 4, 1)[0]
-            return place + WARPGROUP * plan.columns, total
+                total = total + ops.load_shared((slot + i * plan.columns) * 4, 1)[0]
+            return slot + WARPGROUP * plan.columns, total
 
         _, total = ops.loop(lambda carried: carried[0] < sums_end, add_some, (index, ops.real(0)))
         at = (vector * plan.share + block) * cols + index
@@ -138,32 +166,22 @@ def program(ops, plan: Plan) -> None:
     each(cols, reduce)
 
 
-def why_not(matrix: strips.Matrix, batch: int) -> str | None:
-    """None if the kernel serves, or the reason why it does not."""
-    if plan(matrix, batch) is None:
-        return f"shared memory has no room for four times {matrix.shape[1]} sums"
-    return None
-
-
-def spmv_transposed(
-    values, y, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype
-):
-    """x = y A, [batch, rows] -> [batch, cols], on the GPU; as `reference.spmv_transposed`."""
-    matrix = strips.Matrix(shape, encoding, lanes, stored, values.dtype)
-    partial = run(plan(matrix, y.shape[0]), values, codes, row_offsets, starts, y)
-    return partial.sum(1).astype(out_dtype)
-
-
-def run(plan: Plan, *operands):
+def run(plan: Plan, *operands) -> jax.Array:
     """Partial sums [batch, share, cols] from values, codes, row_offsets, starts and y."""
-    shape = plan.batch, plan.share, plan.matrix.shape[1]
-    return lanes.run(
+    shape = plan.problem.batch, plan.share, plan.layout.shape[1]
+    return mosaic.run(
         "macko_spmv_transposed",
         lambda ops: program(ops, plan),
-        ("values", "codes", "row_offsets", "starts", "y", "x"),
+        ("values", *Positions._fields, "y", "x"),
         operands,
         jax.ShapeDtypeStruct(shape, jnp.float32),
         blocks=plan.blocks,
         warps=plan.warps,
         shared_slots=plan.shared_slots,
     )
+
+
+def spmv_transposed(layout: Layout, values, positions: Positions, y, *, out_dtype) -> jax.Array:
+    """x = y A, [batch, rows] -> [batch, cols], on the GPU; see `reference.spmv_transposed`."""
+    problem = problem_of("spmv_transposed", layout, values, y, out_dtype)
+    return run(plan(problem), values, *positions, y).sum(1).astype(out_dtype)

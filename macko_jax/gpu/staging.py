@@ -5,18 +5,17 @@ import math
 
 import jax.numpy as jnp
 
-from macko_jax.format import two_bank as choice
+from macko_jax.format import two_bank
+from macko_jax.gpu import tuning
 from macko_jax.gpu.row_walk import SLACK
-from macko_jax.lanes.vocabulary import FRESH
+from macko_jax.lanes.vocabulary import FRESH, Lanes
 
 BLANK = 0xFFFF  # 16 bits in the place of an element that no block has published yet
-PIECE = 8  # elements of a published vector that a thread reads at a time
-AHEAD = 8  # loads per thread and vector that are in flight while elements are staged
-PAIRS_AHEAD = {2: 4, 4: 4, 8: 12}  # the same of so many vectors of which a load brings two columns
+PER_LOAD = 8  # elements of a published vector that a thread reads at a time
 
 
-def deal_blocks(ops, passes: int, vectors: int):
-    """Of a grid with as many blocks for each pass: the block in its pass, and its first vector.
+def deal_blocks(ops: Lanes, passes: int, vectors: int):
+    """The block in its pass, and its first vector, on a grid with as many blocks for each pass.
 
     The passes of one share of the rows run at about the same time, and may find it in a cache.
     """
@@ -35,14 +34,14 @@ def _any(conditions):
     return functools.reduce(lambda a, b: a | b, conditions)
 
 
-def gate(ops, a, b):
+def gate(ops: Lanes, a, b):
     """silu(a) * b."""
     grown = ops.exp2(a * -math.log2(math.e))
     return a * b * ops.reciprocal(grown + ops.real(1))
 
 
 class Vectors:
-    """`count` vectors side by side in shared memory.
+    """`count` vectors side by side in shared memory, to be gathered from by column.
 
     16-bit vectors keep their type, two to a word, so that a gather of two of them costs what
     one of a float32 costs; an odd one, and other types, become float32. Gathering from shared
@@ -51,8 +50,8 @@ class Vectors:
     What is staged may be a function of what is read, `before`: "norm", elements times those of the
     array `scale`, while their squares are added up; "gate", silu(a) * b of rows that hold a and b.
 
-    Vectors that lie there `twice`, for elements that choose (see `choice.py`), have three
-    words for each column. They hold the same, so they are written two or four at a time.
+    Vectors that lie there in `two_copies`, of which each element names one (see `format.two_bank`),
+    have three words for each column. They hold the same, so they are written two or four at a time.
 
     Attributes:
       scale: what columns are multiplied by in `at`: bytes between two of them in shared memory.
@@ -68,24 +67,26 @@ class Vectors:
         batch: int,
         before: str | None = None,
         first_slot: int = 0,
-        twice: bool = False,
+        two_copies: bool = False,
     ):
         self.dtype, self.length, self.count, self.batch = jnp.dtype(dtype), length, count, batch
         self.before, self._columns = before, length + SLACK
         self._base = 4 * first_slot
         self.packed = self.dtype.itemsize == 2 and count % 2 == 0
         self._words = count // 2 if self.packed else count
-        if twice and self._words != 1:
+        if two_copies and self._words != 1:
             raise ValueError(f"{count} vectors of {self.dtype} cannot lie twice in shared memory")
-        self.twice, self._times = twice, choice.WORDS if twice else 1
+        self.two_copies, self._times = two_copies, two_bank.WORDS if two_copies else 1
         self.scale = 4 * self._words * self._times
         self.slots = self._columns * self._words * self._times
         # Columns of 16 bits are read two at a time, if nothing has to be computed of them.
         pairs = self.dtype.itemsize == 2 and length % 2 == 0 and before is None
         self._together = 2 if pairs else 1
-        self._rounds = PAIRS_AHEAD.get(count, AHEAD) if pairs else AHEAD
+        self._rounds = tuning.ELEMENTS_IN_FLIGHT
+        if pairs:
+            self._rounds = tuning.PAIRS_IN_FLIGHT.get(count, self._rounds)
 
-    def begin(self, ops, name, first, threads: int, scale="scale"):
+    def begin(self, ops: Lanes, name, first, threads: int, scale="scale"):
         """Issues the first loads of the array `name` [batch, length], from vector `first` on.
 
         `scale` is the name of the norm's array.
@@ -108,7 +109,7 @@ class Vectors:
             return number + self._swept, self._write(self._read(number), squares)
 
         start = self.ops.thread() + self._swept
-        return self.ops.loop(lambda state: state[0] < self._pieces, copy, (start, squares))[1]
+        return self.ops.loop(lambda state: state[0] < self._units, copy, (start, squares))[1]
 
     def at(self, column) -> list:
         """The elements of all vectors at a column times `scale`, as float32."""
@@ -119,21 +120,21 @@ class Vectors:
         return ops.load_shared(column + self._base, self.count)
 
     @property
-    def _pieces(self) -> int:
-        """What threads read one after the other: columns, or pairs of them."""
+    def _units(self) -> int:
+        """Number of units that threads read one after the other: columns, or pairs of them."""
         return self._columns // self._together
 
     @property
     def _swept(self) -> int:
-        """Pieces that the threads have in flight together."""
+        """Units that the threads have in flight together."""
         return self._rounds * self.threads
 
     def _read(self, number):
-        """The loads of a thread from a piece on: [(piece, loads of all vectors)]."""
+        """Issues the loads of a thread from a unit on: [(unit, loads of all vectors)]."""
         load = self._load_pair if self._together == 2 else self._loads
-        rounds = min(self._rounds, -(-self._pieces // self.threads))
-        pieces = [number + i * self.threads for i in range(rounds)]
-        return [(at, [load(k, at) for k in range(self.count)]) for at in pieces]
+        rounds = min(self._rounds, -(-self._units // self.threads))
+        units = [number + i * self.threads for i in range(rounds)]
+        return [(at, [load(k, at) for k in range(self.count)]) for at in units]
 
     def _load_pair(self, k: int, at):
         """The word of two elements of vector k."""
@@ -167,65 +168,66 @@ class Vectors:
                 words = [ops.pack(a, b, self.dtype) for a, b in zip(values[::2], values[1::2])]
             else:
                 words = [ops.as_word(value) for value in values]
-            place = column * self.scale + self._base
+            offset = column * self.scale + self._base
             for i in range(self._times):
-                ops.store_shared_words(place + 4 * i, words, column < self._columns)
+                ops.store_shared_words(offset + 4 * i, words, column < self._columns)
         return squares
 
-    def _store(self, place, columns: list, where):
+    def _store(self, offset, columns: list, where):
         """Writes the words of neighbouring columns, each as often as it lies there."""
         words = [word for column in columns for word in column * self._times]
         each = 4 if len(words) % 4 == 0 else 2
         for i in range(0, len(words), each):
-            self.ops.store_shared_words(place + 4 * i, words[i : i + each], where)
+            self.ops.store_shared_words(offset + 4 * i, words[i : i + each], where)
 
     def _write_pair(self, pair, words):
         """Stages two columns of all vectors, of each of which `words` has both elements."""
-        ops, place = self.ops, pair * (2 * self.scale) + self._base
-        inside = pair < self._pieces
+        ops, offset = self.ops, pair * (2 * self.scale) + self._base
+        inside = pair < self._units
         if not self.packed:
             [word] = words
             staged = [[ops.as_word(element)] for element in ops.pair(word, self.dtype)]
-            self._store(place, staged, inside)
+            self._store(offset, staged, inside)
             return
         both = list(zip(words[::2], words[1::2]))
         first = [(a & 0xFFFF) | (b << 16) for a, b in both]
         second = [(a >> 16) | (b & 0xFFFF0000) for a, b in both]
         if len(both) < 4:
-            self._store(place, [first, second], inside)
+            self._store(offset, [first, second], inside)
             return
         # Every other four lanes begin with the second column, so that eight lanes meet all banks.
         other = (ops.thread() & 4) == 4
         shift = ops.select(other, ops.integer(self.scale), ops.integer(0))
-        ops.store_shared_words(place + shift, ops.select(other, second, first), inside)
-        ops.store_shared_words(place + self.scale - shift, ops.select(other, first, second), inside)
+        ops.store_shared_words(offset + shift, ops.select(other, second, first), inside)
+        offset = offset + self.scale - shift
+        ops.store_shared_words(offset, ops.select(other, first, second), inside)
 
-    def receive(self, ops, name, first: int, scale, threads: int) -> list:
+    def receive(self, ops: Lanes, name, first: int, scale, threads: int) -> list:
         """Fills shared memory with a vector as soon as the blocks that compute it have written it.
 
-        It is one 16-bit vector of whole `PIECE`s, published as elements from `first` on of the
+        It is one 16-bit vector of whole `PER_LOAD`s, published as elements from `first` on of the
         array `name`, which is all `BLANK` before. `scale` is the name of the norm's array. The
         block's barrier has to follow.
 
         Returns:
-          As `finish`.
+          What `finish` returns.
         """
         self.ops, normed = ops, self.before == "norm"
         firsts = [first, first + self.length] if self.before == "gate" else [first]
-        rounds = range(-(-self._columns // (PIECE * threads)))
-        pieces = [ops.thread() + i * threads for i in rounds]
-        whole = [piece < self.length // PIECE for piece in pieces]
-        scales = [ops.load_words(scale, *at) for at in self._at(pieces, 0, whole)] if normed else []
+        rounds = range(-(-self._columns // (PER_LOAD * threads)))
+        units = [ops.thread() + i * threads for i in rounds]
+        whole = [unit < self.length // PER_LOAD for unit in units]
+        scales = [ops.load_words(scale, *at) for at in self._at(units, 0, whole)] if normed else []
 
         def look(where):
-            """The words of all pieces, of each part one after the other; zero where not `where`."""
+            """The words of all units, of each part one after the other; zero where not `where`."""
             return [
-                [ops.load_words(name, *at, how=FRESH) for at in self._at(pieces, part, where)]
+                [ops.load_words(name, *at, how=FRESH) for at in self._at(units, part, where)]
                 for part in firsts
             ]
 
         def missing(parts):
-            return [_any(_has_blank(w) for words in piece for w in words) for piece in zip(*parts)]
+            return [_any(_has_blank(w) for words in unit for w in words) for unit in zip(*parts)]
 
         def look_again(parts):
             gone = missing(parts)
@@ -236,26 +238,25 @@ class Vectors:
 
         parts = ops.loop(lambda parts: _any(missing(parts)), look_again, look(whole))
         squares = [ops.real(0)] if normed else []
-        for i, piece in enumerate(pieces):
+        for i, unit in enumerate(units):
             rows = [self._numbers(words[i]) for words in (*parts, *([scales] if normed else []))]
             for x in rows[0]:
                 squares = [ops.fma(x, x, total) for total in squares]
             staged = [[ops.as_word(self._element(*loads))] for loads in zip(*rows)]
-            self._store(
-                piece * (PIECE * self.scale) + self._base, staged, piece < self._columns // PIECE
-            )
+            offset = unit * (PER_LOAD * self.scale) + self._base
+            self._store(offset, staged, unit < self._columns // PER_LOAD)
         return squares
 
     @staticmethod
-    def _at(pieces, first: int, where):
-        """For each piece of a vector that begins at element `first`: what `load_words` needs."""
-        return [(piece + first // PIECE, PIECE // 2, w) for piece, w in zip(pieces, where)]
+    def _at(units, first: int, where):
+        """The operands of `load_words` for each unit of a vector that begins at element `first`."""
+        return [(unit + first // PER_LOAD, PER_LOAD // 2, w) for unit, w in zip(units, where)]
 
     def _numbers(self, words):
         return [number for word in words for number in self.ops.pair(word, self.dtype)]
 
     def _element(self, first, *second):
-        """What is staged of the loads of an element."""
+        """The value that is staged, from the loads of an element."""
         if self.before == "norm":
             return first * second[0]
         return gate(self.ops, first, *second) if self.before == "gate" else first
@@ -274,7 +275,7 @@ class Share:
         self.size = -(-rows // (blocks * together)) * together
         self.slots = self.size * count
 
-    def begin(self, ops, name, walk, *, first_vector, first_slot: int, threads: int):
+    def begin(self, ops: Lanes, name, walk, *, first_vector, first_slot: int, threads: int):
         """Issues the first loads of the share of `walk`'s block."""
         self.ops, self.walk, self.name, self.threads = ops, walk, name, threads
         self.first_vector, self.first_slot = first_vector, first_slot

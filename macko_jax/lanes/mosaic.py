@@ -535,7 +535,7 @@ def run(
     shared_slots: int,
     cluster: int = 1,
     changed: Sequence[jax.Array] = (),
-):
+) -> typing.Any:
     """Runs a lane program on a grid.
 
     Args:

@@ -131,7 +131,7 @@ class MackoLinear(nnx.Module):
             add: of the shape of the result, such as the residual stream.
 
         Returns:
-            [*other axes of inputs, *out_features]; see `macko_jax.fused_spmv`.
+            [*other axes of inputs, *out_features]; see `macko_jax.experimental.fused_spmv`.
         """
         return project(
             self.matrix,
@@ -149,20 +149,22 @@ class MackoLinear(nnx.Module):
 def chain(
     x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None = None
 ) -> list[jax.Array]:
-    """Layers of which each takes the result of the one before, as `macko_jax.fused_chain` does.
+    """Layers of which each takes the result of the one before; see `experimental.fused_chain`.
+
+    Two chains at once on one GPU can wait for each other for ever: `macko_jax.experimental`.
 
     Layers of another type than x, that contract other axes than the last, or that add something to
     a bias, make it a kernel for each layer.
 
     Args:
         x: the first layer's inputs.
-        steps: `macko_jax.Step`s of `MackoLinear`s.
-        blank: see `macko_jax.fused_chain`.
+        steps: `macko_jax.experimental.Step`s of `MackoLinear`s.
+        blank: see `macko_jax.experimental.fused_chain`.
 
     Returns:
         The results of the steps that are `kept`, and of the last.
     """
-    products = [_product(step, x.dtype) for step in steps]
+    products = [_matrix_step(step, x.dtype) for step in steps]
     if None not in products:
         return fused_chain(x, products, blank=blank)
     return in_turn(
@@ -172,7 +174,7 @@ def chain(
     )
 
 
-def _product(step: Step, dtype) -> Step | None:
+def _matrix_step(step: Step, dtype) -> Step | None:
     """The step with its layer's matrix, for inputs of a dtype; None if the layer is more."""
     layer = step.linear
     kind = layer.matrix.dtype

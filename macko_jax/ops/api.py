@@ -56,7 +56,9 @@ def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Ar
             "jax.vmap(macko_jax.spmv) or jax.lax.scan over it"
         )
     if matrix.scales is not None and implementation is None:
-        return fused_spmv(matrix, x)  # for one vector, its kernel multiplies by the scales
+        # The primitive is linear in the values and knows no scales: another kernel would multiply
+        # by them, where that of a fused product does it as it goes, for one vector.
+        return fused_spmv(matrix, x)
     return primitive.multiply(matrix, x, implementation)
 
 

@@ -3,47 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
-from macko_jax.ops import reference
-from macko_jax.ops import xla_cpu as cpu
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What a product is asked for: everything that may decide between implementations.
-
-    Attributes:
-      product: "spmv", "spmv_transposed" or "spmv_values".
-      platform: what it is lowered for, "cpu" or "cuda", or "any" for every other.
-      shape, encoding, lanes, stored: of the matrix.
-      batch: number of vectors.
-      dtypes: of the two operands, in the product's order.
-      out_dtype: of the result.
-    """
-
-    product: str
-    platform: str
-    shape: tuple[int, int]
-    encoding: str
-    lanes: int
-    stored: int
-    batch: int
-    dtypes: tuple
-    out_dtype: object
-
-
-def problem_of(product: str, platform: str, matrix, vectors, out_dtype) -> Problem:
-    """What the product of a MackoMatrix, without its scales, and vectors [batch, ...] asks for."""
-    return Problem(
-        product=product,
-        platform=platform,
-        shape=matrix.shape,
-        encoding=matrix.encoding,
-        lanes=matrix.lanes,
-        stored=matrix.stored,
-        batch=vectors.shape[0],
-        dtypes=(matrix.values.dtype, vectors.dtype),
-        out_dtype=out_dtype,
-    )
+from macko_jax.gpu.kernel import Problem
+from macko_jax.ops import reference, xla_cpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +13,25 @@ class Implementation:
 
     Attributes:
       why_not: None, or the reason why it cannot serve a problem.
-      function: what computes the problem's product; see reference.py for the signatures.
+      implement: gives the function that computes the problem's product; see reference.py for the
+        signatures.
     """
 
     why_not: Callable[[Problem], str | None]
-    function: Callable[[Problem], Callable]
+    implement: Callable[[Problem], Callable]
 
 
 def _xla(problem: Problem) -> Callable:
-    fast = {"spmv": cpu.spmv, "spmv_transposed": cpu.spmv_transposed}
+    fast = {"spmv": xla_cpu.spmv, "spmv_transposed": xla_cpu.spmv_transposed}
     if problem.platform == "cpu" and problem.product in fast:
         return fast[problem.product]
     return getattr(reference, problem.product)
 
 
 def _kernels():
-    from macko_jax.gpu import select as products
+    from macko_jax.gpu import select  # here, since Pallas takes a while to import
 
-    return products
+    return select
 
 
 def _no_kernel(problem: Problem) -> str | None:
@@ -81,9 +43,9 @@ def _no_kernel(problem: Problem) -> str | None:
 # In order of preference.
 IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(
-        why_not=_no_kernel, function=lambda problem: _kernels().choose(problem)
+        why_not=_no_kernel, implement=lambda problem: _kernels().implement(problem)
     ),
-    "xla": Implementation(why_not=lambda problem: None, function=_xla),
+    "xla": Implementation(why_not=lambda problem: None, implement=_xla),
 }
 
 
@@ -92,7 +54,7 @@ def explain(problem: Problem) -> dict[str, str | None]:
     return {name: i.why_not(problem) for name, i in IMPLEMENTATIONS.items()}
 
 
-def choose(problem: Problem, implementation: str | None) -> Callable:
+def implement(problem: Problem, implementation: str | None) -> Callable:
     """The function that serves `problem`: of the named implementation, or of the first that fits.
 
     Raises:
@@ -106,7 +68,7 @@ def choose(problem: Problem, implementation: str | None) -> Callable:
             f"implementation {implementation!r} cannot compute {problem.product} here: {reason}. "
             f"Use implementation=None or one of {able}."
         )
-    return IMPLEMENTATIONS[implementation].function(problem)
+    return IMPLEMENTATIONS[implementation].implement(problem)
 
 
 def check_name(implementation: str | None) -> None:

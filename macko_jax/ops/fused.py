@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from macko_jax.format.matrix import MackoMatrix
-from macko_jax.ops import dispatch
+from macko_jax.gpu.kernel import Fusion, problem_of
 from macko_jax.ops.primitive import multiply, vary_alike
 
 
@@ -37,21 +37,6 @@ class Step(NamedTuple):
     gated: bool = False
     add: jax.Array | int | None = None
     kept: bool = False
-
-
-class _Static(NamedTuple):
-    """What a step is compiled for, beside its matrix.
-
-    Attributes:
-      eps: None where there is no norm.
-      added: number of the step whose result is added, or None.
-      kept: whether the result is one of the chain's.
-    """
-
-    eps: float | None
-    gated: bool
-    added: int | None
-    kept: bool
 
 
 def fused_spmv(
@@ -98,13 +83,9 @@ def fused_chain(
     """Products of which each takes the result of the one before, as `fused_spmv` computes them.
 
     On CUDA, one 16-bit vector takes one kernel for all of them, if every matrix has as many rows as
-    the GPU has multiprocessors, and rows and columns in whole eights. Differentiable like `spmv`.
+    the GPU has SMs, and rows and columns in whole eights. Differentiable like `spmv`.
 
-    The kernel's blocks hand results to each other through memory and wait for them, so all of them
-    must get to run, one on each multiprocessor. They do unless other kernels hold multiprocessors
-    and wait in turn: two chains at once on one GPU can wait for each other for ever. So let no two
-    of a program be independent, as no two layers of a model are, and run one such program at a
-    time.
+    Two chains at once on one GPU can wait for each other for ever; see `macko_jax.experimental`.
 
     Args:
       x: of the first product.
@@ -140,7 +121,7 @@ def blanks(steps: Sequence[Step]) -> int:
 
 
 def in_turn(x, steps, apply) -> list:
-    """The results of a chain, each step by `apply(x, step)`; `step.add` is an array or None then."""
+    """The results of a chain, each by `apply(x, step)`, where `step.add` is an array or None."""
     results = []
     for step in steps:
         if isinstance(step.add, int):
@@ -227,82 +208,69 @@ def _compose(x, step):
 
 
 def _one_vector(x, steps, blank=None):
-    static = tuple(
-        _Static(
-            None if step.norm is None else step.norm[1],
-            step.gated,
-            step.add if isinstance(step.add, int) else None,
-            step.kept or i == len(steps) - 1,
+    fusions = tuple(
+        Fusion(
+            eps=None if step.norm is None else step.norm[1],
+            gated=step.gated,
+            add=step.add is not None,
+            added=step.add if isinstance(step.add, int) else None,
+            scaled=step.linear.scales is not None,
+            kept=step.kept or i == len(steps) - 1,
         )
         for i, step in enumerate(steps)
     )
     parts = [(step.linear, _extras(step)) for step in steps]
-    results = _product(static, x.reshape(1, -1), parts, [] if blank is None else [blank])
+    results = _fused(fusions, x.reshape(1, -1), parts, [] if blank is None else [blank])
     return [y.reshape(*x.shape[:-1], y.shape[1]) for y in results]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _product(static, x, parts, blank):
+def _fused(fusions, x, parts, blank):
+    """The product, or chain, as one operation of JAX; `parts` are (matrix, extras) of each step."""
     operands, tree = jax.tree.flatten((x, parts, blank))
-    return _fused_p.bind(*vary_alike(*operands), static=static, tree=tree)
+    return _fused_p.bind(*vary_alike(*operands), fusions=fusions, tree=tree)
 
 
-@_product.defjvp
-def _product_jvp(static, primals, tangents):
-    return jax.jvp(functools.partial(_separate, static), primals, tangents)
+@_fused.defjvp
+def _fused_jvp(fusions, primals, tangents):
+    return jax.jvp(functools.partial(_separate, fusions), primals, tangents)
 
 
-def _separate(static, x, parts, blank):
+def _separate(fusions, x, parts, blank):
     """The product, or chain, as what it is made of."""
     del blank
-    steps = [_step(known, part) for known, part in zip(static, parts)]
+    steps = [_step(fusion, part) for fusion, part in zip(fusions, parts)]
     return in_turn(x, steps, _fused_step) if len(steps) > 1 else [_compose(x, *steps)]
 
 
-def _step(known: _Static, part) -> Step:
+def _step(fusion: Fusion, part) -> Step:
     matrix, extras = part
-    norm = None if known.eps is None else (extras["scale"], known.eps)
-    return Step(matrix, norm, known.gated, extras.get("add", known.added), known.kept)
+    norm = None if fusion.eps is None else (extras["scale"], fusion.eps)
+    return Step(matrix, norm, fusion.gated, extras.get("add", fusion.added), fusion.kept)
 
 
-def _kernel(static, x, parts, blank):
+def _one_kernel(fusions, x, parts, blank):
     """The same in one kernel, or None where it does not serve."""
-    from macko_jax.gpu import chain
-    from macko_jax.gpu import select as products
-    from macko_jax.gpu import spmv as kernel
-    from macko_jax.gpu import staging as vectors
+    from macko_jax.gpu import chain, select, spmv, staging
 
     out_dtype = _out_dtype(x, parts)
-    problems = [dispatch.problem_of("spmv", "cuda", matrix, x, out_dtype) for matrix, _ in parts]
-    around = [
-        (
-            kernel.Fusion(
-                known.eps,
-                known.gated,
-                known.added is not None or "add" in extras,
-                matrix.scales is not None,
-            ),
-            known.added,
-            known.kept,
-        )
-        for known, (matrix, extras) in zip(static, parts)
-    ]
-    plan = products.plan_fused(problems, around)
-    if plan is None:
+    problems = tuple(
+        problem_of("spmv", matrix.layout, matrix.values, x, out_dtype, fusion=fusion)
+        for fusion, (matrix, _) in zip(fusions, parts)
+    )
+    if select.why_not_fused(problems) is not None:
         return None
-    operands = [
-        (
-            [m.values, m.codes, m.row_offsets, m.starts],
-            [extras[name] for name in ("scale", "add") if name in extras]
-            + [m.scales] * (m.scales is not None),
-        )
-        for m, extras in parts
+    matrices = [(matrix.values, *matrix.positions) for matrix, _ in parts]
+    around = [
+        [(extras | {"row_scales": matrix.scales})[name] for name in fusion.operands]
+        for fusion, (matrix, extras) in zip(fusions, parts)
     ]
     if len(parts) == 1:
-        [(arrays, extras)] = operands
-        return [kernel.run(plan, out_dtype, *arrays, x, *extras)]
-    exchange = blank[0] if blank else jnp.full(plan.exchanged, vectors.BLANK, jnp.uint16)
-    results = chain.run(plan, exchange, x, *jax.tree.leaves(operands))
+        return [spmv.run(spmv.plan(problems[0]), *matrices[0], x, *around[0])]
+    plan = chain.plan(problems)
+    exchange = blank[0] if blank else jnp.full(plan.exchanged, staging.BLANK, jnp.uint16)
+    operands = [a for arrays in zip(matrices, around) for part in arrays for a in part]
+    results = chain.run(plan, exchange, x, *operands)
     return [y[None] for y in results]
 
 
@@ -310,28 +278,28 @@ def _out_dtype(x, parts):
     return functools.reduce(jnp.promote_types, [matrix.dtype for matrix, _ in parts], x.dtype)
 
 
-def _lower(*operands, on_cuda, static, tree):
-    arguments = static, *jax.tree.unflatten(tree, operands)
-    results = _kernel(*arguments) if on_cuda else None
+def _lower(*operands, on_cuda, fusions, tree):
+    arguments = fusions, *jax.tree.unflatten(tree, operands)
+    results = _one_kernel(*arguments) if on_cuda else None
     return _separate(*arguments) if results is None else results
 
 
-def _batch(operands, dims, *, static, tree):
+def _batch(operands, dims, *, fusions, tree):
     def one(*operands):
-        return _separate(static, *jax.tree.unflatten(tree, operands))
+        return _separate(fusions, *jax.tree.unflatten(tree, operands))
 
     results = jax.vmap(one, in_axes=dims)(*operands)
     return results, [0] * len(results)
 
 
-def _transpose(cotangents, *operands, static, tree):
+def _transpose(cotangents, *operands, fusions, tree):
     """Where what is computed is linear, as a product without a norm is in x."""
     linear = [i for i, a in enumerate(operands) if ad.is_undefined_primal(a)]
 
     def of(*values):
         known = dict(zip(linear, values))
         filled = [known.get(i, a) for i, a in enumerate(operands)]
-        return _separate(static, *jax.tree.unflatten(tree, filled))
+        return _separate(fusions, *jax.tree.unflatten(tree, filled))
 
     terms = jax.linear_transpose(of, *(operands[i].aval for i in linear))(
         [ad.instantiate_zeros(c) for c in cotangents]
@@ -340,18 +308,18 @@ def _transpose(cotangents, *operands, static, tree):
     return [known.get(i) for i in range(len(operands))]
 
 
-def _abstract(*operands, static, tree):
+def _abstract(*operands, fusions, tree):
     x, parts, _ = jax.tree.unflatten(tree, operands)
     return [
         x.update(shape=(1, matrix.shape[0]), dtype=_out_dtype(x, parts), weak_type=False)
-        for known, (matrix, _) in zip(static, parts)
-        if known.kept
+        for fusion, (matrix, _) in zip(fusions, parts)
+        if fusion.kept
     ]
 
 
 _fused_p = Primitive("macko_fused_spmv")
 _fused_p.multiple_results = True
-_fused_p.def_impl(jax.jit(_fused_p.bind, static_argnames=("static", "tree")))
+_fused_p.def_impl(jax.jit(_fused_p.bind, static_argnames=("fusions", "tree")))
 _fused_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[_fused_p] = _batch
 ad.primitive_transposes[_fused_p] = _transpose

@@ -4,13 +4,13 @@ With s over the stored slots and k over a batch of vectors, the trilinear form
 
     T(values, x, y) = sum_k sum_s values[s] x[k, column(s)] y[k, row(s)]
 
-has one product per role: `spmv` is its derivative by y, `spmv_transposed` by x, `spmv_values` by
-the values. Each is linear in its two operands, and the transpose in either operand is again one of
-the three, so derivatives of every order stay within them.
+has one product per role: `spmv` is its derivative by y, `spmv_transposed` by x, and `sddmm`, a
+sampled dense-dense product, by the values. Each is linear in its two operands, and the transpose in
+either operand is again one of the three, so derivatives of every order stay within them.
 
 Slots that are padding are left out of the sum. Where an encoding does not tell them, they are those
 where the array `pattern`, the matrix's own values, is zero; else it is empty. If the operand in the
-role of the values is the pattern itself, nothing has to be left out: the products are told by `own`.
+role of the values is the pattern itself, nothing has to be left out: `own` tells the products so.
 """
 
 import functools
@@ -22,7 +22,8 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from macko_jax.format import layout
+from macko_jax.format.layout import Positions, masked
+from macko_jax.gpu.kernel import Problem
 from macko_jax.ops import dispatch
 
 # Result role -> (name, roles of the two linear operands). Four arrays follow the operands: codes,
@@ -30,9 +31,9 @@ from macko_jax.ops import dispatch
 PRODUCTS = {
     "y": ("spmv", ("values", "x")),
     "x": ("spmv_transposed", ("values", "y")),
-    "values": ("spmv_values", ("x", "y")),
+    "values": ("sddmm", ("x", "y")),
 }
-STATIC = ("shape", "encoding", "lanes", "stored", "out_dtype", "own", "implementation")
+STATIC = ("layout", "out_dtype", "own", "implementation")
 
 
 def contract(result: str, operands: dict, structure, *, out_dtype, **static) -> jax.Array:
@@ -60,12 +61,9 @@ def multiply(matrix, x: jax.Array, implementation: str | None = None) -> jax.Arr
     y = contract(
         "y",
         {"values": values, "x": x.reshape(math.prod(batch), cols)},
-        (matrix.codes, matrix.row_offsets, matrix.starts, pattern),
+        (*matrix.positions, pattern),
         own=True,
-        shape=matrix.shape,
-        encoding=matrix.encoding,
-        lanes=matrix.lanes,
-        stored=matrix.stored,
+        layout=matrix.layout,
         out_dtype=product_dtype,
         implementation=implementation,
     )
@@ -87,34 +85,34 @@ def vary_alike(*arrays):
     ]
 
 
-def _abstract(result, *avals, shape, stored, out_dtype, **_):
-    rows, cols = shape
+def _abstract(result, *avals, layout, out_dtype, **_):
+    rows, cols = layout.shape
     batch = next(a.shape[0] for a, role in zip(avals, PRODUCTS[result][1]) if role != "values")
-    out = {"y": (batch, rows), "x": (batch, cols), "values": (stored,)}[result]
+    out = {"y": (batch, rows), "x": (batch, cols), "values": (layout.stored,)}[result]
     return avals[0].update(shape=out, dtype=out_dtype, weak_type=False)
 
 
-def _lower(result, platform, ctx, *operands, own, implementation, **static):
+def _lower(result, platform, ctx, *operands, layout, out_dtype, own, implementation):
     name, roles = PRODUCTS[result]
     avals = dict(zip(roles, ctx.avals_in))
-    problem = dispatch.Problem(
+    problem = Problem(
         product=name,
         platform=platform,
-        shape=static["shape"],
-        encoding=static["encoding"],
-        lanes=static["lanes"],
-        stored=static["stored"],
+        layout=layout,
         batch=avals["x" if "x" in avals else "y"].shape[0],
         dtypes=tuple(a.dtype for a in avals.values()),
-        out_dtype=static["out_dtype"],
+        out_dtype=out_dtype,
     )
-    product = functools.partial(dispatch.choose(problem, implementation), **static)
+    product = functools.partial(
+        dispatch.implement(problem, implementation), layout, out_dtype=out_dtype
+    )
 
     def function(first, second, *structure):
+        *arrays, pattern = structure
+        positions = Positions(*arrays)
         if result == "values":
-            return product(first, second, *structure)
-        *structure, pattern = structure
-        return product(first if own else layout.masked(first, pattern), second, *structure)
+            return product(positions, first, second, pattern)
+        return product(first if own else masked(first, pattern), positions, second)
 
     return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
 
@@ -143,7 +141,7 @@ def _transpose(result, cotangent, *operands, out_dtype, own, **static):
             own=own and "values" not in (result, roles[linear]),
             **static,
         )
-    terms = [None] * len(operands)
+    terms: list = [None] * len(operands)
     terms[linear] = term
     return terms
 
@@ -194,4 +192,4 @@ def _define(result) -> Primitive:
 PRIMITIVES = {result: _define(result) for result in PRODUCTS}
 macko_spmv_p = PRIMITIVES["y"]
 macko_spmv_transposed_p = PRIMITIVES["x"]
-macko_spmv_values_p = PRIMITIVES["values"]
+macko_sddmm_p = PRIMITIVES["values"]

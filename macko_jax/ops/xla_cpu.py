@@ -10,105 +10,91 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from macko_jax.format import layout
 from macko_jax.format.codes import DELTA_BITS, delta_bases, delta_prefixes, split_parts
+from macko_jax.format.layout import (
+    GROUP,
+    WORD,
+    Layout,
+    Positions,
+    column_order,
+    group_rows,
+    memory_group,
+    memory_order,
+    reorder,
+    words_per_row,
+)
 from macko_jax.ops import reference
 
 BLOCK = 2**20  # matrix elements decoded at a time
 FEW = 8  # up to so many vectors, slots with deltas are gathered; more go through a dense decode
 
 
-def spmv(values, x, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype):
+def spmv(layout: Layout, values, positions: Positions, x, *, out_dtype) -> jax.Array:
     """y = x A^T, [batch, cols] -> [batch, rows].
 
     Peak temporary memory, beyond the result: one 32-bit integer a bitmask word and a group, and
     4 MB (bitmask); or 16 bytes a group up to 8 vectors, a dense matrix beyond (deltas).
     """
     acc = reference.accumulator(out_dtype)
-    batch, rows = x.shape[0], shape[0]
-    if stored == 0 or batch == 0 or 0 in shape:
+    batch, rows = x.shape[0], layout.shape[0]
+    codes, row_offsets, _ = positions
+    if layout.stored == 0 or batch == 0 or 0 in layout.shape:
         return jnp.zeros((batch, rows), out_dtype)
-    if encoding == "bitmask":
+    if layout.encoding == "bitmask":
         vectors = _by_bit(x.astype(acc)).T
 
         def product(block):
-            return _decode(values, *block, lanes).astype(acc) @ vectors
+            return _dense_rows(values, *block, lanes=layout.lanes).astype(acc) @ vectors
 
-        y = lax.map(product, _blocks(codes, row_offsets, shape))
+        y = lax.map(product, _blocks(codes, row_offsets, layout.shape))
         return y.reshape(-1, batch)[:rows].T.astype(out_dtype)
-    if encoding in DELTA_BITS and batch <= FEW:
-        return _gather_slots(
-            values, x.astype(acc), split_parts(codes, encoding), encoding, row_offsets, rows, lanes
-        ).astype(out_dtype)
-    return reference.spmv(
-        values,
-        x,
-        codes,
-        row_offsets,
-        starts,
-        shape=shape,
-        encoding=encoding,
-        lanes=lanes,
-        stored=stored,
-        out_dtype=out_dtype,
-    )
+    if layout.encoding in DELTA_BITS and batch <= FEW:
+        return _gather_slots(layout, values, positions, x.astype(acc)).astype(out_dtype)
+    return reference.spmv(layout, values, positions, x, out_dtype=out_dtype)
 
 
-def spmv_transposed(
-    values, y, codes, row_offsets, starts, *, shape, encoding, lanes, stored, out_dtype
-):
-    """x = y A, [batch, rows] -> [batch, cols]. Peak temporary memory as `spmv` of a large batch."""
+def spmv_transposed(layout: Layout, values, positions: Positions, y, *, out_dtype) -> jax.Array:
+    """x = y A, [batch, rows] -> [batch, cols]; temporary memory as for `spmv` of a large batch."""
     acc = reference.accumulator(out_dtype)
-    batch, (rows, cols) = y.shape[0], shape
-    if encoding != "bitmask" or stored == 0 or batch == 0 or 0 in shape:
-        return reference.spmv_transposed(
-            values,
-            y,
-            codes,
-            row_offsets,
-            starts,
-            shape=shape,
-            encoding=encoding,
-            lanes=lanes,
-            stored=stored,
-            out_dtype=out_dtype,
-        )
-    matrix = _blocks(codes, row_offsets, shape)
+    batch, (rows, cols) = y.shape[0], layout.shape
+    if layout.encoding != "bitmask" or layout.stored == 0 or batch == 0 or 0 in layout.shape:
+        return reference.spmv_transposed(layout, values, positions, y, out_dtype=out_dtype)
+    matrix = _blocks(positions.codes, positions.row_offsets, layout.shape)
     blocks, height, width = matrix[0].shape
     vectors = jnp.pad(y.astype(acc), ((0, 0), (0, blocks * height - rows)))
     vectors = vectors.reshape(batch, blocks, height).swapaxes(0, 1)
 
     def add(total, block):
         matrix, vectors = block
-        return total + vectors @ _decode(values, *matrix, lanes).astype(acc), None
+        return total + vectors @ _dense_rows(values, *matrix, lanes=layout.lanes).astype(acc), None
 
-    zero = jnp.zeros_like(vectors, shape=(batch, layout.WORD * width))
+    zero = jnp.zeros_like(vectors, shape=(batch, WORD * width))
     total, _ = lax.scan(add, zero, (matrix, vectors))
-    total = total.reshape(batch, layout.WORD, width).swapaxes(1, 2).reshape(batch, -1)
+    total = total.reshape(batch, WORD, width).swapaxes(1, 2).reshape(batch, -1)
     return total[:, :cols].astype(out_dtype)
 
 
 def _by_bit(x: jax.Array) -> jax.Array:
-    """Reorders columns [batch, cols] to bit-major order, as `_decode` has them."""
+    """Reorders columns [batch, cols] to bit-major order, as `_dense_rows` has them."""
     batch, cols = x.shape
-    width = layout.words_per_row(cols)
-    x = jnp.pad(x, ((0, 0), (0, layout.WORD * width - cols)))
-    return x.reshape(batch, width, layout.WORD).swapaxes(1, 2).reshape(batch, -1)
+    width = words_per_row(cols)
+    x = jnp.pad(x, ((0, 0), (0, WORD * width - cols)))
+    return x.reshape(batch, width, WORD).swapaxes(1, 2).reshape(batch, -1)
 
 
 def _blocks(codes, row_offsets, shape) -> tuple[jax.Array, ...]:
-    """What `_decode` takes, in blocks of rows.
+    """What `_dense_rows` takes, in blocks of rows.
 
     Returns:
       words: [blocks, height, width] the bitmask; ranks: alike, the index in its row of each word's
       first element; begin, count: [blocks, height, 1] each row's first group and number of groups.
     """
     rows, cols = shape
-    width = layout.words_per_row(cols)
+    width = words_per_row(cols)
     words = codes.reshape(rows, width)
     count = lax.population_count(words).astype(jnp.int32)
     ranks = jnp.cumsum(count, axis=1) - count
-    height = min(rows, max(1, BLOCK // (layout.WORD * width)))
+    height = min(rows, max(1, BLOCK // (WORD * width)))
     blocks = -(-rows // height)
 
     def cut(a):
@@ -117,15 +103,15 @@ def _blocks(codes, row_offsets, shape) -> tuple[jax.Array, ...]:
     return cut(words), cut(ranks), cut(row_offsets[:-1, None]), cut(jnp.diff(row_offsets)[:, None])
 
 
-def _decode(values, words, ranks, begin, count, lanes: int) -> jax.Array:
+def _dense_rows(values, words, ranks, begin, count, lanes: int) -> jax.Array:
     """Dense rows [height, 32 * width] in bit-major column order."""
     height, width = words.shape
-    longest = layout.WORD // layout.GROUP * width
-    group = begin + layout.memory_group(jnp.arange(longest, dtype=jnp.int32), count, lanes)
-    address = lax.optimization_barrier(layout.GROUP * group).reshape(-1)
+    longest = WORD // GROUP * width
+    group = begin + memory_group(jnp.arange(longest, dtype=jnp.int32), count, lanes)
+    address = lax.optimization_barrier(GROUP * group).reshape(-1)
     table = longest * jnp.arange(height, dtype=jnp.int32)[:, None, None]
 
-    bit = jnp.arange(layout.WORD, dtype=jnp.uint32)[None, :, None]
+    bit = jnp.arange(WORD, dtype=jnp.uint32)[None, :, None]
     words, ranks = words[:, None, :], ranks[:, None, :]
     below = (jnp.uint32(1) << bit) - 1
     rank = ranks + lax.population_count(words & below).astype(jnp.int32)
@@ -136,19 +122,19 @@ def _decode(values, words, ranks, begin, count, lanes: int) -> jax.Array:
     return lax.optimization_barrier(dense).reshape(height, -1)
 
 
-def _gather_slots(
-    values, x, parts: tuple, encoding: str, row_offsets, rows: int, lanes: int
-) -> jax.Array:
+def _gather_slots(layout: Layout, values, positions: Positions, x) -> jax.Array:
     """The product of slots with deltas and few vectors [batch, cols] -> [batch, rows]."""
-    groups = parts[0].shape[0]
-    row = layout.group_rows(row_offsets, groups)
-    order = layout.memory_order(row_offsets, row, lanes)
-    logical = tuple(layout.reorder(part, order, lanes) for part in parts)
+    rows, lanes, encoding = layout.shape[0], layout.lanes, layout.encoding
+    row_offsets, groups = positions.row_offsets, layout.stored // GROUP
+    parts = split_parts(positions.codes, encoding)
+    row = group_rows(row_offsets, groups)
+    order = memory_order(row_offsets, row, lanes)
+    logical = tuple(reorder(part, order, lanes) for part in parts)
     base = delta_bases(logical, encoding, row_offsets, row)
-    base = layout.reorder(base, layout.column_order(row_offsets, row, lanes), lanes)
+    base = reorder(base, column_order(row_offsets, row, lanes), lanes)
     base = lax.optimization_barrier(base)
     columns = [base + prefix for prefix in delta_prefixes(parts, encoding)]
-    slots = values.reshape(groups, layout.GROUP)
+    slots = values.reshape(groups, GROUP)
 
     def one(x):
         total = 0
