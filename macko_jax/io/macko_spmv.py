@@ -53,7 +53,8 @@ def from_macko_spmv(values, deltas, row_indices, rows: int, cols: int, **options
       values: [n] float16, bfloat16 or float32.
       deltas: [n / 2] uint8.
       row_indices: [rows + 1] integers.
-      rows, cols: shape of the matrix.
+      rows: number of rows.
+      cols: number of columns.
       **options: for `compress`.
 
     Returns:
