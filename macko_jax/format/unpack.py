@@ -10,7 +10,7 @@ from macko_jax.format.layout import (
     Positions,
     column_order,
     group_rows,
-    masked,
+    is_zero,
     memory_order,
     reorder,
 )
@@ -70,6 +70,7 @@ def densify(layout: Layout, values, positions: Positions) -> jax.Array:
         slot = GROUP * row_offsets[:-1, None] + rank
         return jnp.where(is_stored, logical.reshape(-1).at[slot].get(mode="clip"), 0)
     row, column, valid = slot_positions(layout, positions)
-    row, elements = jnp.where(valid, row, shape[0]), masked(values, values)
+    # Zeros are left out by their row: a selection of values would flush subnormals on CPUs.
+    row = jnp.where(valid & ~is_zero(values), row, shape[0])
     dense = jnp.zeros(shape, values.dtype)
-    return dense.at[row, column].set(elements, mode="drop", unique_indices=True)
+    return dense.at[row, column].set(values, mode="drop", unique_indices=True)
