@@ -35,6 +35,7 @@ __all__ = [
     "factorized_kernels",
     "gram_matrices",
     "keep_sparsity",
+    "pack",
     "print_progress",
     "prune",
     "relative_output_error",
@@ -43,12 +44,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from dsf_jax.nn import export
+    from dsf_jax.nn.export import pack
 
 
 def __getattr__(name: str) -> Any:
     # Packing is imported only where it is used.
     if name == "export":
         return importlib.import_module("dsf_jax.nn.export")
+    if name == "pack":
+        return importlib.import_module("dsf_jax.nn.export").pack
     raise AttributeError(f"module 'dsf_jax' has no attribute {name!r}")
 
 

@@ -187,7 +187,7 @@ def run_method(model, method, density, batches, grams, bench):
         callback=report,
     )
     pruned_at = time.perf_counter()
-    packed, packing = export.pack(pruned.model, Rule(".*", encoding=encoding))
+    packed, packing = export.pack(pruned.model, rules=Rule(encoding=encoding))
     packed_at = time.perf_counter()
     show(
         f"    pruned in {pruned_at - began:.1f} s, packed {len(packing.packed)} of "

@@ -22,7 +22,9 @@ __all__ = [
     "flax_nnx",
     "from_macko_spmv",
     "load",
+    "load_model",
     "save",
+    "save_model",
     "spmv",
     "to_macko_spmv",
     "validate",
@@ -30,6 +32,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from macko_jax import experimental, flax_linen, flax_nnx
+    from macko_jax.nn.model_file import load_model, save_model
 
 
 _MOVED = ("Step", "fused_chain", "fused_spmv")  # to macko_jax.experimental
@@ -39,6 +42,8 @@ def __getattr__(name: str) -> Any:
     # Flax is imported only where it is used.
     if name in ("experimental", "flax_linen", "flax_nnx"):
         return importlib.import_module(f"macko_jax.{name}")
+    if name in ("load_model", "save_model"):
+        return getattr(importlib.import_module("macko_jax.nn.model_file"), name)
     if name in _MOVED:
         warnings.warn(
             f"macko_jax.{name} is now macko_jax.experimental.{name}; the old name goes in the next "

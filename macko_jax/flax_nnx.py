@@ -1,12 +1,17 @@
 """Flax NNX models on MACKO matrices."""
 
-from macko_jax.nn.flax_nnx import (
-    MackoIndex,
-    MackoLinear,
-    chain,
-    from_pure_dict,
-    substitute,
-    to_pure_dict,
-)
+from macko_jax.nn.conv import MackoConv
+from macko_jax.nn.flax_nnx import from_pure_dict, substitute, to_pure_dict
+from macko_jax.nn.linear import MackoIndex, MackoLinear, chain
+from macko_jax.nn.pairs import FactorPair
 
-__all__ = ["MackoIndex", "MackoLinear", "chain", "from_pure_dict", "substitute", "to_pure_dict"]
+__all__ = [
+    "FactorPair",
+    "MackoConv",
+    "MackoIndex",
+    "MackoLinear",
+    "chain",
+    "from_pure_dict",
+    "substitute",
+    "to_pure_dict",
+]

@@ -241,22 +241,43 @@ def test_layers_that_stay_dense_are_reported(layer, reason):
     np.testing.assert_array_equal(flax_linen.apply(layer, packed, x), layer.apply(variables, x))
 
 
-def test_convolutions_are_not_listed():
-    class Convolutional(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(3)(nn.Conv(8, (3, 3))(x).reshape(len(x), -1))
+class Convolutional(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), strides=2)(x)
+        x = nn.Conv(6, (3, 3), feature_group_count=2, use_bias=False)(x)
+        return nn.Dense(3)(x.reshape(len(x), -1))
 
-    x = jnp.ones((2, 5, 5, 1))
+
+def test_convolutions_are_packed_when_asked_for():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
     variables = create(Convolutional(), x)
-    packed, report = flax_linen.substitute(Convolutional(), variables, x)
-    assert [layer.path for layer in report.layers] == ["Dense_0"]
+    _, report = flax_linen.substitute(Convolutional(), variables, x)
+    assert [layer.path for layer in report.packed] == ["Dense_0"]
+    assert "convolutions=True packs it" in report.skipped["Conv_0"]
+    packed, report = flax_linen.substitute(Convolutional(), variables, x, convolutions=True)
+    assert [layer.shape for layer in report.packed] == [(8, 36), (6, 36), (3, 54)]
     np.testing.assert_allclose(
         flax_linen.apply(Convolutional(), packed, x),
         Convolutional().apply(variables, x),
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+def test_a_layer_of_another_kind_is_listed_and_refuses_to_run():
+    class Transposed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("kernel", nn.initializers.zeros, (5, 6)).T
+
+    x = jnp.ones((2, 6))
+    variables = create(Transposed(), x)
+    packed, report = flax_linen.substitute(Transposed(), variables, x)
+    assert report.skipped == {"": "Transposed is no nn.Dense, DenseGeneral or Conv"}
+    packed, _ = flax_linen.pack_variables(variables)
+    with pytest.raises(TypeError, match="is a Transposed with a packed kernel; only nn.Dense"):
+        flax_linen.apply(Transposed(), packed, x)
 
 
 def test_rules_and_report(variables, inputs):

@@ -93,7 +93,7 @@ def compress_model(
     Returns:
       `Compressed(model, report)`: a new model. A pruned matrix has zeros in the kernel it was; a
       factor pair is a `FactorPair` (linen: a `FactorizedKernel`, see `factorized_kernels`).
-      `export.pack` turns either into MACKO matrices.
+      `dsf_jax.pack` turns either into MACKO matrices.
 
     Raises:
       TypeError: The model, a rule or a keyword is not of a kind that is known.

@@ -9,7 +9,8 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from dsf_jax.nn.layers import FactorizedKernel, become_pair
+from macko_jax.format.factors import FactorizedKernel
+from macko_jax.nn.flax_nnx import become_pair
 
 
 @dataclasses.dataclass

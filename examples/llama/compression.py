@@ -227,7 +227,7 @@ def _compress_block(out, stored, abstract, index, hidden, record, progress, *, e
         raise ValueError(f"block {index}: {error}") from error
     del block
     record.add(index, [_renamed(layer, prefix) for layer in compressed.report.layers])
-    packed, _ = export.pack(compressed.model, macko_jax.Rule(".*", encoding=encoding))
+    packed, _ = export.pack(compressed.model, rules=macko_jax.Rule(encoding=encoding))
     macko_jax.save(checkpoint.part_file(out, index), macko_jax.flax_nnx.to_pure_dict(packed))
     shutil.rmtree(out / "work" / str(index))
 

@@ -3,14 +3,11 @@
 config.json comes last and so marks a whole model.
 """
 
-import functools
 import pathlib
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-import dsf_jax
 import macko_jax
 import macko_jax.flax_nnx
 from examples.llama.hub_config import config_to_json, load_config
@@ -40,7 +37,7 @@ def save_packed(directory, model):
 
     Args:
       directory: made if missing.
-      model: a `Llama` after `dsf_jax.export.pack` or `macko_jax.flax_nnx.substitute`.
+      model: a `Llama` after `dsf_jax.pack` or `macko_jax.flax_nnx.substitute`.
 
     Returns:
       Size in bytes of the files of weights.
@@ -97,7 +94,7 @@ def load_packed(directory, *, dtype=jnp.float32, unpack=False):
 
 def load_block(directory, index, abstract_block, *, unpack=False):
     """One block of a packed model, on an abstract block of its configuration."""
-    return _load_part(directory, index, nnx.clone(abstract_block), unpack)
+    return _load_part(directory, index, abstract_block, unpack)
 
 
 def _load_part(directory, name, abstract, unpack):
@@ -105,8 +102,6 @@ def _load_part(directory, name, abstract, unpack):
     path = regular_file(part_file(directory, name))
     stored = macko_jax.load(path)
     try:
-        if isinstance(name, int):
-            _expect_pairs(abstract, stored)
         tree = decompressed(stored) if unpack else stored
         return macko_jax.flax_nnx.from_pure_dict(abstract, tree)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -127,28 +122,3 @@ def decompressed(tree):
 
 def is_matrix(leaf):
     return isinstance(leaf, macko_jax.MackoMatrix)
-
-
-def _expect_pairs(abstract_block, stored):
-    """Puts abstract factor pairs into a block where the stored arrays are pairs."""
-    for name in ("attention", "mlp"):
-        module = getattr(abstract_block, name)
-        for layer, arrays in stored[name].items():
-            if "left" in arrays:
-                setattr(module, layer, _abstract_pair(getattr(module, layer), arrays))
-
-
-def _abstract_pair(linear, arrays):
-    """The factor pair that stands in the place of a linear layer."""
-    inner = arrays["right"]["kernel"].shape[0]
-
-    def make():
-        layer = functools.partial(
-            nnx.Linear, dtype=linear.dtype, param_dtype=linear.param_dtype, rngs=nnx.Rngs(0)
-        )
-        return dsf_jax.FactorPair(
-            layer(linear.in_features, inner, use_bias=False),
-            layer(inner, linear.out_features, use_bias=linear.bias is not None),
-        )
-
-    return nnx.eval_shape(make)

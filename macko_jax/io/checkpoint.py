@@ -6,7 +6,7 @@ A file is an ordinary safetensors file whose metadata holds
     version   "1"
     tree      JSON of the tree: nested dicts, lists and tuples; each array leaf names its tensor,
               its dtype and the CRC-32 of its bytes; a MackoMatrix names its arrays and carries its
-              shape, encoding and lanes
+              shape, encoding and lanes; a FactorizedKernel has two such leaves
     crc32     CRC-32 of that JSON text
 
 so that any safetensors reader can look into it, and a broken file gives an error and never a wrong
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from macko_jax.format.factors import FactorizedKernel
 from macko_jax.format.matrix import MackoMatrix, validate
 from macko_jax.io.atomic import replacing
 
@@ -75,7 +76,7 @@ def save(path: str | os.PathLike, tree: Any) -> None:
         path: the file; `.safetensors` is the customary suffix. An existing one is replaced.
         tree: nested dicts (keys: strings and integers), lists and tuples. Leaves are arrays of
             booleans, integers or floats, typed PRNG keys, `MackoMatrix` (also with stacked arrays),
-            and plain None, bool, int, float and str.
+            `FactorizedKernel`, and plain None, bool, int, float and str.
 
     Raises:
         FileNotFoundError: if the directory of `path` does not exist.
@@ -216,6 +217,13 @@ def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
             "encoding": node.encoding,
             "lanes": node.lanes,
         }
+    if isinstance(node, FactorizedKernel):
+        return {
+            "factors": {
+                name: _encode(getattr(node, name), (*path, name), tensors)
+                for name in ("left", "right")
+            }
+        }
     if node is None or isinstance(node, bool | int | float | str):
         return {"scalar": node}
     if isinstance(node, Mapping):
@@ -275,6 +283,12 @@ def _decode(node: dict, read) -> Any:
         )
         validate(host)
         return jax.tree.map(jnp.asarray, host)
+    if "factors" in node:
+        kernel = FactorizedKernel(
+            **{name: _decode(factor, read) for name, factor in node["factors"].items()}
+        )
+        kernel.check()
+        return kernel
     if "scalar" in node:
         return node["scalar"]
     if "dict" in node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,23 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import lax
 
-from macko_jax.format.matrix import MackoMatrix
-from macko_jax.nn.projection import pack_kernel, project
-from macko_jax.nn.report import PackingReport
-from macko_jax.nn.rules import Rules, assign_rules
+from macko_jax.format.factors import FactorizedKernel
+from macko_jax.format.matrix import MackoMatrix, decompress
+from macko_jax.nn.linear import as_tuple
+from macko_jax.nn.projection import as_matrices, pack_pair, pack_weights, project
+from macko_jax.nn.report import PackedLayerReport, PackingReport
+from macko_jax.nn.rules import Rule, Rules, assign_rules
+
+_RUN = (nn.Dense, nn.DenseGeneral, nn.Conv)  # the layers that run on packed kernels
 
 
 def substitute(
-    module: nn.Module, variables: dict, *args, rules: Rules = None, **kwargs
+    module: nn.Module,
+    variables: dict,
+    *args,
+    rules: Rules = None,
+    convolutions: bool = False,
+    **kwargs,
 ) -> tuple[dict, PackingReport]:
     """Put MACKO matrices in the place of the sparse kernels of a module's variables.
 
@@ -29,7 +39,8 @@ def substitute(
 
     The module is traced once, with abstract values, to see which parameters are kernels of
     `nn.Dense` and `nn.DenseGeneral`; layers that this call does not reach stay dense. Scanned and
-    vmapped layers, whose kernels have leading axes, are packed as stacks.
+    vmapped layers, whose kernels have leading axes, are packed as stacks, and of a
+    `FactorizedKernel` both factors are packed.
 
     Args:
         module: a linen module; it is not changed.
@@ -39,6 +50,8 @@ def substitute(
         rules: the `Rule`s, or regular expressions, that say which layers are packed and how; the
             first one that matches the whole path of a layer applies. None packs every layer
             below the break-even density.
+        convolutions: whether the kernels of `nn.Conv` are packed as well, which saves memory and no
+            time.
         **kwargs: further arguments of `module.apply`, such as `method` and `rngs`.
 
     Returns:
@@ -48,54 +61,116 @@ def substitute(
     Raises:
         ValueError: if a rule matches no layer.
     """
-    flat = traverse_util.flatten_dict(nn.meta.unbox(variables))
+    variables = nn.meta.unbox(variables)
+    calls = _trace_calls(module, variables, args, kwargs)
+    return _pack(variables, lambda path, _: calls.get(path, _UNREACHED), rules, convolutions)
+
+
+def pack_variables(variables: dict, rules: Rules = None) -> tuple[dict, PackingReport]:
+    """`substitute` without the module: factors, and kernels that have two axes.
+
+    A kernel of two axes is taken for that of a Dense, [in, out]. Of others it is not known which
+    axes are summed, so they stay, and the report says so.
+
+    Args:
+        variables: variables of a linen module; not changed.
+        rules: as for `substitute`.
+
+    Returns:
+        New variables, and the report.
+    """
+    return _pack(nn.meta.unbox(variables), lambda _, kernel: _guess_call(kernel), rules, True)
+
+
+def _pack(
+    variables: dict, describe: Callable[[tuple, Any], _Call], rules: Rules, convolutions: bool
+) -> tuple[dict, PackingReport]:
+    """Pack variables, where `describe(path, kernel)` says what is known of a layer's call."""
+    flat = traverse_util.flatten_dict(variables)
     kernels = {
         path[1:-1]: kernel
         for path, kernel in flat.items()
         if path[0] == "params" and path[-1] == "kernel"
     }
-    calls = _trace_calls(module, nn.meta.unbox(variables), args, kwargs)
-    layers = {
-        "/".join(path): (path, calls.get(path, _UNREACHED))
-        for path in kernels
-        if path not in calls or calls[path].is_linear
-    }
-    assigned = assign_rules(rules, layers)
-    reports, packed = [], {}
-    for name, (path, call) in layers.items():
-        kernel = kernels[path]
-        stacked = kernel.ndim - len(call.kernel_shape)
-        unsupported = call.unsupported
-        if not unsupported and kernel.shape[stacked:] != call.kernel_shape:
-            unsupported = (
-                f"its kernel {kernel.shape} does not end in {call.kernel_shape}; only "
-                "leading axes can be stacked"
-            )
-        matrix, report = pack_kernel(
-            kernel, call.contracted, stacked, assigned[name], name, call.layer, unsupported
+    assigned = assign_rules(rules, map("/".join, kernels))
+    new, reports = {path: _copy(leaf) for path, leaf in flat.items()}, []
+    for path, kernel in kernels.items():
+        name = "/".join(path)
+        packed, report = _pack_kernel(
+            kernel, describe(path, kernel), assigned[name], name, convolutions
         )
         reports.append(report)
-        if matrix is not None:
-            packed["params", *path, "kernel"] = matrix
-
-    listed = {("params", *path, "kernel") for path, _ in layers.values()}
+        if packed is not None:
+            new["params", *path, "kernel"] = packed
+    listed = {("params", *path, "kernel") for path in kernels}
     other_bytes = sum(
         getattr(leaf, "nbytes", 0) for path, leaf in flat.items() if path not in listed
     )
-    new = {path: packed[path] if path in packed else _copy(leaf) for path, leaf in flat.items()}
     return traverse_util.unflatten_dict(new), PackingReport(tuple(reports), other_bytes)
+
+
+def _pack_kernel(
+    kernel: Any, call: _Call, rule: Rule | None, path: str, convolutions: bool
+) -> tuple[MackoMatrix | FactorizedKernel | None, PackedLayerReport]:
+    """One kernel packed, None where it stays as it is; and what to report."""
+    if isinstance(kernel, MackoMatrix):
+        return None, _report_packed(kernel, path, call.kind)
+    if isinstance(kernel, FactorizedKernel):
+        factors = kernel.matrices
+        if any(isinstance(factor, MackoMatrix) for factor in factors):
+            return None, _report_packed(kernel, path, call.kind)
+        left, right, report = pack_pair(*factors, rule, path, call.kind)
+        packed = FactorizedKernel(
+            kernel.left if left is None else left, kernel.right if right is None else right
+        )
+        return packed if left is not None or right is not None else None, report
+    stacked = kernel.ndim - len(call.kernel_shape)
+    unsupported = call.unsupported
+    if call.is_conv and not convolutions:
+        unsupported = "a packed convolution saves memory but no time; convolutions=True packs it"
+    if not unsupported and kernel.shape[stacked:] != call.kernel_shape:
+        unsupported = (
+            f"its kernel {kernel.shape} does not end in {call.kernel_shape}; only "
+            "leading axes can be stacked"
+        )
+    weights = as_matrices(kernel, call.contracted, max(stacked, 0))
+    return pack_weights(weights, rule, path, call.kind, unsupported)
+
+
+def _report_packed(kernel: MackoMatrix | FactorizedKernel, path: str, kind: str):
+    """What to report of a kernel that was packed before."""
+    factors = kernel.matrices if isinstance(kernel, FactorizedKernel) else (kernel,)
+    values = factors[0] if factors[0].dtype.itemsize > 1 else factors[0].scales
+    stack = factors[0].values.shape[:-1] if isinstance(factors[0], MackoMatrix) else ()
+    shape = (*stack, factors[0].shape[-2], factors[-1].shape[-1])
+    packed = [factor for factor in factors if isinstance(factor, MackoMatrix)]
+    nonzeros = sum(
+        factor.nnz if isinstance(factor, MackoMatrix) else int(jnp.count_nonzero(factor))
+        for factor in factors
+    )
+    return PackedLayerReport(
+        path,
+        kind,
+        shape,
+        nonzeros,
+        math.prod(shape) * values.dtype.itemsize,
+        sum(factor.nbytes for factor in factors),
+        "it was packed before",
+        packed[0].encoding,
+    )
 
 
 def apply(module: nn.Module, variables: dict, *args, **kwargs) -> Any:
     """`module.apply` for variables with packed kernels.
 
-    Each `nn.Dense` and `nn.DenseGeneral` whose kernel is a MackoMatrix multiplies by it, with the
-    layer's own dtypes and bias; all else runs as it is. Works under jit, grad, vmap and inside
+    Each `nn.Dense` and `nn.DenseGeneral` whose kernel is a MackoMatrix or a FactorizedKernel
+    multiplies by it, with the layer's own dtypes and bias, and each such `nn.Conv` convolves with
+    the densified matrix; all else runs as it is. Works under jit, grad, vmap and inside
     nn.scan, nn.remat and nn.vmap. Equals `with packed_kernels(): module.apply(...)`.
 
     Args:
         module: the linen module.
-        variables: what `substitute` or `combine` gave.
+        variables: what `substitute`, `combine` or `macko_jax.load_model` gave.
         *args: arguments of `module.apply`.
         **kwargs: further arguments of `module.apply`.
 
@@ -107,7 +182,11 @@ def apply(module: nn.Module, variables: dict, *args, **kwargs) -> Any:
 
 
 def packed_kernels():
-    """Context in which linen's dense layers run on packed kernels; nothing is patched."""
+    """Context in which linen's layers run on packed and factorized kernels; nothing is patched.
+
+    with macko_jax.flax_linen.packed_kernels():
+        y = module.apply(variables, x)
+    """
     return nn.intercept_methods(_run_packed)
 
 
@@ -153,16 +232,39 @@ def combine(trainable: Any, fixed: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What the tracing of a module saw of one layer with a kernel."""
+    """What is known of one layer with a kernel.
 
-    layer: str
+    Attributes:
+        kind: name of the layer's class.
+        kernel_shape: of its kernel in one layer, without the axes of a stack.
+        contracted: number of the kernel's leading axes that are summed.
+        unsupported: why the kernel cannot be packed, None if it can.
+        is_conv: whether the layer is a convolution.
+    """
+
+    kind: str
     kernel_shape: tuple[int, ...]
     contracted: int
-    is_linear: bool
-    unsupported: str | None
+    unsupported: str | None = None
+    is_conv: bool = False
 
 
-_UNREACHED = _Call("?", (0, 0), 1, True, "the example call of the module does not reach it")
+_UNREACHED = _Call("?", (0, 0), 1, "the example call of the module does not reach it")
+
+
+def _guess_call(kernel: Any) -> _Call:
+    """What a kernel alone tells of its layer."""
+    if not isinstance(kernel, jax.Array | np.ndarray):
+        return _Call(type(kernel).__name__, (), 1)
+    if kernel.ndim == 2:
+        return _Call("Dense", kernel.shape, 1)
+    return _Call(
+        "?",
+        kernel.shape,
+        max(kernel.ndim - 1, 1),
+        f"of its kernel {kernel.shape} it is not known which axes are summed; give the module and "
+        "example inputs as well",
+    )
 
 
 def _trace_calls(module: nn.Module, variables: dict, args: tuple, kwargs: dict) -> dict:
@@ -188,48 +290,101 @@ def _trace_calls(module: nn.Module, variables: dict, args: tuple, kwargs: dict) 
         args, kwargs = jax.tree.unflatten(structure, merged)
         module.apply(variables, *args, **{"mutable": True, **kwargs})
 
-    with nn.intercept_methods(record):
+    with nn.intercept_methods(record), packed_kernels():
         jax.eval_shape(call, variables, traced)
     return calls
 
 
 def _describe_call(layer: nn.Module) -> _Call:
-    shape = layer.get_variable("params", "kernel").shape
+    shape = getattr(layer.get_variable("params", "kernel"), "shape", ())
     name = type(layer).__name__
     if isinstance(layer, nn.Einsum):
-        return _Call(name, shape, 1, True, "Einsum has no packed form")
-    if not isinstance(layer, nn.Dense | nn.DenseGeneral):
-        return _Call(name, shape, 1, False, f"{name} is not a dense layer")
-    general = isinstance(layer, nn.DenseGeneral)
-    base = nn.DenseGeneral if general else nn.Dense
+        return _Call(name, shape, 1, "Einsum has no packed form")
+    base = next((kind for kind in _RUN if isinstance(layer, kind)), None)
+    if base is None:
+        return _Call(name, shape, 1, f"{name} is no nn.Dense, DenseGeneral or Conv")
     unsupported = None
     if type(layer).__call__ is not base.__call__:
         unsupported = f"{name} has a __call__ of its own"
-    elif general and layer.batch_dims:
+    elif base is nn.Conv:
+        if layer.mask is not None:
+            unsupported = "it has a mask of its own"
+        contracted = len(as_tuple(layer.kernel_size)) + 1
+        return _Call(name, shape, contracted, unsupported, is_conv=True)
+    elif base is nn.DenseGeneral and layer.batch_dims:
         unsupported = "it has batch dimensions"
     elif layer.dot_general_cls or layer.dot_general not in (None, lax.dot_general):
         unsupported = "it has a dot_general of its own"
-    return _Call(name, shape, np.size(layer.axis) if general else 1, True, unsupported)
+    contracted = np.size(layer.axis) if base is nn.DenseGeneral else 1
+    return _Call(name, shape, contracted, unsupported)
 
 
 def _run_packed(next_function: Callable, args, kwargs, context):
-    """Method interceptor: a dense layer with a packed kernel multiplies by it."""
+    """Method interceptor: a layer with a packed or factorized kernel multiplies by it."""
     layer = context.module
-    if context.method_name != "__call__" or not isinstance(layer, nn.Dense | nn.DenseGeneral):
+    if (
+        context.method_name != "__call__"
+        or layer.scope is None
+        or not layer.has_variable("params", "kernel")
+    ):
         return next_function(*args, **kwargs)
     kernel = layer.get_variable("params", "kernel")
-    if not isinstance(kernel, MackoMatrix):
+    if not isinstance(kernel, MackoMatrix | FactorizedKernel):
         return next_function(*args, **kwargs)
+    if not isinstance(layer, _RUN):
+        path = "/".join(layer.scope.path)
+        raise TypeError(
+            f"{path!r} is a {type(layer).__name__} with a packed kernel; only nn.Dense, "
+            f"DenseGeneral and Conv run on one. Leave it dense with Rule({path!r}, skip=True)"
+        )
+    bias = layer.get_variable("params", "bias") if layer.use_bias else None
+    if isinstance(kernel, MackoMatrix):
+        return _multiply(layer, kernel, *args, **kwargs, bias=bias, features=layer.features)
+    left, right = kernel.matrices
+    hidden = _multiply(layer, right, *args, **kwargs, bias=None, features=right.shape[0])
+    if kernel.groups > 1:
+        return _multiply_groups(layer, left, hidden, bias, kernel.groups)
+    return _project(layer, left, hidden, bias, -1, layer.features)
+
+
+def _multiply(layer, matrix, inputs, *, bias, features):
+    """The layer's product, or convolution, with a matrix [out, in] in the place of its kernel."""
+    if not isinstance(layer, nn.Conv):
+        return _project(layer, matrix, inputs, bias, getattr(layer, "axis", -1), features)
+    kernel = _dense(matrix).T.reshape(*as_tuple(layer.kernel_size), -1, features)
+    parameters = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+    options = {"features": features, "use_bias": bias is not None}
+    return layer.clone(**options, parent=None, name=None).apply({"params": parameters}, inputs)
+
+
+def _multiply_groups(layer, left, hidden, bias, groups):
+    """A grouped convolution's left factor [out, k], of which each group has its rows."""
+    hidden, left, bias = layer.promote_dtype(hidden, _dense(left), bias, dtype=layer.dtype)
+    left = left.reshape(groups, -1, left.shape[-1])
+    hidden = hidden.reshape(*hidden.shape[:-1], groups, -1)
+    output = jnp.einsum("...gk,gok->...go", hidden, left, precision=layer.precision)
+    output = output.reshape(*output.shape[:-2], layer.features)
+    return output if bias is None else output + bias
+
+
+def _project(layer, matrix, inputs, bias, axis, features):
     return project(
-        kernel,
-        *args,
-        **kwargs,
-        bias=layer.get_variable("params", "bias") if layer.use_bias else None,
-        axis=getattr(layer, "axis", -1),
-        out_features=layer.features,
+        matrix,
+        inputs,
+        bias,
+        axis=axis,
+        out_features=features,
         promote=lambda arrays: layer.promote_dtype(*arrays, dtype=layer.dtype),
+        precision=layer.precision,
     )
 
 
-def _copy(leaf: Any) -> Any:
-    return leaf.copy() if isinstance(leaf, jax.Array | np.ndarray) else leaf
+def _dense(matrix: MackoMatrix | jax.Array) -> jax.Array:
+    return decompress(matrix) if isinstance(matrix, MackoMatrix) else matrix
+
+
+def _copy(node: Any) -> Any:
+    """A leaf of the variables, or a packed or factorized kernel, with arrays of its own."""
+    return jax.tree.map(
+        lambda leaf: leaf.copy() if isinstance(leaf, jax.Array | np.ndarray) else leaf, node
+    )

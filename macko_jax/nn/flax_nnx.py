@@ -1,209 +1,49 @@
-"""Flax NNX models on MACKO matrices: substitution of linear layers, and packed checkpoints."""
+"""Flax NNX models on MACKO matrices: substitution of layers, and packed checkpoints."""
 
 from __future__ import annotations
 
 import functools
-import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 from jax import lax
 
+from macko_jax.format.factors import FactorizedKernel
 from macko_jax.format.matrix import MackoMatrix
-from macko_jax.nn.projection import matrix_shape, pack_kernel, project
-from macko_jax.nn.report import PackingReport
-from macko_jax.nn.rules import Rules, assign_rules
-from macko_jax.ops.fused import Step, fused_chain, in_turn
+from macko_jax.nn.conv import MackoConv
+from macko_jax.nn.linear import ARRAY_NAMES, MackoLinear, PackedLayer, as_tuple
+from macko_jax.nn.pairs import FactorPair, abstract_pair, why_no_pair
+from macko_jax.nn.projection import as_matrices, matrix_shape, pack_pair, pack_weights
+from macko_jax.nn.report import PackedLayerReport, PackingReport
+from macko_jax.nn.rules import Rule, Rules, assign_rules
 
 Model = TypeVar("Model")
-Layer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
-
-INDEX_NAMES = ("codes", "row_offsets", "starts")
-ARRAY_NAMES = ("values", *INDEX_NAMES, "scales")
+Layer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv
 
 
-class MackoIndex(nnx.Variable):
-    """Integers, and 8-bit values, of a MackoLinear; no gradient and no optimizer touches them."""
+def substitute(
+    model: Model, rules: Rules = None, *, convolutions: bool = False
+) -> tuple[Model, PackingReport]:
+    """Put a packed layer in the place of each sparse layer of a model.
 
-
-class MackoLinear(nnx.Module):
-    """A linear layer whose kernel is a MACKO matrix.
-
-    It computes y = x W^T + b as the `nnx.Linear` or `nnx.LinearGeneral` that it replaces, with the
-    same promotion of dtypes; sums are accumulated in float32 whatever the layer's `precision`.
-    `values` is an `nnx.Param`: `nnx.grad` differentiates it and `nnx.Optimizer` updates it, and
-    since there is no entry for a zero, the pattern of non-zeros stays as it is. 8-bit values are
-    fixed, and their `scales` are the `nnx.Param`. The other arrays are `MackoIndex` variables. In a
-    vmapped or scanned stack all of them have the stack's leading axes, so a `nnx.StateAxes` that
-    names `nnx.Param` has to name `MackoIndex` as well.
-
-    Args:
-        matrix: [out, in], the product of the output by the product of the input features.
-        bias: [*out_features], an `nnx.Param` that the layer takes over, or None.
-        in_features: int, or a tuple for several contracted axes.
-        out_features: int, or a tuple for several output axes.
-        axis: the contracted axes of the input.
-        dtype: dtype of the computation, None to promote that of input, values and bias.
-        promote_dtype: as in `nnx.Linear`.
-    """
-
-    def __init__(
-        self,
-        matrix: MackoMatrix,
-        bias: nnx.Param | None = None,
-        *,
-        in_features: int | tuple[int, ...],
-        out_features: int | tuple[int, ...],
-        axis: int | tuple[int, ...] = -1,
-        dtype: Any = None,
-        promote_dtype=nnx.nn.dtypes.promote_dtype,
-    ):
-        expected = (math.prod(_as_tuple(out_features)), math.prod(_as_tuple(in_features)))
-        if matrix.shape != expected:
-            raise ValueError(
-                f"The matrix has shape {matrix.shape}; a layer from {in_features} to "
-                f"{out_features} features needs [out, in] = {expected}"
-            )
-        scaled = matrix.scales is not None
-        self.values = (MackoIndex if scaled else nnx.Param)(matrix.values)
-        self.scales = nnx.data(nnx.Param(matrix.scales) if scaled else None)
-        self.codes = MackoIndex(matrix.codes)
-        self.row_offsets = MackoIndex(matrix.row_offsets)
-        self.starts = MackoIndex(matrix.starts)
-        self.bias = nnx.data(bias)
-        self.shape = matrix.shape
-        self.encoding = matrix.encoding
-        self.lanes = matrix.lanes
-        self.in_features = in_features
-        self.out_features = out_features
-        self.axis = axis
-        self.dtype = dtype
-        self.promote_dtype = promote_dtype
-
-    @property
-    def matrix(self) -> MackoMatrix:
-        """The kernel's transpose, [out, in]."""
-        return MackoMatrix(
-            self.values[...],
-            *(getattr(self, name)[...] for name in INDEX_NAMES),
-            shape=self.shape,
-            encoding=self.encoding,
-            lanes=self.lanes,
-            scales=None if self.scales is None else self.scales[...],
-        )
-
-    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
-        """Multiply by the kernel and add the bias.
-
-        Args:
-            inputs: array whose axes `axis` hold the input features, by default the last one.
-            out_sharding: only None; accepted for the sake of callers written for `nnx.Linear`.
-
-        Returns:
-            [*other axes of inputs, *out_features].
-        """
-        if out_sharding is not None:
-            raise ValueError(
-                f"out_sharding={out_sharding} was given to a packed layer, which supports None "
-                "only; leave this layer dense with a rule, Rule(path, skip=True)"
-            )
-        return self.fused(inputs)
-
-    def fused(
-        self,
-        inputs: jax.Array,
-        *,
-        norm: tuple[jax.Array, float] | None = None,
-        gated: bool = False,
-        add: jax.Array | None = None,
-    ) -> jax.Array:
-        """add + what the layer makes of f(inputs); on a GPU one kernel, where there is one token.
-
-        Args:
-            inputs: as the layer takes them; where `gated`, twice as wide.
-            norm: (scale, eps), f divides by the root mean square and multiplies by the scale.
-            gated: f(gate, x) = silu(gate) * x, of the two halves of the inputs.
-            add: of the shape of the result, such as the residual stream.
-
-        Returns:
-            [*other axes of inputs, *out_features]; see `macko_jax.experimental.fused_spmv`.
-        """
-        return project(
-            self.matrix,
-            inputs,
-            None if self.bias is None else self.bias[...],
-            axis=self.axis,
-            out_features=self.out_features,
-            promote=lambda arrays: self.promote_dtype(arrays, dtype=self.dtype),
-            norm=norm,
-            gated=gated,
-            add=add,
-        )
-
-
-def chain(
-    x: jax.Array, steps: Sequence[Step], *, blank: jax.Array | None = None
-) -> list[jax.Array]:
-    """Layers of which each takes the result of the one before; see `experimental.fused_chain`.
-
-    Two chains at once on one GPU can wait for each other for ever: `macko_jax.experimental`.
-
-    Layers of another type than x, that contract other axes than the last, or that add something to
-    a bias, make it a kernel for each layer.
-
-    Args:
-        x: the first layer's inputs.
-        steps: `macko_jax.experimental.Step`s of `MackoLinear`s.
-        blank: see `macko_jax.experimental.fused_chain`.
-
-    Returns:
-        The results of the steps that are `kept`, and of the last.
-    """
-    products = [_matrix_step(step, x.dtype) for step in steps]
-    if None not in products:
-        return fused_chain(x, products, blank=blank)
-    return in_turn(
-        x,
-        steps,
-        lambda x, step: step.linear.fused(x, norm=step.norm, gated=step.gated, add=step.add),
-    )
-
-
-def _matrix_step(step: Step, dtype) -> Step | None:
-    """The step with its layer's matrix, for inputs of a dtype; None if the layer is more."""
-    layer = step.linear
-    kind = layer.matrix.dtype
-    alike = jnp.dtype(dtype) == kind == jnp.dtype(layer.dtype or dtype)
-    simple = isinstance(layer.in_features, int) and isinstance(layer.out_features, int)
-    if not (alike and simple and layer.axis in (-1, (-1,))):
-        return None
-    if layer.bias is not None:
-        if step.add is not None or layer.bias.dtype != kind:
-            return None
-        step = step._replace(add=layer.bias[...])
-    return step._replace(linear=layer.matrix)
-
-
-def substitute(model: Model, rules: Rules = None) -> tuple[Model, PackingReport]:
-    """Put a `MackoLinear` in the place of each sparse linear layer of a model.
-
-    `nnx.Linear` and `nnx.LinearGeneral` are packed wherever they are: as attributes, in lists,
-    dicts, tuples and Sequential, in vmapped or scanned stacks (kernels with leading axes), shared
-    between several parents (and then shared again), or as the model itself. The report names the
-    layers that stay dense and why: one that no rule matches, whose density is at least the
-    rule's `max_density`, or that does something MackoLinear does not (a subclass with a
-    `__call__` of its own, batch axes, a custom `dot_general`, `nnx.Einsum`).
+    `nnx.Linear` and `nnx.LinearGeneral` become `MackoLinear`, alone or as the factors of a
+    `FactorPair`, wherever they are: as attributes, in lists, dicts, tuples and Sequential, in
+    vmapped or scanned stacks (kernels with leading axes), shared between several parents (and then
+    shared again), or as the model itself. The report names the layers that stay dense and why: one
+    that no rule matches, whose density is at least the rule's `max_density`, or that does something
+    the packed layer does not (a subclass with a `__call__` of its own, batch axes, a custom
+    `dot_general`, `nnx.Einsum`).
 
     Args:
         model: any NNX model, or a pytree of modules, with concrete arrays. It is left as it is.
         rules: the `Rule`s, or regular expressions, that say which layers are packed and how; the
-            first one that matches the whole path of a layer applies. None packs every layer
-            below the break-even density.
+            first one that matches the whole path of a layer applies. A pair of factors is one layer
+            with one path. None packs every layer below the break-even density.
+        convolutions: whether `nnx.Conv` becomes `MackoConv`, which saves memory and no time.
 
     Returns:
         A copy of the model that shares no variable and no array with it, and the report.
@@ -213,42 +53,75 @@ def substitute(model: Model, rules: Rules = None) -> tuple[Model, PackingReport]
     """
     # The copy's variables are new, its arrays are still the old ones: no dense kernel is copied.
     model = nnx.clone(model)
-    layers = {_join(path): layer for path, layer in _linear_layers(model)}
+    layers = {_join(path): layer for path, layer in _layers(model)}
     assigned = assign_rules(rules, layers)
-    reports, accounted, fresh = [], set(), set()
+    before = jax.tree.leaves(nnx.state(model))
+    reports, listed, fresh = [], set(), set()
     for path, layer in layers.items():
-        kernel = layer.kernel.get_value()
-        if isinstance(kernel, jax.ShapeDtypeStruct):
+        listed.update(id(part.kernel.get_value()) for part in _parts(layer))
+        matrices, report = _pack_layer(layer, assigned[path], path, convolutions)
+        fresh.update(map(id, jax.tree.leaves(matrices)))
+        reports.append(report)
+    other_bytes = sum(getattr(leaf, "nbytes", 0) for leaf in before if id(leaf) not in listed)
+    state = nnx.state(model)
+    nnx.update(model, jax.tree.map(lambda a: a if id(a) in fresh else _copy(a), state))
+    return model, PackingReport(tuple(reports), other_bytes)
+
+
+def _layers(model: Any) -> list[tuple[tuple, Layer | FactorPair]]:
+    """Paths and layers that may be packed, in the order of the model; a pair is one layer."""
+    modules = list(nnx.iter_modules(model))
+    pairs = [
+        module
+        for _, module in modules
+        if isinstance(module, FactorPair) and all(isinstance(p, Layer) for p in _parts(module))
+    ]
+    single = {id(pair) for pair in pairs}
+    parts = {id(part) for pair in pairs for part in _parts(pair)}
+    return [
+        (path, module)
+        for path, module in modules
+        if id(module) in single or (isinstance(module, Layer) and id(module) not in parts)
+    ]
+
+
+def _parts(layer: Layer | FactorPair) -> list:
+    """The layers that a layer consists of: itself, or the two of a pair."""
+    return [layer.left, layer.right] if isinstance(layer, FactorPair) else [layer]
+
+
+def _pack_layer(
+    layer: Layer | FactorPair, rule: Rule | None, path: str, convolutions: bool
+) -> tuple[list[MackoMatrix | None], PackedLayerReport]:
+    """Pack a layer in place, or leave it: the matrices of its parts, and what to report."""
+    parts = _parts(layer)
+    for part in parts:
+        if isinstance(part.kernel.get_value(), jax.ShapeDtypeStruct):
             raise ValueError(
                 f"The kernel of {path!r} is abstract; substitute packs concrete arrays. To load a "
                 "packed checkpoint into an abstract model use from_pure_dict"
             )
-        matrix, report = pack_kernel(
-            kernel,
-            *_kernel_axes(layer),
-            assigned[path],
-            path,
-            type(layer).__name__,
-            unsupported=_why_unsupported(layer),
-        )
-        reports.append(report)
-        if matrix is None:
-            accounted.add(id(kernel))
-        else:
-            fresh.update(map(id, jax.tree.leaves(matrix)))
-            _become_packed(layer, matrix)
-
-    state = nnx.state(model)
-    other = [a for a in jax.tree.leaves(state) if id(a) not in accounted | fresh]
-    nnx.update(model, jax.tree.map(lambda a: a if id(a) in fresh else _copy(a), state))
-    return model, PackingReport(tuple(reports), sum(getattr(a, "nbytes", 0) for a in other))
+    weights = [as_matrices(part.kernel.get_value(), *_kernel_axes(part)) for part in parts]
+    if isinstance(layer, FactorPair):
+        *matrices, report = pack_pair(*weights, rule, path, "FactorPair")
+    else:
+        reason = _why_unsupported(layer)
+        if isinstance(layer, nnx.Conv) and not convolutions:
+            reason = "a packed convolution saves memory but no time; convolutions=True packs it"
+        matrix, report = pack_weights(*weights, rule, path, type(layer).__name__, reason)
+        matrices = [matrix]
+    for part, matrix in zip(parts, matrices):
+        if matrix is not None:
+            _become_packed(part, matrix)
+    return matrices, report
 
 
 def to_pure_dict(model: Any) -> dict:
     """The state of a model as nested dicts, packed kernels as MackoMatrix leaves.
 
     A packed layer has its kernel under the same name, "kernel", as the dense layer, as one
-    MackoMatrix [out, in]. This is what `macko_jax.save` takes and `from_pure_dict` reads.
+    MackoMatrix [out, in]; the two layers of a pair are called "left" and "right". This is what
+    `macko_jax.save` takes and `from_pure_dict` reads.
 
     Args:
         model: an NNX model.
@@ -258,7 +131,7 @@ def to_pure_dict(model: Any) -> dict:
     """
     tree = nnx.to_pure_dict(nnx.state(model))
     for path, layer in nnx.iter_modules(model):
-        if isinstance(layer, MackoLinear):
+        if isinstance(layer, PackedLayer):
             node = functools.reduce(operator.getitem, path, tree)
             for name in ARRAY_NAMES:
                 node.pop(name, None)
@@ -272,9 +145,11 @@ def from_pure_dict(abstract_model: Model, tree: dict) -> Model:
         abstract = nnx.eval_shape(lambda: MyModel(rngs=nnx.Rngs(0)))
         model = macko_jax.flax_nnx.from_pure_dict(abstract, macko_jax.load(path))
 
+    Each layer becomes what the tree says it is: a packed one where its "kernel" is a MackoMatrix,
+    a `FactorPair` where it has "left" and "right" in the place of a kernel.
+
     Args:
-        abstract_model: the dense model as `nnx.eval_shape` gives it, which is left as it is. Its
-            linear layers become `MackoLinear` where the tree has a MackoMatrix as their "kernel".
+        abstract_model: the dense model as `nnx.eval_shape` gives it, which is left as it is.
         tree: nested dicts with the arrays of all its variables.
 
     Returns:
@@ -285,24 +160,11 @@ def from_pure_dict(abstract_model: Model, tree: dict) -> Model:
             the kind of a layer does not fit; the message names all of them.
     """
     model = nnx.clone(abstract_model)
-    given = traverse_util.flatten_dict(tree)
     problems = []
-    for path, layer in list(_linear_layers(model)):
-        matrix = given.get((*path, "kernel"))
-        if not isinstance(matrix, MackoMatrix):
-            continue
-        expected = matrix_shape(layer.kernel.get_value(), *_kernel_axes(layer))
-        found = (*matrix.row_offsets.shape[:-1], *matrix.shape)
-        if reason := _why_unsupported(layer):
-            problems.append(f"{_join(path)}/kernel: is packed, but {reason}")
-        elif found != expected:
-            problems.append(
-                f"{_join(path)}/kernel: the matrix [out, in] has shape {found}, the "
-                f"model needs {expected}"
-            )
-        else:
-            _become_packed(layer, matrix)
+    for path, layer in _layers(model):
+        problems += _become_as_stored(layer, path, _node(tree, path))
 
+    given = traverse_util.flatten_dict(tree)
     wanted = traverse_util.flatten_dict(to_pure_dict(model))
     problems += [f"{_join(path)}: missing in the tree" for path in wanted.keys() - given.keys()]
     problems += [f"{_join(path)}: not in the model" for path in given.keys() - wanted.keys()]
@@ -325,35 +187,81 @@ def from_pure_dict(abstract_model: Model, tree: dict) -> Model:
     return model
 
 
-def _linear_layers(model: Any) -> Iterator[tuple[tuple, Layer]]:
-    for path, module in nnx.iter_modules(model):
-        if isinstance(module, Layer):
-            yield path, module
+def _node(tree: Any, path: tuple) -> Any:
+    """What a tree has at a path; None where it does not reach."""
+    for key in path:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def _become_as_stored(layer: Layer | FactorPair, path: tuple, node: Any) -> list[str]:
+    """Turn an abstract layer in place into what the tree has for it; what does not fit."""
+    if not isinstance(node, Mapping):
+        return []
+    if {"left", "right"} <= node.keys() and not isinstance(layer, FactorPair):
+        inner = _stored_inner(node["right"], getattr(layer, "feature_group_count", 1))
+        reason = why_no_pair(layer)
+        if reason or inner is None:
+            reason = reason or "right/kernel is no matrix"
+            return [f"{_join(path)}: is a pair of factors, but {reason}"]
+        become(layer, abstract_pair(layer, inner))
+    if isinstance(layer, FactorPair):
+        return [
+            problem
+            for name in ("right", "left")
+            for problem in _become_as_stored(getattr(layer, name), (*path, name), node.get(name))
+        ]
+    matrix = node.get("kernel")
+    if not isinstance(matrix, MackoMatrix):
+        return []
+    place = f"{_join(path)}/kernel"
+    if reason := _why_unsupported(layer):
+        return [f"{place}: is packed, but {reason}"]
+    expected = matrix_shape(layer.kernel.get_value(), *_kernel_axes(layer))
+    found = (*matrix.row_offsets.shape[:-1], *matrix.shape)
+    if found != expected:
+        return [f"{place}: the matrix [out, in] has shape {found}, the model needs {expected}"]
+    _become_packed(layer, matrix)
+    return []
+
+
+def _stored_inner(right: Any, groups: int) -> int | None:
+    """The inner dimension of a pair, from what the tree has for its right factor."""
+    kernel = _node(right, ("kernel",))
+    if isinstance(kernel, MackoMatrix):
+        return kernel.shape[0] // groups
+    return kernel.shape[-1] // groups if getattr(kernel, "ndim", 0) > 1 else None
 
 
 def _kernel_axes(layer: Layer) -> tuple[int, int]:
     """How many axes of the layer's kernel are contracted, and how many belong to a stack."""
+    contracted, outputs = 1, 1
     if isinstance(layer, nnx.LinearGeneral):
         contracted, outputs = len(layer.in_features), len(layer.out_features)
-    else:
-        contracted, outputs = 1, 1
+    elif isinstance(layer, nnx.Conv):
+        contracted = len(layer.kernel_size) + 1
     return contracted, max(layer.kernel.get_value().ndim - contracted - outputs, 0)
 
 
 def _why_unsupported(layer: Layer) -> str | None:
-    """Why MackoLinear cannot stand for the layer, None if it can."""
+    """Why a packed layer cannot stand for the layer, None if it can."""
     if isinstance(layer, nnx.Einsum):
         return "Einsum has no packed form"
-    base = nnx.LinearGeneral if isinstance(layer, nnx.LinearGeneral) else nnx.Linear
+    kinds = (nnx.LinearGeneral, nnx.Linear, nnx.Conv)
+    base = next(kind for kind in kinds if isinstance(layer, kind))
     if type(layer).__call__ is not base.__call__:
         return f"{type(layer).__name__} has a __call__ of its own"
+    if base is nnx.Conv:
+        return None if layer.mask is None else "it has a mask of its own"
     if getattr(layer, "batch_axis", None):
         return "it has batch axes"
     if getattr(layer, "dot_general_cls", None) or layer.dot_general not in (None, lax.dot_general):
         return "it has a dot_general of its own"
     if layer.preferred_element_type is not None:
         return "it sets preferred_element_type"
-    features = (*_as_tuple(layer.in_features), *_as_tuple(layer.out_features))
+    features = (*as_tuple(layer.in_features), *as_tuple(layer.out_features))
     shape = layer.kernel.get_value().shape
     if shape[-len(features) :] != features:
         return f"its kernel {shape} does not end in {features}; only leading axes can be stacked"
@@ -361,11 +269,10 @@ def _why_unsupported(layer: Layer) -> str | None:
 
 
 def _become_packed(layer: Layer, matrix: MackoMatrix) -> None:
-    """Turn a layer into a MackoLinear in place.
-
-    A new object would have to be put into every parent; the same object stays where it is, also
-    in a tuple, in a cycle and where several parents share it.
-    """
+    """Turn a layer into the packed one in place."""
+    if isinstance(layer, nnx.Conv):
+        become(layer, MackoConv(layer, matrix))
+        return
     packed = MackoLinear(
         matrix,
         layer.bias,
@@ -375,9 +282,35 @@ def _become_packed(layer: Layer, matrix: MackoMatrix) -> None:
         dtype=layer.dtype,
         promote_dtype=layer.promote_dtype,
     )
-    vars(layer).clear()
-    vars(layer).update(vars(packed))
-    layer.__class__ = MackoLinear
+    become(layer, packed)
+
+
+def become(module: nnx.Module, other: nnx.Module) -> None:
+    """Turn a module in place into another one, whose variables it takes over.
+
+    A new object would have to be put into every parent; the same object stays where it is, also
+    in a tuple, in a cycle and where several parents share it.
+    """
+    vars(module).clear()
+    vars(module).update(vars(other))
+    module.__class__ = type(other)
+
+
+def become_pair(layer: nnx.Module, left: jax.Array, right: jax.Array) -> None:
+    """Turn a layer in place into a `FactorPair`, wherever and however often it is held.
+
+    Args:
+        layer: `nnx.Linear`, `LinearGeneral` or `Conv`, or a stack of them.
+        left: A, `[*stack, groups, out / groups, k]`.
+        right: B, `[*stack, groups, k, in]`.
+    """
+    pair = abstract_pair(layer, left.shape[-1])
+    kernel = FactorizedKernel(left, right)
+    for factor, matrix in zip((pair.left, pair.right), kernel.matrices):
+        wanted = factor.kernel.get_value()
+        matrix = matrix.swapaxes(-1, -2).reshape(wanted.shape)
+        factor.kernel = nnx.Param(matrix.astype(wanted.dtype))
+    become(layer, pair)
 
 
 def _copy(leaf: Any) -> Any:
@@ -388,10 +321,6 @@ def _describe(leaf: Any) -> str:
     if isinstance(leaf, MackoMatrix):
         return f"a packed matrix {leaf.shape}"
     return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
-
-
-def _as_tuple(features: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (features,) if isinstance(features, int) else tuple(features)
 
 
 def _join(path: tuple) -> str:

@@ -18,21 +18,32 @@ from macko_jax.nn.rules import VALUE_DTYPES, Rule
 from macko_jax.ops.fused import fused_spmv
 
 
-def pack_kernel(
-    kernel: jax.Array,
-    contracted: int,
-    stacked: int,
-    rule: Rule | None,
-    path: str,
-    kind: str,
-    unsupported: str | None = None,
-) -> tuple[MackoMatrix | None, PackedLayerReport]:
-    """Pack the kernel of one layer, or say why it stays dense.
+def as_matrices(kernel: jax.Array, contracted: int, stacked: int) -> jax.Array:
+    """A Flax kernel [*stack, *in, *out] as matrices [*stack, out, in].
 
     Args:
-        kernel: [*stack, *in, *out] float array, as Flax holds it.
+        kernel: as Flax holds it.
         contracted: number of axes in `in`.
         stacked: number of axes in `stack`, which hold the layers of a vmapped or scanned stack.
+    """
+    *stack, rows, cols = matrix_shape(kernel, contracted, stacked)
+    return jnp.asarray(kernel).reshape(*stack, cols, rows).swapaxes(-1, -2)
+
+
+def matrix_shape(kernel: jax.Array, contracted: int, stacked: int) -> tuple[int, ...]:
+    """The shape [*stack, out, in] of `as_matrices` of a kernel, which may be abstract."""
+    shape = kernel.shape
+    inputs, outputs = shape[stacked : stacked + contracted], shape[stacked + contracted :]
+    return (*shape[:stacked], math.prod(outputs), math.prod(inputs))
+
+
+def pack_weights(
+    weights: jax.Array, rule: Rule | None, path: str, kind: str, unsupported: str | None = None
+) -> tuple[MackoMatrix | None, PackedLayerReport]:
+    """Pack the weights of one layer, or say why it stays dense.
+
+    Args:
+        weights: [*stack, out, in] floats.
         rule: the rule that applies to the layer, None if there is none.
         path: path of the layer.
         kind: name of the layer's class.
@@ -43,53 +54,84 @@ def pack_kernel(
         skipped; and what to report.
     """
     keeps = rule is None or rule.dtype is None or rule.dtype in quantization.NAMES
-    dtype = jnp.dtype(kernel.dtype if keeps else rule.dtype)
-    rounded = jnp.asarray(kernel, dtype)
-    shape = matrix_shape(kernel, contracted, stacked)
+    dtype = jnp.dtype(weights.dtype if keeps else rule.dtype)
+    rounded = jnp.asarray(weights, dtype)
     nonzeros = int(jnp.count_nonzero(rounded))
-    report = PackedLayerReport(path, kind, shape, nonzeros, kernel.nbytes, kernel.nbytes)
-
-    def skip(reason: str) -> tuple[None, PackedLayerReport]:
-        return None, dataclasses.replace(report, note=reason)
-
+    report = PackedLayerReport(path, kind, weights.shape, nonzeros, weights.nbytes, weights.nbytes)
+    reason = unsupported
     if rule is None:
-        return skip("no rule matches its path")
-    if rule.skip:
-        return skip(f"rule {rule.path!r} says so")
-    if unsupported:
-        return skip(unsupported)
-    if kernel.size == 0:
-        return skip("its kernel is empty")
-    if dtype.name not in VALUE_DTYPES:
-        return skip(
-            f"values of {dtype} are not packed; a rule can set dtype to {', '.join(VALUE_DTYPES)}"
-        )
-    if rule.max_density < 1 and report.density >= rule.max_density:
-        return skip(f"from density {rule.max_density:g} on dense is faster")
-
-    *stack, rows, cols = shape
-    weights = rounded.reshape(*stack, cols, rows).swapaxes(-1, -2)
-    matrix = (
-        _pack_stack(weights, rule)
-        if stack
-        else compress(
-            weights,
+        reason = "no rule matches its path"
+    elif rule.skip:
+        reason = f"rule {rule.path!r} says so"
+    elif not unsupported:
+        reason = _why_dense(weights, dtype, report.density, rule)
+    if reason:
+        return None, dataclasses.replace(report, note=reason)
+    if weights.ndim > 2:
+        matrix = _pack_stack(rounded, rule)
+    else:
+        matrix = compress(
+            rounded,
             dtype=rule.dtype,
             encoding=rule.encoding,
             lanes=rule.lanes,
             capacity=shared_capacity,
         )
-    )
     return matrix, dataclasses.replace(
         report, bytes_after=matrix.nbytes, encoding=matrix.encoding, note=matrix.encoding
     )
 
 
-def matrix_shape(kernel: jax.Array, contracted: int, stacked: int) -> tuple[int, ...]:
-    """The shape [*stack, out, in] of the matrix, or matrices, that a kernel packs into."""
-    shape = kernel.shape
-    inputs, outputs = shape[stacked : stacked + contracted], shape[stacked + contracted :]
-    return (*shape[:stacked], math.prod(outputs), math.prod(inputs))
+def _why_dense(weights, dtype, density: float, rule: Rule) -> str | None:
+    """Why weights are better not packed, or cannot be; None if they are."""
+    if weights.size == 0:
+        return "its kernel is empty"
+    if dtype.name not in VALUE_DTYPES:
+        allowed = ", ".join(VALUE_DTYPES)
+        return f"values of {dtype} are not packed; a rule can set dtype to {allowed}"
+    if rule.max_density < 1 and density >= rule.max_density:
+        return f"from density {rule.max_density:g} on dense is faster"
+    return None
+
+
+def pack_pair(
+    left: jax.Array, right: jax.Array, rule: Rule | None, path: str, kind: str
+) -> tuple[MackoMatrix | None, MackoMatrix | None, PackedLayerReport]:
+    """Pack the two factors of one layer, each as by `pack_weights`.
+
+    Args:
+        left: A, [*stack, out, k].
+        right: B, [*stack, groups * k, in].
+        rule: the rule that applies to the layer, None if there is none.
+        path: path of the layer.
+        kind: what to call the layer.
+
+    Returns:
+        The two matrices, None for a factor that stays dense; and what to report of both, compared
+        with the dense matrix [out, in] that they stand for.
+    """
+    (first, of_left), (second, of_right) = (
+        pack_weights(factor, rule, path, kind) for factor in (left, right)
+    )
+    shape = (*left.shape[:-1], right.shape[-1])
+    notes = of_left.note
+    if of_left.note != of_right.note:
+        notes = f"left: {of_left.note}, right: {of_right.note}"
+    found = dict.fromkeys(filter(None, (of_left.encoding, of_right.encoding)))
+    return (
+        first,
+        second,
+        PackedLayerReport(
+            path,
+            kind,
+            shape,
+            of_left.nonzeros + of_right.nonzeros,
+            math.prod(shape) * left.dtype.itemsize,
+            of_left.bytes_after + of_right.bytes_after,
+            f"two factors via {left.shape[-1]}, {notes}",
+            " and ".join(found) or None,
+        ),
+    )
 
 
 def _pack_stack(weights: jax.Array, rule: Rule) -> MackoMatrix:
@@ -107,13 +149,14 @@ def _pack_stack(weights: jax.Array, rule: Rule) -> MackoMatrix:
 
 
 def project(
-    matrix: MackoMatrix,
+    matrix: MackoMatrix | jax.Array,
     inputs: jax.Array,
     bias: jax.Array | None,
     *,
     axis: int | Sequence[int],
     out_features: int | Sequence[int],
     promote: Callable,
+    precision=None,
     norm: tuple[jax.Array, float] | None = None,
     gated: bool = False,
     add: jax.Array | None = None,
@@ -121,15 +164,16 @@ def project(
     """Multiply as Flax's Linear, LinearGeneral, Dense and DenseGeneral do: y = x W^T + b.
 
     Args:
-        matrix: [out, in], where in and out are products of the layer's features.
+        matrix: [out, in], packed or dense, where in and out are products of the layer's features.
         inputs: array whose axes `axis` hold the input features.
         bias: [*out_features] or None.
         axis: the contracted axes of `inputs`.
         out_features: the layer's output features, which become the last axes of the result.
         promote: takes the tuple (inputs, values, bias) to the dtype of the computation; of a matrix
             with 8-bit values, their scales in the place of the values.
+        precision: of the product with a dense matrix; with a packed one it is float32 throughout.
         norm: (scale, eps) of a norm of the promoted inputs, as in `fused_spmv`.
-        gated: whether the inputs, twice as wide, hold a gate.
+        gated: whether the inputs, twice as wide, hold a gate. Both are for packed matrices only.
         add: of the shape of the result, or None.
 
     Returns:
@@ -142,13 +186,19 @@ def project(
     kept = x.ndim - len(axis)
     x = x.reshape(*x.shape[:kept], math.prod(x.shape[kept:]))
 
-    name = "values" if matrix.scales is None else "scales"
-    stored = getattr(matrix, name)
-    x, promoted, bias = promote((x, stored, bias))
-    # Stored values narrower than the computation are widened by the product itself, exactly and
-    # without a wide copy in memory.
-    if jnp.promote_types(stored.dtype, promoted.dtype) != promoted.dtype:
-        matrix = dataclasses.replace(matrix, **{name: promoted})
+    if isinstance(matrix, MackoMatrix):
+        name = "values" if matrix.scales is None else "scales"
+        stored = getattr(matrix, name)
+        x, promoted, bias = promote((x, stored, bias))
+        # Stored values narrower than the computation are widened by the product itself, exactly
+        # and without a wide copy in memory.
+        if jnp.promote_types(stored.dtype, promoted.dtype) != promoted.dtype:
+            matrix = dataclasses.replace(matrix, **{name: promoted})
+    else:
+        x, matrix, bias = promote((x, matrix, bias))
+        y = jnp.matmul(x, matrix.swapaxes(-1, -2), precision=precision)
+        y = y.reshape(*y.shape[:-1], *map(int, out_features))
+        return y if bias is None else y + bias
     if add is None:
         add, bias = bias, None
     if add is not None:

@@ -12,7 +12,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 NUMBERS = frozenset(["density", "before", "after", "inner", "non-zeros", "error", "time"])
 
@@ -55,8 +55,10 @@ class LayerReport:
         Raises:
             KeyError: if an attribute is missing.
         """
-        known = {field.name: record[field.name] for field in dataclasses.fields(cls)}
-        return cls(**known | {"shape": tuple(record["shape"])})
+        names = [field.name for field in dataclasses.fields(cls)]
+        known: dict[str, Any] = {name: record[name] for name in names}
+        known["shape"] = tuple(known["shape"])
+        return cls(**known)
 
     def cells(self) -> dict[str, str]:
         """The layer's row of the table, by the names of the columns."""

@@ -64,7 +64,7 @@ class PathRule:
             ValueError: if a rule matches no path at all: most likely a misspelt one.
         """
         paths = list(paths)
-        rules = [rules] if isinstance(rules, str | cls) else list(rules)
+        rules = [rules] if isinstance(rules, str | PathRule) else list(rules)
         for rule in rules:
             if not isinstance(rule, str | cls):
                 package = cls.__module__.partition(".")[0]

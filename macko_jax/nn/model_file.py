@@ -1,0 +1,82 @@
+"""Files of compressed models: what `pack` and `substitute` gave, loaded by `macko_jax` alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from macko_jax.io.checkpoint import load, save
+from macko_jax.nn import flax_nnx
+
+
+def save_model(path: str | os.PathLike, model: Any) -> None:
+    """Save a packed or factorized Flax model to one file.
+
+        macko_jax.save_model("model.safetensors", packed)
+
+    The file says what each layer has become: a kernel that is one packed matrix, or a stack of
+    them, or the two factors of a pair, each dense or packed.
+
+    Args:
+        path: the file; an existing one is replaced, never by half a file.
+        model: an NNX model, or a linen module's variables, as `dsf_jax.compress_model`,
+            `dsf_jax.pack`, `flax_nnx.substitute` or `flax_linen.substitute` gave them.
+
+    Raises:
+        TypeError: if the model is neither, or holds something that `save` cannot store.
+        FileNotFoundError: if the directory of `path` does not exist.
+    """
+    if isinstance(model, nnx.Module):
+        model = flax_nnx.to_pure_dict(model)
+    elif not isinstance(model, Mapping):
+        raise TypeError(
+            f"save_model takes a flax.nnx.Module or the variables of a linen module, got "
+            f"{type(model).__name__}; save stores other trees of arrays"
+        )
+    save(path, model)
+
+
+def load_model(path: str | os.PathLike, make_model: Callable[[], nnx.Module] | None = None) -> Any:
+    """Load a model that `save_model` wrote.
+
+        model = macko_jax.load_model("model.safetensors", lambda: MyModel(rngs=nnx.Rngs(0)))
+        variables = macko_jax.load_model("linen.safetensors")
+
+    Nothing but the code of the dense model is needed, and no dense kernel is ever held: the model
+    is made abstractly, and each layer becomes what the file says that it is.
+
+    Args:
+        path: the file.
+        make_model: makes the dense NNX model, with the configuration that it had when it was
+            compressed; None for the variables of a linen module.
+
+    Returns:
+        The NNX model, or linen variables for `flax_linen.apply`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, or does not fit the model: the message names each layer
+            that does not, what it needs and what the file has.
+        TypeError: if `make_model` makes no NNX model.
+    """
+    tree = load(path)
+    if make_model is None:
+        if not isinstance(tree, Mapping) or "params" not in tree:
+            raise ValueError(
+                f"{path} does not hold the variables of a linen module, which have 'params'; for "
+                "an NNX model give make_model, a function that makes the dense model"
+            )
+        return tree
+    abstract = nnx.eval_shape(make_model)
+    if not isinstance(abstract, nnx.Module):
+        raise TypeError(
+            f"make_model must make a flax.nnx.Module, it made a {type(abstract).__name__}; the "
+            "variables of a linen module are loaded without it"
+        )
+    try:
+        return flax_nnx.from_pure_dict(abstract, tree)
+    except ValueError as error:
+        raise ValueError(f"Cannot load {path}: {error}") from error

@@ -1,0 +1,211 @@
+"""Compressed models of every kind of layer are packed, saved, and loaded by another process."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx, traverse_util
+
+import dsf_jax
+import macko_jax
+from dsf_jax.nn.layers import become_pair
+from macko_jax.flax_linen import FactorizedKernel
+from macko_jax.flax_nnx import MackoConv, MackoLinear
+from tests import served_models
+from tests.served_models import LinenNet
+
+ROOT = pathlib.Path(__file__).parent.parent
+INNER = 5
+# Of each layer that becomes a pair: stack, groups, out, in.
+PAIRS = {
+    "conv": ((), 1, 8, 72),
+    "grouped": ((), 2, 8, 16),
+    "blocks/down": ((3,), 1, 8, 24),
+    "merge": ((), 1, 10, 12),
+    "head": ((), 1, 5, 10),
+}
+
+
+def sparse(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape) * (rng.random(shape) < 0.4) / 4, jnp.float32)
+
+
+def factors(rng, stack, groups, rows, cols):
+    return (
+        sparse(rng, *stack, groups, rows // groups, INNER),
+        sparse(rng, *stack, groups, INNER, cols),
+    )
+
+
+def compressed_nnx():
+    """A model with pairs, single sparse matrices and a layer that is dense."""
+    rng, model = np.random.default_rng(0), served_models.make()
+    kernels = nnx.state(model, lambda path, _: path[-1] == "kernel" and path[0] != "plain")
+    nnx.update(model, jax.tree.map(lambda leaf: sparse(rng, *leaf.shape), kernels))
+    for path, shape in PAIRS.items():
+        layer = model
+        for name in path.split("/"):
+            layer = getattr(layer, name)
+        become_pair(layer, *factors(rng, *shape))
+    return model
+
+
+def compressed_linen(x):
+    rng = np.random.default_rng(0)
+    abstract = jax.eval_shape(LinenNet().init, jax.random.key(0), x)
+    flat = {}
+    for path, leaf in traverse_util.flatten_dict(abstract).items():
+        dense = jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) / 4
+        flat[path] = dense if "plain" in path or leaf.ndim < 2 else sparse(rng, *leaf.shape)
+    for path, shape in PAIRS.items():
+        flat["params", *path.split("/"), "kernel"] = FactorizedKernel(*factors(rng, *shape))
+    return traverse_util.unflatten_dict(flat)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return np.random.default_rng(1).normal(size=(3, 6, 6, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def nnx_model():
+    return compressed_nnx()
+
+
+@pytest.fixture(scope="module")
+def variables(x):
+    return compressed_linen(x)
+
+
+def run(variables, x):
+    return macko_jax.flax_linen.apply(LinenNet(), variables, x)
+
+
+SHAPES = {
+    "stem": (8, 36),
+    "conv": (8, 72),
+    "grouped": (8, 16),
+    "blocks/up": (3, 24, 8),
+    "blocks/down": (3, 8, 24),
+    "heads": (12, 8),
+    "merge": (10, 12),
+    "plain": (10, 10),
+    "head": (5, 10),
+}
+
+
+def check_report(report):
+    """Every layer is there once, compared with the dense model, a pair as one layer."""
+    assert {layer.path: layer.shape for layer in report.layers} == SHAPES
+    assert report.skipped == {"plain": "from density 0.8 on dense is faster"}
+    for layer in report.layers:
+        assert layer.bytes_before == 4 * np.prod(layer.shape)
+        assert ("two factors via 5" in layer.note) == (layer.path in PAIRS)
+
+
+@pytest.mark.parametrize("values, tolerance", [(None, 1e-5), ("int8", 0.05)])
+def test_packed_models_equal_the_compressed_ones(nnx_model, variables, x, values, tolerance):
+    packed, report = dsf_jax.pack(nnx_model, values)
+    check_report(report)
+    assert isinstance(packed.stem, MackoConv) and isinstance(packed.head.left, MackoLinear)
+    expected = nnx_model(x)
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(packed(x), expected, atol=tolerance * scale)
+
+    packed, report = dsf_jax.pack(variables, values, module=LinenNet(), inputs=(x,))
+    check_report(report)
+    if values:
+        assert packed["params"]["head"]["kernel"].left.values.dtype == jnp.int8
+    expected = run(variables, x)
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(run(packed, x), expected, atol=tolerance * scale)
+
+
+def test_another_process_loads_and_runs_them(nnx_model, variables, x, tmp_path):
+    np.save(tmp_path / "inputs.npy", x)
+    packed, _ = dsf_jax.pack(nnx_model)
+    macko_jax.save_model(tmp_path / "nnx.safetensors", packed)
+    packed_variables, _ = dsf_jax.pack(variables, module=LinenNet(), inputs=(x,))
+    macko_jax.save_model(tmp_path / "linen.safetensors", packed_variables)
+    subprocess.run(
+        [sys.executable, "-m", "tests.served_models", str(tmp_path)], cwd=ROOT, check=True
+    )
+    expected = nnx.jit(lambda model, x: model(x))(packed, x)
+    np.testing.assert_allclose(np.load(tmp_path / "nnx.npy"), expected, rtol=1e-6, atol=1e-6)
+    expected = jax.jit(run)(packed_variables, x)
+    np.testing.assert_allclose(np.load(tmp_path / "linen.npy"), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_not_packed_loads_as_well(nnx_model, variables, x, tmp_path):
+    path = tmp_path / "model.safetensors"
+    macko_jax.save_model(path, nnx_model)
+    model = macko_jax.load_model(path, served_models.make)
+    np.testing.assert_array_equal(model(x), nnx_model(x))
+    macko_jax.save_model(path, variables)
+    loaded = macko_jax.load_model(path)
+    assert jax.tree.structure(loaded) == jax.tree.structure(variables)
+    np.testing.assert_array_equal(run(loaded, x), run(variables, x))
+
+
+def test_linen_variables_alone_pack_what_is_known(variables, x):
+    packed, report = dsf_jax.pack(variables)
+    assert {layer.path for layer in report.packed} == set(PAIRS)
+    assert "it is not known which axes are summed" in report.skipped["heads"]
+    np.testing.assert_allclose(run(packed, x), run(variables, x), rtol=1e-4, atol=1e-4)
+    # What was packed stays so, and the rest follows with the module at hand.
+    packed, report = dsf_jax.pack(packed, module=LinenNet(), inputs=(x,))
+    assert set(report.skipped) == {"plain"}
+    notes = {layer.path: layer.note for layer in report.layers}
+    assert notes["head"] == notes["conv"] == "it was packed before"
+    np.testing.assert_allclose(run(packed, x), run(variables, x), rtol=1e-4, atol=1e-4)
+
+
+def test_files_that_do_not_fit_name_the_layer(nnx_model, variables, tmp_path):
+    path = tmp_path / "model.safetensors"
+    packed, _ = dsf_jax.pack(nnx_model)
+    macko_jax.save_model(path, packed)
+
+    def make_other():
+        model = served_models.make()
+        model.head = nnx.Linear(10, 6, use_bias=False, rngs=nnx.Rngs(0))
+        model.merge = nnx.Embed(3, 4, rngs=nnx.Rngs(0))
+        model.stem = nnx.Conv(4, 8, (5, 5), rngs=nnx.Rngs(0))
+        return model
+
+    with pytest.raises(ValueError) as error:
+        macko_jax.load_model(path, make_other)
+    for path, found, needed in [
+        ("head/left/kernel", "(5, 5)", "(6, 5)"),
+        ("stem/kernel", "(8, 36)", "(8, 100)"),
+    ]:
+        expected = f"{path}: the matrix [out, in] has shape {found}, the model needs {needed}"
+        assert expected in str(error.value)
+    assert "merge/left/kernel: not in the model" in str(error.value)
+    with pytest.raises(ValueError, match="give make_model, a function that makes the dense model"):
+        macko_jax.load_model(path)
+    with pytest.raises(TypeError, match="must make a flax.nnx.Module"):
+        macko_jax.load_model(path, LinenNet)
+    with pytest.raises(TypeError, match="variables of a linen module, got list"):
+        macko_jax.save_model(path, [packed])
+
+
+def test_factors_that_do_not_fit_each_other_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    kernel = FactorizedKernel(jnp.ones((1, 4, 3)), jnp.ones((1, 2, 6)))
+    macko_jax.save(path, {"params": {"kernel": kernel}})
+    with pytest.raises(ValueError, match=r"\[out, k\] = \[4, 3\] and .* = \[2, 6\] do not fit"):
+        macko_jax.load(path)
+
+
+def test_values_and_rules_together(nnx_model):
+    rules = [macko_jax.Rule("stem", dtype="bfloat16"), "head"]
+    packed, report = dsf_jax.pack(nnx_model, "int8", rules)
+    assert packed.stem.values.dtype == jnp.bfloat16
+    assert packed.head.left.values.dtype == jnp.int8
+    assert report.skipped["merge"] == "two factors via 5, no rule matches its path"
+    with pytest.raises(TypeError, match="values must be None or the name of a dtype, got Rule"):
+        dsf_jax.pack(nnx_model, macko_jax.Rule("head"))
