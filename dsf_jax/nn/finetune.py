@@ -52,7 +52,7 @@ def keep_sparsity(
         )
 
     def update(
-        updates: Any, state: KeepSparsityState, params: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, KeepSparsityState]:
         updates = _apply(state.masks, updates)
         updates, inner = optax.with_extra_args_support(optimizer).update(

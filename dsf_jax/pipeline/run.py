@@ -306,7 +306,7 @@ class _Run:
         shape = (layer.rows, layer.cols)
         itemsize = self.leaves[layer.leaf].dtype.itemsize
         kept = layer.size
-        if solution.left is not None:
+        if solution.left is not None and solution.right is not None:
             kept = solution.left.size + solution.right.size
         self.reports.append(
             LayerReport(

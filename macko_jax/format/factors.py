@@ -62,12 +62,13 @@ class FactorizedKernel:
     def matrices(self) -> tuple[jax.Array | MackoMatrix, jax.Array | MackoMatrix]:
         """`[*stack, out, k]` and `[*stack, groups * k, in]`, whatever the factors are."""
         left, right = (
-            factor if isinstance(factor, MackoMatrix) else _join_groups(factor)
+            factor if isinstance(factor, MackoMatrix) else join_groups(factor)
             for factor in (self.left, self.right)
         )
         return left, right
 
 
-def _join_groups(factor: jax.Array) -> jax.Array:
+def join_groups(factor: jax.Array) -> jax.Array:
+    """A dense factor [*stack, groups, rows, cols] with its groups one below the other."""
     *stack, groups, rows, cols = factor.shape
     return factor.reshape(*stack, math.prod((groups, rows)), cols)

@@ -186,7 +186,8 @@ def _write(path: pathlib.Path, tensors: dict[str, np.ndarray], metadata: dict[st
     alike. As in its files, wide types come first, which keeps all tensors aligned.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header, end = {METADATA: metadata}, 0
+    header: dict[str, Any] = {METADATA: metadata}
+    end = 0
     for name in names:
         tensor = tensors[name]
         header[name] = {

@@ -1,5 +1,7 @@
 """A packed convolution, of NNX."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -23,7 +25,7 @@ class MackoConv(PackedLayer):
         super().__init__(matrix, conv.bias)
         self.kernel_shape = conv.kernel.get_value().shape[-len(conv.kernel_size) - 2 :]
         # All that a convolution is but its arrays: strides, padding, dtypes, groups.
-        bare = nnx.clone(conv)
+        bare: Any = nnx.clone(conv)
         bare.kernel = nnx.data(None)
         bare.bias = nnx.data(None)
         self.graph, _ = nnx.split(bare)

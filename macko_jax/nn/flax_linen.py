@@ -116,10 +116,10 @@ def _pack_kernel(
     if isinstance(kernel, MackoMatrix):
         return None, _report_packed(kernel, path, call.kind)
     if isinstance(kernel, FactorizedKernel):
-        factors = kernel.matrices
-        if any(isinstance(factor, MackoMatrix) for factor in factors):
+        left, right = kernel.matrices
+        if isinstance(left, MackoMatrix) or isinstance(right, MackoMatrix):
             return None, _report_packed(kernel, path, call.kind)
-        left, right, report = pack_pair(*factors, rule, path, call.kind)
+        left, right, report = pack_pair(left, right, rule, path, call.kind)
         packed = FactorizedKernel(
             kernel.left if left is None else left, kernel.right if right is None else right
         )
@@ -140,7 +140,6 @@ def _pack_kernel(
 def _report_packed(kernel: MackoMatrix | FactorizedKernel, path: str, kind: str):
     """What to report of a kernel that was packed before."""
     factors = kernel.matrices if isinstance(kernel, FactorizedKernel) else (kernel,)
-    values = factors[0] if factors[0].dtype.itemsize > 1 else factors[0].scales
     stack = factors[0].values.shape[:-1] if isinstance(factors[0], MackoMatrix) else ()
     shape = (*stack, factors[0].shape[-2], factors[-1].shape[-1])
     packed = [factor for factor in factors if isinstance(factor, MackoMatrix)]
@@ -153,7 +152,7 @@ def _report_packed(kernel: MackoMatrix | FactorizedKernel, path: str, kind: str)
         kind,
         shape,
         nonzeros,
-        math.prod(shape) * values.dtype.itemsize,
+        math.prod(shape) * factors[0].dtype.itemsize,  # of 8-bit values that of their scales
         sum(factor.nbytes for factor in factors),
         "it was packed before",
         packed[0].encoding,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,7 +10,7 @@ import numpy as np
 from flax import nnx, traverse_util
 from jax import lax
 
-from macko_jax.format.factors import FactorizedKernel
+from macko_jax.format.factors import join_groups
 from macko_jax.format.matrix import MackoMatrix
 from macko_jax.nn.conv import MackoConv
 from macko_jax.nn.linear import ARRAY_NAMES, MackoLinear, PackedLayer, as_tuple
@@ -68,7 +66,7 @@ def substitute(
     return model, PackingReport(tuple(reports), other_bytes)
 
 
-def _layers(model: Any) -> list[tuple[tuple, Layer | FactorPair]]:
+def _layers(model: Any) -> list[tuple[tuple, Any]]:
     """Paths and layers that may be packed, in the order of the model; a pair is one layer."""
     modules = list(nnx.iter_modules(model))
     pairs = [
@@ -85,7 +83,7 @@ def _layers(model: Any) -> list[tuple[tuple, Layer | FactorPair]]:
     ]
 
 
-def _parts(layer: Layer | FactorPair) -> list:
+def _parts(layer: Any) -> list:
     """The layers that a layer consists of: itself, or the two of a pair."""
     return [layer.left, layer.right] if isinstance(layer, FactorPair) else [layer]
 
@@ -103,12 +101,13 @@ def _pack_layer(
             )
     weights = [as_matrices(part.kernel.get_value(), *_kernel_axes(part)) for part in parts]
     if isinstance(layer, FactorPair):
-        *matrices, report = pack_pair(*weights, rule, path, "FactorPair")
+        left, right = weights
+        *matrices, report = pack_pair(left, right, rule, path, "FactorPair")
     else:
         reason = _why_unsupported(layer)
         if isinstance(layer, nnx.Conv) and not convolutions:
             reason = "a packed convolution saves memory but no time; convolutions=True packs it"
-        matrix, report = pack_weights(*weights, rule, path, type(layer).__name__, reason)
+        matrix, report = pack_weights(weights[0], rule, path, type(layer).__name__, reason)
         matrices = [matrix]
     for part, matrix in zip(parts, matrices):
         if matrix is not None:
@@ -132,7 +131,7 @@ def to_pure_dict(model: Any) -> dict:
     tree = nnx.to_pure_dict(nnx.state(model))
     for path, layer in nnx.iter_modules(model):
         if isinstance(layer, PackedLayer):
-            node = functools.reduce(operator.getitem, path, tree)
+            node = _node(tree, path)
             for name in ARRAY_NAMES:
                 node.pop(name, None)
             node["kernel"] = layer.matrix
@@ -196,7 +195,7 @@ def _node(tree: Any, path: tuple) -> Any:
     return tree
 
 
-def _become_as_stored(layer: Layer | FactorPair, path: tuple, node: Any) -> list[str]:
+def _become_as_stored(layer: Any, path: tuple, node: Any) -> list[str]:
     """Turn an abstract layer in place into what the tree has for it; what does not fit."""
     if not isinstance(node, Mapping):
         return []
@@ -235,7 +234,7 @@ def _stored_inner(right: Any, groups: int) -> int | None:
     return kernel.shape[-1] // groups if getattr(kernel, "ndim", 0) > 1 else None
 
 
-def _kernel_axes(layer: Layer) -> tuple[int, int]:
+def _kernel_axes(layer: Any) -> tuple[int, int]:
     """How many axes of the layer's kernel are contracted, and how many belong to a stack."""
     contracted, outputs = 1, 1
     if isinstance(layer, nnx.LinearGeneral):
@@ -245,7 +244,7 @@ def _kernel_axes(layer: Layer) -> tuple[int, int]:
     return contracted, max(layer.kernel.get_value().ndim - contracted - outputs, 0)
 
 
-def _why_unsupported(layer: Layer) -> str | None:
+def _why_unsupported(layer: Any) -> str | None:
     """Why a packed layer cannot stand for the layer, None if it can."""
     if isinstance(layer, nnx.Einsum):
         return "Einsum has no packed form"
@@ -253,7 +252,7 @@ def _why_unsupported(layer: Layer) -> str | None:
     base = next(kind for kind in kinds if isinstance(layer, kind))
     if type(layer).__call__ is not base.__call__:
         return f"{type(layer).__name__} has a __call__ of its own"
-    if base is nnx.Conv:
+    if isinstance(layer, nnx.Conv):
         return None if layer.mask is None else "it has a mask of its own"
     if getattr(layer, "batch_axis", None):
         return "it has batch axes"
@@ -268,7 +267,7 @@ def _why_unsupported(layer: Layer) -> str | None:
     return None
 
 
-def _become_packed(layer: Layer, matrix: MackoMatrix) -> None:
+def _become_packed(layer: Any, matrix: MackoMatrix) -> None:
     """Turn a layer into the packed one in place."""
     if isinstance(layer, nnx.Conv):
         become(layer, MackoConv(layer, matrix))
@@ -296,7 +295,7 @@ def become(module: nnx.Module, other: nnx.Module) -> None:
     module.__class__ = type(other)
 
 
-def become_pair(layer: nnx.Module, left: jax.Array, right: jax.Array) -> None:
+def become_pair(layer: Any, left: jax.Array, right: jax.Array) -> None:
     """Turn a layer in place into a `FactorPair`, wherever and however often it is held.
 
     Args:
@@ -305,8 +304,7 @@ def become_pair(layer: nnx.Module, left: jax.Array, right: jax.Array) -> None:
         right: B, `[*stack, groups, k, in]`.
     """
     pair = abstract_pair(layer, left.shape[-1])
-    kernel = FactorizedKernel(left, right)
-    for factor, matrix in zip((pair.left, pair.right), kernel.matrices):
+    for factor, matrix in zip((pair.left, pair.right), map(join_groups, (left, right))):
         wanted = factor.kernel.get_value()
         matrix = matrix.swapaxes(-1, -2).reshape(wanted.shape)
         factor.kernel = nnx.Param(matrix.astype(wanted.dtype))

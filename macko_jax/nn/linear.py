@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
 from macko_jax.format.matrix import MackoMatrix
 from macko_jax.nn.projection import project
@@ -87,7 +88,7 @@ class MackoLinear(PackedLayer):
         out_features: int | tuple[int, ...],
         axis: int | tuple[int, ...] = -1,
         dtype: Any = None,
-        promote_dtype=nnx.nn.dtypes.promote_dtype,
+        promote_dtype=promote_dtype,
     ):
         expected = (math.prod(as_tuple(out_features)), math.prod(as_tuple(in_features)))
         if matrix.shape != expected:
@@ -170,8 +171,9 @@ def chain(
         The results of the steps that are `kept`, and of the last.
     """
     products = [_matrix_step(step, x.dtype) for step in steps]
-    if None not in products:
-        return fused_chain(x, products, blank=blank)
+    whole = [product for product in products if product is not None]
+    if len(whole) == len(products):
+        return fused_chain(x, whole, blank=blank)
     return in_turn(
         x,
         steps,
@@ -194,6 +196,6 @@ def _matrix_step(step: Step, dtype) -> Step | None:
     return step._replace(linear=layer.matrix)
 
 
-def as_tuple(features: int | tuple[int, ...]) -> tuple[int, ...]:
+def as_tuple(features: int | Sequence[int]) -> tuple[int, ...]:
     """The features of a layer as a tuple, where a single number means one axis."""
     return (features,) if isinstance(features, int) else tuple(features)

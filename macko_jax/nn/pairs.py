@@ -6,6 +6,7 @@ module stays as it is, and its `kernel` is a `FactorizedKernel`, which runs insi
 """
 
 import functools
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -24,6 +25,9 @@ class FactorPair(nnx.Module):
         right: maps the input to the inner dimension, without bias.
         left: maps the inner dimension to the output, with the bias of the layer replaced.
     """
+
+    right: Any
+    left: Any
 
     def __init__(self, right: nnx.Module, left: nnx.Module):
         self.right = right
@@ -59,7 +63,7 @@ def why_no_pair(layer) -> str | None:
     return None
 
 
-def abstract_pair(layer: nnx.Module, inner: int) -> FactorPair:
+def abstract_pair(layer: nnx.Linear | nnx.LinearGeneral | nnx.Conv, inner: int) -> FactorPair:
     """The pair that can stand for an NNX layer, with shapes in the place of its kernels.
 
     Args:

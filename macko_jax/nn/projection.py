@@ -53,18 +53,16 @@ def pack_weights(
         The matrix, [out, in], its arrays with the leading axes `stack`, or None if the layer is
         skipped; and what to report.
     """
-    keeps = rule is None or rule.dtype is None or rule.dtype in quantization.NAMES
-    dtype = jnp.dtype(weights.dtype if keeps else rule.dtype)
+    own = None if rule is None or rule.dtype in quantization.NAMES else rule.dtype
+    dtype = jnp.dtype(own or weights.dtype)
     rounded = jnp.asarray(weights, dtype)
     nonzeros = int(jnp.count_nonzero(rounded))
     report = PackedLayerReport(path, kind, weights.shape, nonzeros, weights.nbytes, weights.nbytes)
-    reason = unsupported
     if rule is None:
-        reason = "no rule matches its path"
-    elif rule.skip:
+        return None, dataclasses.replace(report, note="no rule matches its path")
+    reason = unsupported or _why_dense(weights, dtype, report.density, rule)
+    if rule.skip:
         reason = f"rule {rule.path!r} says so"
-    elif not unsupported:
-        reason = _why_dense(weights, dtype, report.density, rule)
     if reason:
         return None, dataclasses.replace(report, note=reason)
     if weights.ndim > 2:
@@ -180,8 +178,8 @@ def project(
         [*remaining axes of inputs, *out_features], in the dtype of the computation.
     """
     inputs = jnp.asarray(inputs)
-    axis, out_features = np.atleast_1d(axis), np.atleast_1d(out_features)
-    axis = sorted(int(a) % inputs.ndim for a in axis)
+    features = tuple(map(int, np.atleast_1d(out_features)))
+    axis = sorted(int(a) % inputs.ndim for a in np.atleast_1d(axis))
     x = jnp.moveaxis(inputs, axis, range(-len(axis), 0))
     kept = x.ndim - len(axis)
     x = x.reshape(*x.shape[:kept], math.prod(x.shape[kept:]))
@@ -195,14 +193,14 @@ def project(
         if jnp.promote_types(stored.dtype, promoted.dtype) != promoted.dtype:
             matrix = dataclasses.replace(matrix, **{name: promoted})
     else:
-        x, matrix, bias = promote((x, matrix, bias))
-        y = jnp.matmul(x, matrix.swapaxes(-1, -2), precision=precision)
-        y = y.reshape(*y.shape[:-1], *map(int, out_features))
+        x, dense, bias = promote((x, matrix, bias))
+        y = jnp.matmul(x, dense.swapaxes(-1, -2), precision=precision)
+        y = y.reshape(*y.shape[:-1], *features)
         return y if bias is None else y + bias
     if add is None:
         add, bias = bias, None
     if add is not None:
-        add = add.reshape(*add.shape[: add.ndim - len(out_features)], matrix.shape[0])
+        add = add.reshape(*add.shape[: add.ndim - len(features)], matrix.shape[0])
     y = fused_spmv(matrix, x, norm=norm, gated=gated, add=add)
-    y = y.reshape(*y.shape[:-1], *map(int, out_features))
+    y = y.reshape(*y.shape[:-1], *features)
     return y if bias is None else y + bias
