@@ -628,6 +628,17 @@ def test_devices_work_side_by_side_and_resumed_layers_take_no_time():
     assert pace.seconds_left() == pytest.approx(6.0)
 
 
+def test_layers_that_are_compiled_together_are_first_together():
+    pace = Pace([{path: Task("dsf", "shape", 10.0, "gpu") for path in "qkvo"}] * 2)
+    pace.calibrated(1.0, 1.0)
+    for path in "qk":
+        pace.solved(path, 30.0, leader="q")
+    assert pace.seconds_left() is None
+    for path in "vo":
+        pace.solved(path, 2.0, leader="v")
+    assert pace.seconds_left() == pytest.approx(4 * 2.0)
+
+
 def test_durations_read_well():
     assert [format_seconds(s) for s in (0.4219, 12.3, 200, 1260, 7500)] == [
         "0.42 s",

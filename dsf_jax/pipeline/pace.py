@@ -20,6 +20,13 @@ class Task(NamedTuple):
     device: Hashable
 
 
+class _First(NamedTuple):
+    """The layers with which a program was compiled, and their seconds."""
+
+    leader: str
+    layers: list[tuple[Task, float]]
+
+
 class Pace:
     """The time that layers have taken, with what compilation took apart from it.
 
@@ -35,7 +42,7 @@ class Pace:
     def __init__(self, stages: Sequence[Mapping[str, Task]]):
         self._left = [dict(stage) for stage in stages]
         self._kinds = [frozenset(task.program for task in stage.values()) for stage in stages]
-        self._first: dict[Hashable, tuple[Task, float]] = {}
+        self._first: dict[Hashable, _First] = {}
         self._later: list[tuple[Task, float]] = []
         self._passes: list[float] = []
         self._compiled: dict[frozenset, float] = {}
@@ -46,13 +53,17 @@ class Pace:
         self._passes.append(max(seconds - compile_seconds, 0.0))
         self._compiled.setdefault(kind, compile_seconds)
 
-    def solved(self, path: str, seconds: float) -> None:
-        """Records that a layer took `seconds`."""
-        task = self._take(path)
-        if task.program in self._first:
-            self._later.append((task, seconds))
-        else:
-            self._first[task.program] = task, seconds
+    def solved(self, path: str, seconds: float, leader: str | None = None) -> None:
+        """Records that a layer took `seconds`.
+
+        Args:
+          path: The layer.
+          seconds: Its share of the time, where several layers went through a program together.
+          leader: The first of those; None where the layer was alone.
+        """
+        task, leader = self._take(path), leader or path
+        first = self._first.setdefault(task.program, _First(leader, []))
+        (first.layers if first.leader == leader else self._later).append((task, seconds))
 
     def resumed(self, path: str) -> None:
         """Records that a layer need not be solved."""
@@ -95,7 +106,10 @@ class Pace:
             # Without a rate, all that a first layer took is taken for compilation.
             return rates.get(task.method, rates.get(None, 0.0)) * task.work
 
-        excess = [max(seconds - at_rate(task), 0.0) for task, seconds in self._first.values()]
+        excess = [
+            max(sum(seconds - at_rate(task) for task, seconds in first.layers), 0.0)
+            for first in self._first.values()
+        ]
         compilation = sum(excess) / len(excess)
         known, total = set(self._first), 0.0
         for stage in self._left:

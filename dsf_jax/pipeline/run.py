@@ -185,6 +185,7 @@ class _Run:
         self.leaves = list(present.network.leaves)
         self.pairs: dict[str, LayerSolution] = {}
         self.reports: list[LayerReport] = []
+        self.leaders: dict[str, str] = {}  # the first of the layers that a program solves together
         self.pace = Pace([self._tasks(paths) for paths in stages])
 
     def solve_stage(self, paths: Sequence[str], done: int | None) -> None:
@@ -249,8 +250,10 @@ class _Run:
                     self.directory.save(path, solutions[path])
             return solutions.items()
 
-        mine = [path for path in paths if owner[path].process_index == jax.process_index()]
-        stacks = self._alike(mine, owner)
+        every = self._alike(paths, owner)
+        self.leaders.update((path, alike[0]) for alike in every for path in alike)
+        here = jax.process_index()
+        stacks = [alike for alike in every if owner[alike[0]].process_index == here]
         if len(self.devices) == 1:
             yield from itertools.chain.from_iterable(map(task, stacks))
             return
@@ -305,9 +308,7 @@ class _Run:
             self.pairs[path] = solution
         shape = (layer.rows, layer.cols)
         itemsize = self.leaves[layer.leaf].dtype.itemsize
-        kept = layer.size
-        if solution.left is not None and solution.right is not None:
-            kept = solution.left.size + solution.right.size
+        kept = sum(factor.size for factor in solution.factors)
         self.reports.append(
             LayerReport(
                 path,
@@ -326,7 +327,7 @@ class _Run:
         if resumed:
             self.pace.resumed(path)
         else:
-            self.pace.solved(path, solution.seconds)
+            self.pace.solved(path, solution.seconds, self.leaders[path])
         if self.callback is not None:
             total = len(self.assignments)
             self.callback(

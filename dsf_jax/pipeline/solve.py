@@ -69,6 +69,13 @@ class LayerSolution:
     error: float
     seconds: float
 
+    @property
+    def factors(self) -> tuple[np.ndarray, ...]:
+        """The matrices that have to be stored: A and B, or the single matrix."""
+        if self.left is None or self.right is None:
+            return (self.product,)
+        return self.left, self.right
+
 
 def stack_limit(assignment: Assignment, layer: Layer, device: Device) -> int:
     """How many layers like this one to give to `solve` together."""
