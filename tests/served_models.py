@@ -34,7 +34,7 @@ class Net(nnx.Module):
         self.conv = nnx.Conv(8, 8, (3, 3), strides=2, use_bias=False, rngs=rngs)
         self.grouped = nnx.Conv(8, 8, (2, 2), feature_group_count=2, rngs=rngs)
         self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
-        self.blocks = nnx.vmap(Block)(nnx.Rngs(0).fork(split=3))
+        self.blocks = nnx.vmap(Block)(nnx.Rngs(0).split(3))
         self.heads = nnx.LinearGeneral(8, (2, 6), rngs=rngs)
         self.merge = nnx.LinearGeneral((2, 6), 10, axis=(-2, -1), rngs=rngs)
         self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
