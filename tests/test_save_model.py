@@ -178,11 +178,11 @@ def test_files_that_do_not_fit_name_the_layer(nnx_model, variables, tmp_path):
 
     with pytest.raises(ValueError) as error:
         macko_jax.load_model(path, make_other)
-    for path, found, needed in [
+    for place, found, needed in [
         ("head/left/kernel", "(5, 5)", "(6, 5)"),
         ("stem/kernel", "(8, 36)", "(8, 100)"),
     ]:
-        expected = f"{path}: the matrix [out, in] has shape {found}, the model needs {needed}"
+        expected = f"{place}: the matrix [out, in] has shape {found}, the model needs {needed}"
         assert expected in str(error.value)
     assert "merge/left/kernel: not in the model" in str(error.value)
     with pytest.raises(ValueError, match="give make_model, a function that makes the dense model"):
