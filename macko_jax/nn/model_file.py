@@ -70,13 +70,17 @@ def load_model(path: str | os.PathLike, make_model: Callable[[], nnx.Module] | N
                 "an NNX model give make_model, a function that makes the dense model"
             )
         return tree
-    abstract = nnx.eval_shape(make_model)
-    if not isinstance(abstract, nnx.Module):
-        raise TypeError(
-            f"make_model must make a flax.nnx.Module, it made a {type(abstract).__name__}; the "
-            "variables of a linen module are loaded without it"
-        )
+
+    def make_checked() -> nnx.Module:
+        model = make_model()
+        if not isinstance(model, nnx.Module):
+            raise TypeError(
+                f"make_model must make a flax.nnx.Module, it made a {type(model).__name__}; the "
+                "variables of a linen module are loaded without it"
+            )
+        return model
+
     try:
-        return flax_nnx.from_pure_dict(abstract, tree)
+        return flax_nnx.from_pure_dict(nnx.eval_shape(make_checked), tree)
     except ValueError as error:
         raise ValueError(f"Cannot load {path}: {error}") from error
