@@ -13,7 +13,7 @@ from macko_jax.format.layout import GROUP, LANES, WARP
 
 MULTIPROCESSORS = 132  # SMs of an H200
 # "delta5" is not looked at from this density on. It is the faster one up to the given share of the
-# bytes of "delta4", which is below a density of 0.12 (spmv_h200_delta5.json).
+# bytes of "delta4", which is below a density of 0.12 (tuning_h200.json).
 SPARSE = 0.15
 DELTA5_WORTH = 0.94
 # How many times the bytes of "delta4" a "two_bank" of values of 1 and of 2 bytes may have and be as
