@@ -1,6 +1,7 @@
 """What the documentation says runs, and points to what is there."""
 
 import json
+import os
 import pathlib
 import re
 
@@ -23,12 +24,15 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs_and_shows_its_outputs(tmp_path):
+def test_the_tutorial_runs_and_shows_its_outputs(tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count == i for i, cell in enumerate(cells, start=1)), "run it anew"
     assert any(cell.outputs for cell in cells)
+    # Its kernel works elsewhere, and is to find the packages beside these tests.
+    path = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), path]))
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=240, resources=resources).execute()
 
