@@ -1,0 +1,126 @@
+"""Converting GGUF files: names, the order of rotary pairs, quantized tensors, the tokenizer."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from examples import convert_gguf
+from examples.llama import checkpoint, tokenizer
+
+gguf = pytest.importorskip("gguf")
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 64, 4, 2, 16, 96, 2
+
+
+def pair_up(weight, heads):
+    """The order of rows that GGUF files of Llama models have: i beside i + D / 2 of each head."""
+    halves = weight.reshape(heads, 2, HEAD_DIM // 2, weight.shape[-1])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def byte_tokens():
+    """The 256 tokens of byte-level BPE, as the letters that stand for the bytes."""
+    from tokenizers import pre_tokenizers
+
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+@pytest.fixture(scope="module")
+def stored():
+    """Tensors of a small model under their Hugging Face names, float16."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float16)
+    tensors = {"model.embed_tokens.weight": draw(259, HIDDEN), "model.norm.weight": draw(HIDDEN)}
+    for i in range(LAYERS):
+        tensors |= {
+            f"model.layers.{i}.input_layernorm.weight": draw(HIDDEN),
+            f"model.layers.{i}.self_attn.q_proj.weight": draw(HEADS * HEAD_DIM, HIDDEN),
+            f"model.layers.{i}.self_attn.k_proj.weight": draw(KV_HEADS * HEAD_DIM, HIDDEN),
+            f"model.layers.{i}.self_attn.v_proj.weight": draw(KV_HEADS * HEAD_DIM, HIDDEN),
+            f"model.layers.{i}.self_attn.o_proj.weight": draw(HIDDEN, HEADS * HEAD_DIM),
+            f"model.layers.{i}.post_attention_layernorm.weight": draw(HIDDEN),
+            f"model.layers.{i}.mlp.gate_proj.weight": draw(MLP, HIDDEN),
+            f"model.layers.{i}.mlp.up_proj.weight": draw(MLP, HIDDEN),
+            f"model.layers.{i}.mlp.down_proj.weight": draw(HIDDEN, MLP),
+        }
+    return tensors
+
+
+def write(path, stored, architecture="llama", kind="gpt2", quantized=()):
+    """A GGUF file of the tensors, those that are named in 8 bits."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(MLP)
+    writer.add_block_count(LAYERS)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_freq_base(5e4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["<|start|>", "<|end|>", *byte_tokens(), "he"])
+    writer.add_token_types([3, 3, *[1] * 257])
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(True)
+    writer.add_chat_template("{{ messages }}")
+    names = {v: k for k, v in convert_gguf.OTHER_NAMES.items()}
+    layers = {v: k for k, v in convert_gguf.BLOCK_NAMES.items()}
+    for name, weight in stored.items():
+        if name not in names:
+            number, layer = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
+            names[name] = f"blk.{number}.{layers[layer]}.weight"
+        for end, heads in (("q_proj.weight", HEADS), ("k_proj.weight", KV_HEADS)):
+            weight = pair_up(weight, heads) if name.endswith(end) else weight
+        if name in quantized:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(
+                names[name], gguf.quantize(weight.astype(np.float32), kind), None, kind
+            )
+        else:
+            writer.add_tensor(names[name], weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_converted_model_is_the_one_that_was_written(tmp_path, stored):
+    down = "model.layers.1.mlp.down_proj.weight"
+    source = write(tmp_path / "model.gguf", stored, quantized=[down])
+    convert_gguf.convert(source, tmp_path / "out")
+    found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == stored.keys()
+    for name in stored.keys() - {down}:
+        np.testing.assert_array_equal(found[name], stored[name], err_msg=name)
+    # 8 bits with a scale for 32 weights: half a step, and the rounding of the scale.
+    step = np.abs(stored[down].astype(np.float32)).max() / 127
+    assert 0 < np.abs(found[down].astype(np.float32) - stored[down]).max() < 0.6 * step
+
+    model = checkpoint.load(tmp_path / "out")
+    assert model.config.tie_word_embeddings and model.config.rope_theta == 5e4
+    assert model.config.rms_norm_eps == 1e-5
+    text = tokenizer.load_tokenizer(tmp_path / "out", model.config.vocab_size)
+    letters = byte_tokens()
+    place = lambda letter: 2 + letters.index(letter)
+    assert text.encode("he 12<|end|>") == [0, 258, place("Ġ"), place("1"), place("2"), 1]
+    assert text.decode(text.encode("hé\n 12")) == "hé\n 12"
+    assert text.stop_tokens == {1}
+    template = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert template == {"chat_template": "{{ messages }}"}
+
+
+def test_other_models_are_refused(tmp_path, stored):
+    with pytest.raises(ValueError, match="'gemma'; only 'llama'"):
+        convert_gguf.convert(write(tmp_path / "a.gguf", stored, architecture="gemma"), tmp_path)
+    with pytest.raises(ValueError, match="kind 'bert'"):
+        convert_gguf.convert(write(tmp_path / "b.gguf", stored, kind="bert"), tmp_path / "b")
+    with pytest.raises(ValueError, match="ssm_in"):
+        convert_gguf.stored_name("blk.0.ssm_in.weight")
+    assert not (tmp_path / "b").exists()
