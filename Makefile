@@ -14,7 +14,7 @@ PYTEST = $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 # pytest fails where it finds no test at all, which ARGS may ask of one of the two.
 OR_NONE = $(if $(ARGS),|| test $$? -eq 5)
 
-.PHONY: demo test test-fast test-slow lint format docs notebook dist clean
+.PHONY: demo test test-fast test-slow lint format docs dist clean
 
 demo: $(VENV)/installed
 	$(RUN) -m examples.demo $(ARGS)
@@ -41,11 +41,6 @@ format: $(VENV)/installed-lint
 # The site, in site/; warnings are errors.
 docs: $(VENV)/installed-docs
 	$(RUN) -m mkdocs build --strict
-
-# Runs the notebooks of the docs from a fresh kernel; what they show is left in build/.
-notebook: $(VENV)/installed-docs
-	$(RUN) -m jupyter nbconvert --to notebook --execute --output-dir build/notebooks \
-	  $(wildcard docs/*.ipynb docs/*/*.ipynb)
 
 # The sdist and the wheel, in dist/.
 dist: $(VENV)/installed-lint

@@ -12,12 +12,14 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from absl import app, flags
+from absl import flags
 
-from examples.records import replacing, write_json
+from examples import cli
+from examples.records import write_json
+from macko_jax.io.atomic import replacing
 
-GGUF = flags.DEFINE_string("gguf", None, "The file to convert; required.", required=True)
-OUT = flags.DEFINE_string("out", None, "Directory to write; required.", required=True)
+GGUF = flags.DEFINE_string("gguf", None, "The file to convert. Required.", required=True)
+OUT = flags.DEFINE_string("out", None, "Directory to write. Required.", required=True)
 DTYPE = flags.DEFINE_enum(
     "dtype", "float16", ["float32", "bfloat16", "float16"], "Type of the stored weights."
 )
@@ -199,4 +201,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)
