@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsf_jax.nn.layers import FactorPair
 from examples.llama import attention
 from examples.llama.cache import Cache, write
 from examples.llama.rope import rotate, rotation
 from macko_jax import flax_nnx
 from macko_jax.experimental import Step
+from macko_jax.nn.pairs import FactorPair
 from macko_jax.ops.fused import blanks, in_turn, rms_norm, swiglu
 
 
