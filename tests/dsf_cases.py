@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.benchmarks import compare_on_layers
+from examples.benchmarks import layers
 
 DATA = Path(__file__).parent / "data" / "dsf_layers"
 
@@ -13,13 +13,13 @@ DATA = Path(__file__).parent / "data" / "dsf_layers"
 @cache
 def real_layer(name):
     """Weight, Gram matrix and the other text's Gram matrix of a stored layer."""
-    return compare_on_layers.load_layer(DATA / f"{name}.npz")
+    return layers.load_layer(DATA / f"{name}.npz")
 
 
 @cache
 def reference(layer, method, density):
     """Reference relative output error on the calibration text."""
-    return compare_on_layers.load_reference(DATA)[layer, method, density][0]
+    return layers.load_reference(DATA)[layer, method, density][0]
 
 
 def small_layer(rows=24, cols=16, seed=0, samples=200):

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from examples import convert_gguf
-from examples.llama import checkpoint, tokenizer
+from examples.llama import checkpoint, from_gguf, tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -69,8 +68,8 @@ def write(path, stored, architecture="llama", kind="gpt2", quantized=()):
     writer.add_eos_token_id(1)
     writer.add_add_bos_token(True)
     writer.add_chat_template("{{ messages }}")
-    names = {v: k for k, v in convert_gguf.OTHER_NAMES.items()}
-    layers = {v: k for k, v in convert_gguf.BLOCK_NAMES.items()}
+    names = {v: k for k, v in from_gguf.OTHER_NAMES.items()}
+    layers = {v: k for k, v in from_gguf.BLOCK_NAMES.items()}
     for name, weight in stored.items():
         if name not in names:
             number, layer = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
@@ -94,7 +93,7 @@ def write(path, stored, architecture="llama", kind="gpt2", quantized=()):
 def test_converted_model_is_the_one_that_was_written(tmp_path, stored):
     down = "model.layers.1.mlp.down_proj.weight"
     source = write(tmp_path / "model.gguf", stored, quantized=[down])
-    convert_gguf.convert(source, tmp_path / "out")
+    from_gguf.convert(source, tmp_path / "out")
     found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == stored.keys()
     for name in stored.keys() - {down}:
@@ -118,9 +117,9 @@ def test_converted_model_is_the_one_that_was_written(tmp_path, stored):
 
 def test_other_models_are_refused(tmp_path, stored):
     with pytest.raises(ValueError, match="'gemma'; only 'llama'"):
-        convert_gguf.convert(write(tmp_path / "a.gguf", stored, architecture="gemma"), tmp_path)
+        from_gguf.convert(write(tmp_path / "a.gguf", stored, architecture="gemma"), tmp_path)
     with pytest.raises(ValueError, match="kind 'bert'"):
-        convert_gguf.convert(write(tmp_path / "b.gguf", stored, kind="bert"), tmp_path / "b")
+        from_gguf.convert(write(tmp_path / "b.gguf", stored, kind="bert"), tmp_path / "b")
     with pytest.raises(ValueError, match="ssm_in"):
-        convert_gguf.stored_name("blk.0.ssm_in.weight")
+        from_gguf.stored_name("blk.0.ssm_in.weight")
     assert not (tmp_path / "b").exists()

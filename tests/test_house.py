@@ -82,6 +82,30 @@ def test_every_folder_of_files_is_a_package():
     assert [name_of(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
+def imports_of(path: pathlib.Path) -> set[str]:
+    """What a file imports, with the names that it takes from packages, as dotted names."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_no_file_imports_a_script():
+    """One process can hold the flags of one script only: absl refuses a name defined twice."""
+    importers = [*python_files(), *sorted((ROOT / "tests").glob("*.py"))]
+    scripts = {
+        name_of(path).removesuffix(".py").replace("/", ".")
+        for path in python_files()
+        if re.search(r"^\w* ?=? ?flags\.DEFINE", path.read_text(), re.MULTILINE)
+    } - {"examples.cli"}
+    assert len(scripts) > 10
+    imported = {name_of(path): sorted(imports_of(path) & scripts) for path in importers}
+    assert {path: names for path, names in imported.items() if names} == {}
+
+
 def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Lines from `def` to the end, without the docstring's."""
     lines = function.end_lineno - function.lineno + 1

@@ -11,7 +11,6 @@ every case, so that a long run can be watched.
 import dataclasses
 import datetime
 import itertools
-import json
 import platform
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from dsf_jax.solvers.budget import packed_nbytes
 from dsf_jax.solvers.factorize import PRESETS
 from dsf_jax.solvers.pruners import PRUNERS
 from examples import cli
+from examples.benchmarks.layers import load_layer, load_reference
 from examples.records import write_json
 
 flags.DEFINE_string("data", "tests/data/dsf_layers", "Folder of .npz layers.")
@@ -52,31 +52,6 @@ class Settings:
     method: tuple[str, ...]
     dsf_options: str
     out: str
-
-
-def load_layer(path):
-    """Weight `[out, in]`, Gram matrix and the other text's Gram matrix `[in, in]`, float32."""
-    with np.load(path) as arrays:
-        weight = arrays["W"].astype(np.float32)
-        gram = _symmetric(arrays["XX"], weight.shape[1])
-        size = np.sqrt(arrays["XXt_diag"])
-        other = _symmetric(arrays["XXt_corr"].astype(np.float32), weight.shape[1])
-    return weight, gram, other * size * size[:, None]
-
-
-def _symmetric(packed, size):
-    upper = np.zeros((size, size), np.float32)
-    upper[np.triu_indices(size)] = packed
-    return upper + np.triu(upper, 1).T
-
-
-def load_reference(data):
-    """Reference errors, {(layer, method, density): (error, error on other text)}."""
-    entries = json.loads((Path(data) / "reference.json").read_text())
-    return {
-        (e["layer"], e["method"], e["density"]): (e["relative_output_error"], e["on_other_text"])
-        for e in entries
-    }
 
 
 def run_case(weight, gram, other, density, method, options):
