@@ -10,6 +10,7 @@ import tempfile
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=2",
+        "--xla_cpu_parallel_codegen_split_count=1",  # the workers of pytest fill the cores
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=4",
     ]
@@ -19,7 +20,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 if OWN_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="macko-dsf-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

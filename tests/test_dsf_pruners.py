@@ -49,7 +49,7 @@ def test_budget_is_exact_with_ties(density, method, levels, shape):
 @pytest.mark.parametrize("method", METHODS)
 def test_hard_inputs_have_finite_results(name, method):
     weight, gram = hard_layers()[name]
-    for density in (0.02, 0.5, 1.0):
+    for density in (0.02, 0.5):
         pruned = np.asarray(dsf_jax.prune(weight, gram, density=density, method=method))
         assert np.isfinite(pruned).all()
         assert (pruned != 0).sum() <= density * weight.size

@@ -101,10 +101,9 @@ def expected(variables, inputs):
     return jax.jit(Network().apply)(variables, inputs)
 
 
-@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
-def test_every_dense_layer_is_packed(variables, inputs, expected, encoding):
+def test_every_dense_layer_is_packed(variables, inputs, expected):
     packed, report = flax_linen.substitute(
-        Network(), variables, inputs, rules=Rule(encoding=encoding)
+        Network(), variables, inputs, rules=Rule(encoding="bitmask")
     )
     assert sorted(layer.path for layer in report.packed) == PATHS
     assert not report.skipped
@@ -187,8 +186,9 @@ def test_method_argument(tower, inputs):
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
 
 
-@pytest.mark.parametrize("dtype", [None, BF16])
-@pytest.mark.parametrize("param_dtype, x_dtype", [(F32, F32), (BF16, F32), (F32, F16), (F16, F16)])
+@pytest.mark.parametrize(
+    "param_dtype, dtype, x_dtype", [(BF16, None, F32), (F32, None, F16), (F32, BF16, F16)]
+)
 def test_dtypes_are_promoted_as_in_dense(param_dtype, dtype, x_dtype):
     layer = nn.Dense(24, dtype=dtype, param_dtype=param_dtype)
     x = jax.random.normal(jax.random.key(0), (4, 40), x_dtype)
@@ -203,12 +203,12 @@ def test_dtypes_are_promoted_as_in_dense(param_dtype, dtype, x_dtype):
     )
 
 
-@pytest.mark.parametrize("features, axis", [((4, 3), -1), (5, (-2, -1)), ((2, 2), (0, -1)), (3, 1)])
+@pytest.mark.parametrize("features, axis", [((4, 3), -1), ((2, 2), (0, -1)), (3, 1)])
 def test_dense_general(features, axis):
     layer = nn.DenseGeneral(features, axis=axis)
     x = jax.random.normal(jax.random.key(0), (3, 2, 6))
     variables = create(layer, x)
-    packed, report = flax_linen.substitute(layer, variables, x)
+    packed, report = flax_linen.substitute(layer, variables, x, rules=Rule(encoding="bitmask"))
     assert isinstance(packed["params"]["kernel"], MackoMatrix) and report.packed
     np.testing.assert_allclose(
         flax_linen.apply(layer, packed, x), layer.apply(variables, x), rtol=1e-5, atol=1e-5
@@ -308,8 +308,7 @@ def test_frozen_dict_variables(variables, inputs):
     assert isinstance(packed["params"]["stem"]["kernel"], MackoMatrix)
 
 
-@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
-def test_fine_tuning_keeps_the_zeros(encoding):
+def test_fine_tuning_keeps_the_zeros():
     """AdamW with weight decay through partition and combine, in a TrainState."""
 
     class Network(nn.Module):
@@ -320,7 +319,7 @@ def test_fine_tuning_keeps_the_zeros(encoding):
     x = jax.random.normal(jax.random.key(1), (64, 40))
     y = jax.random.normal(jax.random.key(2), (64, 3))
     network = Network()
-    packed, _ = flax_linen.substitute(network, create(network, x), x, rules=Rule(encoding=encoding))
+    packed, _ = flax_linen.substitute(network, create(network, x), x, rules=Rule(encoding="delta4"))
     before = packed["params"]
     trainable, fixed = flax_linen.partition(before)
     state = TrainState.create(

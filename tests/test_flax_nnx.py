@@ -180,9 +180,10 @@ BF16_BITMASK = Rule(encoding="bitmask", dtype="bfloat16")
 F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
 
 
-@pytest.mark.parametrize("x_dtype", [F16, F32])
-@pytest.mark.parametrize("dtype", [None, BF16, F32])
-@pytest.mark.parametrize("param_dtype", [F16, BF16, F32])
+@pytest.mark.parametrize(
+    "param_dtype, dtype, x_dtype",
+    [(F16, None, F16), (BF16, None, F32), (F32, None, F16), (F32, BF16, F16), (F16, F32, F16)],
+)
 def test_dtypes_are_promoted_as_in_linear(param_dtype, dtype, x_dtype):
     dense = fill_kernels(linear(40, 24, dtype=dtype, param_dtype=param_dtype))
     packed, _ = substitute(dense, BITMASK)
@@ -206,21 +207,19 @@ def test_integer_input_and_leading_axes():
 
 
 @pytest.mark.parametrize(
-    "features, axis",
-    [((6, (4, 3)), -1), (((2, 6), 5), (-2, -1)), (((3, 6), (2, 2)), (0, -1)), ((2, 3), 1)],
+    "features, axis", [((6, (4, 3)), -1), (((3, 6), (2, 2)), (0, -1)), ((2, 3), 1)]
 )
 def test_linear_general(features, axis):
     dense = fill_kernels(linear(*features, layer=nnx.LinearGeneral, axis=axis))
-    packed, report = substitute(dense)
+    packed, report = substitute(dense, BITMASK)
     assert report.packed
     x = jax.random.normal(jax.random.key(0), (3, 2, 6))
     np.testing.assert_allclose(packed(x), dense(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
-def test_gradients_are_those_of_the_dense_model(encoding, inputs):
+def test_gradients_are_those_of_the_dense_model(inputs):
     dense = fill_kernels(linear(20, 9))
-    packed, _ = substitute(dense, Rule(encoding=encoding))
+    packed, _ = substitute(dense, Rule(encoding="delta4"))
 
     def loss(model, x):
         return jnp.sum(jnp.sin(model(x)))
@@ -281,8 +280,7 @@ def test_orbax_round_trip(dense, inputs, tmp_path):
     np.testing.assert_array_equal(run(other, inputs), run(packed, inputs))
 
 
-@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
-def test_vmapped_and_scanned_stack(encoding):
+def test_vmapped_and_scanned_stack():
     class Block(nnx.Module):
         def __init__(self, rngs):
             self.linear = linear(24, 24, rngs=rngs)
@@ -303,7 +301,7 @@ def test_vmapped_and_scanned_stack(encoding):
     dense = fill_kernels(create(nnx.Rngs(0)))
     # The matrices of a stack have different numbers of non-zeros; one of them has none.
     dense.linear.kernel[...] = dense.linear.kernel[...].at[2].set(0).at[1, :, :20].set(0)
-    packed, report = substitute(dense, Rule(encoding=encoding))
+    packed, report = substitute(dense, Rule(encoding="delta4"))
     assert report.packed[0].shape == (4, 24, 24)
     x = jax.random.normal(jax.random.key(0), (3, 24))
     np.testing.assert_allclose(chain(packed, x), chain(dense, x), rtol=1e-5, atol=1e-5)
@@ -438,11 +436,10 @@ def test_abstract_model_is_refused():
         substitute(nnx.eval_shape(lambda: MLP(nnx.Rngs(0))))
 
 
-@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
-def test_fine_tuning_keeps_the_zeros(encoding):
+def test_fine_tuning_keeps_the_zeros():
     """AdamW with weight decay on packed values follows AdamW on masked dense kernels."""
     dense = fill_kernels(nnx.Sequential(linear(40, 30), jnp.tanh, linear(30, 3)))
-    packed, _ = substitute(dense, Rule(encoding=encoding))
+    packed, _ = substitute(dense, BITMASK)
     masks = [np.asarray(dense.layers[i].kernel[...]) != 0 for i in (0, 2)]
     structure = jax.tree.map(np.asarray, nnx.state(packed, MackoIndex))
     padding = [np.asarray(packed.layers[i].values[...]) == 0 for i in (0, 2)]

@@ -50,12 +50,12 @@ def test_arrays_follow_the_layout(case):
     assert matrix.nbytes == sum(getattr(matrix, name).nbytes for name in FIELDS)
 
 
-@pytest.mark.parametrize("case", CASES[::2], ids=str)
+@pytest.mark.parametrize("case", CASES[::4], ids=str)
 def test_round_trip(case):
     assert_same_bits(macko_jax.decompress(case.matrix()), case.weight())
 
 
-@pytest.mark.parametrize("case", CASES[1::3], ids=str)
+@pytest.mark.parametrize("case", CASES[1::5], ids=str)
 def test_device_packing_is_bit_identical(case):
     weight = jnp.asarray(case.weight())
     expected = case.matrix()
@@ -64,15 +64,17 @@ def test_device_packing_is_bit_identical(case):
         assert_same_bits(array, getattr(expected, name))
 
 
-@pytest.mark.parametrize("encoding, lanes", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_special_values(encoding, lanes, dtype):
+@pytest.mark.parametrize(
+    "encoding, dtype",
+    [*zip(ENCODINGS, ("float16", "bfloat16", "float32", "float16")), ("bitmask", "float32")],
+)
+def test_special_values(encoding, dtype):
     weight = special_values().astype(jnp.dtype(dtype))
-    matrix = macko_jax.compress(weight, encoding=encoding, lanes=lanes)
+    matrix = macko_jax.compress(weight, encoding=encoding, lanes=2)
     expected = np.where(weight == 0, np.zeros((), weight.dtype), weight)  # -0.0 becomes 0.0
     assert_same_bits(macko_jax.decompress(matrix), expected)
     macko_jax.validate(matrix)
-    arrays, _, _ = packing.pack(jnp.asarray(weight), encoding, lanes, None, on_device=True)
+    arrays, _, _ = packing.pack(jnp.asarray(weight), encoding, 2, None, on_device=True)
     for name, array in zip(FIELDS, arrays, strict=True):
         assert_same_bits(array, getattr(matrix, name))
 
@@ -106,7 +108,7 @@ def test_round_trip_of_any_bits(shape, layout_, data):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_bytes_stay_near_the_papers(cols, density, dtype):
     rng = np.random.default_rng(0)
-    weight = (rng.random((48, cols)) < density).astype(dtype)
+    weight = (rng.random((12, cols)) < density).astype(dtype)
     matrix = macko_jax.compress(weight)
     values, deltas, row_indices = pack_as_paper(weight)
     paper = values.nbytes + deltas.nbytes + row_indices.nbytes
@@ -123,13 +125,11 @@ def test_bytes_stay_near_the_papers(cols, density, dtype):
         (0.5, 18_001, "delta4"),
     ],
 )
-@pytest.mark.parametrize(
-    "dtype, on_device",
-    [("float16", True), ("bfloat16", False), ("int8", False), ("float32", False)],
-)
-def test_the_fastest_encoding_is_chosen(density, cols, expected, dtype, on_device):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "float32"])
+def test_the_fastest_encoding_is_chosen(density, cols, expected, dtype):
     """By the records that choose.py names; float32 gains nothing from "two_bank"."""
     weight = (np.random.default_rng(0).random((96, cols)) < density).astype(jnp.dtype(dtype))
+    on_device = dtype == "float16" and density == 0.4
     _, encoding, _ = packing.pack(weight, None, None, None, on_device)
     if dtype == "float32" and expected == "two_bank":
         expected = "delta4"
@@ -178,7 +178,7 @@ def test_other_deltas_are_smaller_at_other_densities(encoding, density, ratio):
 
 def test_choices_spread_reads_over_banks():
     """A choice of two takes 2.1 turns a gather; random columns take 3.5."""
-    weight = (np.random.default_rng(0).random((20, 4096)) < 0.5).astype(np.float16)
+    weight = (np.random.default_rng(0).random((6, 4096)) < 0.5).astype(np.float16)
     matrix = macko_jax.compress(weight, encoding="two_bank", lanes=32)
     _, column, _ = positions.slot_positions(matrix.layout, matrix.positions)
     codes = np.asarray(matrix.codes)
@@ -193,7 +193,7 @@ def test_choices_spread_reads_over_banks():
     assert np.mean(turns) < 2.1 and np.mean(plain) > 3.4
 
 
-@pytest.mark.parametrize("encoding, lanes", LAYOUTS)
+@pytest.mark.parametrize("encoding, lanes", LAYOUTS[::3])
 def test_padding_gets_no_gradient_from_decompress(encoding, lanes):
     """Else a step of training would move explicit zeros, and fill columns that are pruned."""
     weight = (np.random.default_rng(0).random((6, 133)) < 0.1).astype(np.float32)
@@ -229,8 +229,9 @@ def test_stacks(encoding, lanes):
     assert stack.density == np.count_nonzero(weights) / weights.size
 
 
-@pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    "encoding, on_device", [*((encoding, False) for encoding in ENCODINGS), ("two_bank", True)]
+)
 def test_capacity_may_be_a_function_of_the_groups(encoding, on_device):
     weight = (np.random.default_rng(0).random((5, 600)) < 0.5).astype(np.float16)
     weight, groups = jnp.asarray(weight) if on_device else weight, []

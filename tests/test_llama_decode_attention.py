@@ -207,9 +207,10 @@ def decode(model, tokens, prompt):
     return np.concatenate(out, axis=1), cache
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("qk_norm,windows", [(False, None), (True, (3, None))])
-def test_model_decodes_with_it_as_without(qk_norm, windows, batch, monkeypatch):
+@pytest.mark.parametrize(
+    "batch, qk_norm, windows", [(1, False, None), (2, True, (3, None))], ids=str
+)
+def test_model_decodes_with_it_as_without(batch, qk_norm, windows, monkeypatch):
     config = llama.Config(
         vocab_size=61,
         hidden_size=32,
@@ -237,7 +238,8 @@ def test_model_decodes_with_it_as_without(qk_norm, windows, batch, monkeypatch):
     np.testing.assert_array_equal(cache.lengths, wanted_cache.lengths)
 
 
-@pytest.mark.parametrize("pairs", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", [False, True])
 def test_packed_model_decodes_as_its_dense_twin(pairs):
     """On a GPU through chains of products, elsewhere through the products one after the other."""
     config = llama.Config(

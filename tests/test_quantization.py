@@ -85,9 +85,15 @@ def test_the_largest_half_is_restored(dtype, top):
     assert abs(float(dense[0, 3]) - top) <= 2.0**-8 * top
 
 
-@pytest.mark.parametrize("encoding", ["bitmask", "delta4"])
-@pytest.mark.parametrize("weight_dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype, weight_dtype, encoding",
+    [
+        ("int8", "float16", "delta4"),
+        ("int8", "float32", "bitmask"),
+        ("float8_e4m3fn", "bfloat16", "two_bank"),
+        ("float8_e4m3fn", "float16", "bitmask"),
+    ],
+)
 def test_products(dtype, weight_dtype, encoding):
     weight = sparse(dtype=weight_dtype)
     matrix = macko_jax.compress(weight, dtype=dtype, encoding=encoding, lanes=4)
@@ -106,9 +112,8 @@ def test_products(dtype, weight_dtype, encoding):
     assert (error <= 2 * float(jnp.finfo(weight.dtype).eps) * size + 302 * 2.0**-24 * size).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_derivatives(dtype):
-    matrix = macko_jax.compress(sparse(dtype="float32"), dtype=dtype)
+def test_derivatives():
+    matrix = macko_jax.compress(sparse(dtype="float32"), dtype="float8_e4m3fn")
     x, y = sparse(1, 301, "float32", seed=1)[0], sparse(1, 33, "float32", seed=2)[0]
 
     @jax.jit
@@ -162,15 +167,14 @@ def test_file_round_trip(dtype, tmp_path):
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_layers(dtype):
-    rules = [macko_jax.Rule(dtype=dtype)]
+def test_layers():
+    rules = [macko_jax.Rule(dtype="int8")]
     x = jnp.asarray(sparse(2, 64, "float32", seed=3))
     layer = nnx.Linear(64, 48, rngs=nnx.Rngs(0))
     layer.kernel[...] = jnp.asarray(sparse(64, 48, "float32"))
     packed, _ = macko_jax.flax_nnx.substitute(layer, rules)
     error = jnp.abs(packed(x) - layer(x)).max() / jnp.abs(layer(x)).max()
-    assert packed.values[...].dtype == jnp.dtype(dtype) and 0 < error < 0.05
+    assert packed.values[...].dtype == jnp.int8 and 0 < error < 0.05
     gradient = nnx.grad(lambda m: (m(x) ** 2).sum())(packed)
     assert gradient["scales"].shape == (48,) and "values" not in gradient
     abstract = nnx.eval_shape(lambda: nnx.Linear(64, 48, rngs=nnx.Rngs(0)))

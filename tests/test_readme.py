@@ -22,6 +22,7 @@ def quickstart() -> str:
     return block[1]
 
 
+@pytest.mark.slow
 def test_quickstart_is_short_and_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = quickstart()

@@ -31,13 +31,13 @@ def assert_product(actual, weight, x):
     np.testing.assert_array_less(error, error_bound(weight, x, actual.dtype) + 1e-300)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
 def test_one_vector(case):
     x = case.vectors()
     assert_product(macko_jax.spmv(case.matrix(), x), case.weight(), x)
 
 
-@pytest.mark.parametrize("case", CASES[4:14], ids=str)
+@pytest.mark.parametrize("case", [CASES[i] for i in (6, 7, 8, 11, 16, 21)], ids=str)
 def test_all_products(case):
     """Forward, transposed and by the values, for CPUs and for others; one program for each case."""
     weight, matrix, x = case.weight(), case.matrix(), case.vectors(9)
@@ -71,8 +71,16 @@ def test_all_products(case):
     np.testing.assert_allclose(gradient, np.where(weight != 0, expected, 0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("x_dtype", ["float16", "float32", "int8"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype, x_dtype",
+    [
+        ("float16", "float16"),
+        ("float16", "float32"),
+        ("bfloat16", "float16"),
+        ("bfloat16", "int8"),
+        ("float32", "int8"),
+    ],
+)
 def test_promotion_is_that_of_matmul(dtype, x_dtype):
     case = Case(16, 96, 0.5, dtype, lanes=2)
     weight, x = case.weight(), (np.arange(96) % 5 - 2).astype(jnp.dtype(x_dtype))

@@ -185,16 +185,13 @@ def test_vmap(case):
     close(nested, scale[:, None, None] * expected)
 
 
-@pytest.mark.parametrize("encoding, lanes", [("bitmask", 2), ("delta4", 2)])
-def test_stacks_of_matrices_under_vmap_and_scan(encoding, lanes):
+def test_stacks_of_matrices_under_vmap_and_scan():
     rng = np.random.default_rng(0)
     weights = [
         np.where(rng.random((24, 24)) < d, rng.standard_normal((24, 24)), 0).astype(np.float32)
         for d in (0.1, 0.6, 0.3)
     ]
-    matrices = [
-        macko_jax.compress(w, encoding=encoding, lanes=lanes, capacity=800) for w in weights
-    ]
+    matrices = [macko_jax.compress(w, encoding="delta4", lanes=2, capacity=800) for w in weights]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices)
     x = jnp.asarray(rng.standard_normal((3, 24)), jnp.float32)
 
