@@ -53,6 +53,7 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_shipped_model_predicts_held_out_text():
     record = json.loads((SHIPPED / "record.json").read_text())
     assert record["held_out_bits_per_byte"] <= 1.25
@@ -164,6 +165,7 @@ def test_compare_methods(byte_model, text, tmp_path):
     assert len(table) == 3 and table[1].startswith("magnitude,0.5,")
 
 
+@pytest.mark.slow
 def test_generate_reads_a_tokenizer_and_batches(tmp_path):
     tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(DATA / "tokenizer.json"))
     config = llama.Config(**(vars(BYTE_CONFIG) | {"vocab_size": tokenizer.get_vocab_size()}))
@@ -234,6 +236,7 @@ def test_benchmark_decode(tmp_path):
     assert sparse["tokens_per_second"] > 0 and "of dense" in done.stdout
 
 
+@pytest.mark.slow
 def test_benchmark_decode_names_checkpoints(byte_model, tmp_path):
     done = run(
         "benchmarks.benchmark_decode",
@@ -297,6 +300,7 @@ def test_training_learns_and_records(tmp_path):
     assert checkpoint.load(out).config.max_position_embeddings == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, arguments, message",
     [

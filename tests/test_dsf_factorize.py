@@ -60,9 +60,8 @@ def test_budget_is_never_exceeded(density, levels, seed, preset):
     assert result.density == result.nnz / weight.size
 
 
-@pytest.mark.parametrize("shape", [(12, 16), (24, 16)])
-def test_budget_is_used_up(shape):
-    weight, gram = small_layer(*shape)
+def test_budget_is_used_up():
+    weight, gram = small_layer(12, 16)
     for density in (0.6, 0.4):
         result = dsf_jax.factorize(weight, gram, density=density, compare_single=False, **FAST)
         assert result.nnz >= 0.95 * density * weight.size
@@ -146,6 +145,7 @@ def test_factors_of_nan_are_an_error():
     assert (best.method, best.relative_error) == ("admm", 0)
 
 
+@pytest.mark.slow
 def test_invariant_to_input_and_output_order():
     """The search alone: the extra inner dimensions of a wider pair are tied to positions."""
     weight, gram = small_layer(12, 16)

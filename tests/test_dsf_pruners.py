@@ -14,6 +14,7 @@ METHODS = list(pruners.PRUNERS)
 # Every method is compiled for every shape, so small layers are [24, 16] or [12, 16].
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["l0.query", "l0.attn_out"])
 @pytest.mark.parametrize("method", METHODS)
 def test_reference_errors(layer, method):

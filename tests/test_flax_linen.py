@@ -308,6 +308,7 @@ def test_frozen_dict_variables(variables, inputs):
     assert isinstance(packed["params"]["stem"]["kernel"], MackoMatrix)
 
 
+@pytest.mark.slow
 def test_fine_tuning_keeps_the_zeros():
     """AdamW with weight decay through partition and combine, in a TrainState."""
 
@@ -361,6 +362,7 @@ def test_partition_and_combine_are_inverse(variables, inputs):
     jax.tree.map(np.testing.assert_array_equal, whole, packed)
 
 
+@pytest.mark.slow
 def test_packed_checkpoint(variables, inputs, tmp_path):
     packed, _ = flax_linen.substitute(Network(), variables, inputs)
     macko_jax.save(tmp_path / "packed.safetensors", packed)

@@ -79,21 +79,14 @@ def test_special_values(encoding, dtype):
         assert_same_bits(array, getattr(matrix, name))
 
 
-# A few shapes, and room for every element, so that few programs are compiled.
-SHAPES = ((1, 40), (6, 133))
-
-
-@hypothesis.given(
-    st.sampled_from(SHAPES), st.sampled_from([*itertools.product(ENCODINGS, [1, 4])]), st.data()
-)
-def test_round_trip_of_any_bits(shape, layout_, data):
-    (rows, cols), (encoding, lanes) = shape, layout_
+@hypothesis.given(st.sampled_from([("bitmask", 1), *itertools.product(ENCODINGS, [4])]), st.data())
+def test_round_trip_of_any_bits(layout_, data):
+    (rows, cols), (encoding, lanes) = (6, 133), layout_
     sparse = st.one_of(st.just(0), st.just(0), st.integers(0, 2**16 - 1))
     bits = data.draw(st.lists(sparse, min_size=rows * cols, max_size=rows * cols))
-    weight = np.array(bits, np.uint16).view(np.float16).reshape(shape)
-    matrix = macko_jax.compress(
-        weight, encoding=encoding, lanes=lanes, capacity=rows * max(32, -(-cols // 8))
-    )
+    weight = np.array(bits, np.uint16).view(np.float16).reshape(rows, cols)
+    # Room for every element, so that few programs are compiled.
+    matrix = macko_jax.compress(weight, encoding=encoding, lanes=lanes, capacity=32 * rows)
     macko_jax.validate(matrix)
     dense = np.asarray(macko_jax.decompress(matrix))
     assert_same_bits(dense, np.where(weight == 0, np.float16(0), weight))

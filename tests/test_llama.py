@@ -260,6 +260,7 @@ def test_bits_per_token_is_the_mean_of_the_next_token_losses():
     np.testing.assert_allclose(last, halves[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_packed_model_computes_what_the_pruned_model_does(tmp_path):
     model = nnx.clone(make_model())
     for _, module in nnx.iter_modules(model):
@@ -283,7 +284,7 @@ def test_packed_model_computes_what_the_pruned_model_does(tmp_path):
     np.testing.assert_array_equal(forward(loaded, tokens), forward(packed, tokens))
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_norms_gates_and_sums_of_a_decode_step_are_in_the_products_kernels(dtype):
     rule = Rule(".*", max_density=1.0, dtype=dtype)
     packed, report = macko_jax.flax_nnx.substitute(make_model(), rule)
@@ -302,6 +303,7 @@ def test_norms_gates_and_sums_of_a_decode_step_are_in_the_products_kernels(dtype
         assert text.count("@mosaic_gpu") == len(report.packed) - 1
 
 
+@pytest.mark.slow
 def test_layers_that_are_pruned_alike_share_kernels():
     model = nnx.clone(make_model(hidden_size=256, intermediate_size=512, num_hidden_layers=4))
     for i, block in enumerate(model.layers):

@@ -72,6 +72,7 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in directory.glob("packed-*")}
 
 
+@pytest.mark.slow
 def test_blocks_give_what_the_whole_model_gives(dense, packed, windows):
     out, report = packed
     whole = dsf_jax.compress_model(
@@ -228,6 +229,7 @@ def test_directories_of_something_else_are_refused(dense, packed, windows, tmp_p
     refuse(dense[0], other, "packed-00000.safetensors and no report.json .* Give another directory")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_blocks(windows, tmp_path):
     """Peak of all live device arrays, sampled while a layer has just been solved."""
 

@@ -123,6 +123,7 @@ def test_one_pass_uses_the_dense_inputs():
         np.testing.assert_allclose(getattr(new, name).kernel[...].T, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_given_gram_matrices_are_those_of_one_pass():
     model, batches = Net(), token_batches()
     call = dict(calibration=Calibration("one-pass"), method="wanda", density=0.5)
@@ -206,6 +207,7 @@ def test_dense_target_makes_up_for_the_layers_before():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["host", "nowhere"])
 def test_where_activations_wait_does_not_matter(keep):
     model, batches = Net(), [*token_batches(2), *token_batches(1, (2, 5))]
@@ -260,6 +262,7 @@ def test_rules():
     assert by_path["down"].method == "wanda"
 
 
+@pytest.mark.slow
 def test_sensitivity_lowers_the_sum_of_errors_within_the_budget():
     model, batches = Net(), token_batches()
     # Two layers have fewer non-zeros than density 0.5 leaves them; the others can use the rest.
@@ -377,6 +380,7 @@ def test_damaged_file_is_solved_again_and_foreign_results_are_refused(tmp_path):
         compress_model(Net(rngs=nnx.Rngs(5)), batches, **call)
 
 
+@pytest.mark.slow
 def test_pairs_survive_a_resume(tmp_path):
     model, batches = Net(), token_batches()
     expected, report = compress_model(
@@ -388,6 +392,7 @@ def test_pairs_survive_a_resume(tmp_path):
     assert_same(again, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sequential", "one-pass"])
 def test_spread_over_devices_equals_single(mode):
     if len(jax.devices()) < 2:
