@@ -201,14 +201,13 @@ def test_benchmark_spmv_and_its_figure(tmp_path):
         "--density=0.5",
         "--density=0.1",
         "--batch=1",
-        "--batch=3",
         "--repeats=2",
-        *(f"--implementation={name}" for name in ("macko", "dense", "bcoo", "bcsr")),
+        *(f"--implementation={name}" for name in ("macko", "dense", "bcoo")),
         f"--out={out}",
     )
     records = json.loads(out.with_suffix(".json").read_text())["records"]
-    assert len(records) == 16 and all(r["speedup"] > 0 for r in records)
-    assert out.with_suffix(".csv").read_text().count("\n") == 17
+    assert len(records) == 6 and all(r["speedup"] > 0 for r in records)
+    assert out.with_suffix(".csv").read_text().count("\n") == 7
     figure = tmp_path / "spmv.png"
     run("benchmarks.plot_results", f"--record={out}.json", f"--out={figure}")
     assert figure.read_bytes().startswith(b"\x89PNG")

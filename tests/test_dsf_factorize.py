@@ -19,9 +19,7 @@ FAST = dict(search_rounds=4, refine_rounds=6, width=1.5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layer,density", [("l0.query", 0.5), ("l0.query", 0.2), ("l0.attn_out", 0.3), ("l0.inter", 0.4)]
-)
+@pytest.mark.parametrize("layer,density", [("l0.query", 0.5), ("l0.attn_out", 0.3)])
 def test_published_preset_reaches_the_published_error(layer, density):
     weight, gram, _ = real_layer(layer)
     result = dsf_jax.factorize(weight, gram, density=density, preset="published")
@@ -68,7 +66,7 @@ def test_budget_is_used_up():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(hard_layers()))
+@pytest.mark.parametrize("name", ["dead inputs", "signs", "zero gram", "one column"])
 def test_hard_inputs_have_defined_results(name):
     weight, gram = hard_layers()[name]
     for density in (0.02, 0.5, 1.0):

@@ -1,6 +1,7 @@
 """Packing, unpacking, sizes and validation of MackoMatrix."""
 
 import dataclasses
+import functools
 import itertools
 
 import hypothesis
@@ -55,7 +56,7 @@ def test_round_trip(case):
     assert_same_bits(macko_jax.decompress(case.matrix()), case.weight())
 
 
-@pytest.mark.parametrize("case", CASES[1::5], ids=str)
+@pytest.mark.parametrize("case", CASES[1::8], ids=str)
 def test_device_packing_is_bit_identical(case):
     weight = jnp.asarray(case.weight())
     expected = case.matrix()
@@ -173,7 +174,8 @@ def test_choices_spread_reads_over_banks():
     """A choice of two takes 2.1 turns a gather; random columns take 3.5."""
     weight = (np.random.default_rng(0).random((6, 4096)) < 0.5).astype(np.float16)
     matrix = macko_jax.compress(weight, encoding="two_bank", lanes=32)
-    _, column, _ = positions.slot_positions(matrix.layout, matrix.positions)
+    place = jax.jit(functools.partial(positions.slot_positions, matrix.layout))
+    _, column, _ = place(matrix.positions)
     codes = np.asarray(matrix.codes)
     chosen = codes[:, None] >> np.arange(3, 32, 4, dtype=np.uint32) & 1
     columns = np.asarray(column).reshape(-1, 8)
@@ -209,7 +211,7 @@ def test_empty_shapes(shape, encoding):
     assert macko_jax.spmv(matrix, jnp.ones((2, shape[1]))).tolist() == [[0] * shape[0]] * 2
 
 
-@pytest.mark.parametrize("encoding, lanes", LAYOUTS)
+@pytest.mark.parametrize("encoding, lanes", LAYOUTS[::3])
 def test_stacks(encoding, lanes):
     rng = np.random.default_rng(0)
     weights = (rng.random((3, 2, 640)) < 0.3).astype(np.float32)
