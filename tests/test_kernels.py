@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import macko_jax
-from macko_jax.format import quantization
+from macko_jax.format import cards, quantization
 from macko_jax.format.layout import Layout
 from macko_jax.gpu import densify, sddmm, select, spmv, spmv_transposed
 from macko_jax.gpu.gather import Settings
 from macko_jax.gpu.kernel import Kernel
+from macko_jax.gpu.staging import Vectors
 from macko_jax.ops import dispatch, reference
 from tests.kernels import (
     ENCODINGS,
@@ -28,7 +29,7 @@ from tests.kernels import (
     sparse,
     vectors,
 )
-from tests.test_tuning import on_gpu_with
+from tests.test_tuning import on
 
 # rows, cols, density: one row, one column, odd sizes, gaps beyond 15 zeros, empty rows, all dense
 SHAPES = [(1, 1, 1.0), (5, 1, 0.6), (1, 700, 0.5), (9, 33, 1.0), (37, 300, 0.5), (40, 1000, 0.02)]
@@ -94,16 +95,42 @@ def test_program_with_two_copies(rows, cols, density, lanes, batch, x_dtype):
     assert_product(interpret(matrix, x, settings), dense, x)
 
 
+@pytest.mark.parametrize("x_dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("encoding,cols", [("delta4", 301), ("delta5", 300), ("two_bank", 300)])
+def test_program_with_a_narrow_x(cols, encoding, x_dtype):
+    dense = sparse(37, cols, 0.3, jnp.float16)
+    matrix = macko_jax.compress(dense, encoding=encoding, lanes=8)
+    x = vectors(3, cols, dtype=x_dtype)
+    settings = dataclasses.replace(SETTINGS, narrow=True)
+    assert_product(interpret(matrix, x, settings), dense, x)
+    with pytest.raises(ValueError, match="2 vectors of float16 cannot be narrow"):
+        Vectors("float16", length=8, count=2, batch=2, narrow=True)
+
+
+@pytest.mark.parametrize("warps", [1, 2, 3])
+def test_fewer_warps_work_than_a_block_has(warps):
+    dense = sparse(37, 301, 0.3, jnp.float16)
+    matrix = macko_jax.compress(dense, lanes=8)
+    problem = densify.problem_for(matrix.layout, "float16", "float16")
+    packed = arrays_of(matrix)
+    found = densified(problem, packed, blocks=3, warps=warps, rows_per_warp=1)
+    np.testing.assert_array_equal(found, dense)
+    y = vectors(2, 37)
+    problem = ask("spmv_transposed", matrix, y)
+    found = transposed(problem, packed, y, warps=warps, share=3, rows_per_warp=1)
+    assert_product(found, dense.T, y)
+
+
 def densified(problem, packed, **settings):
     """The dense matrix, by the program."""
     plan = densify.Plan(problem, **settings)
     out = np.full(plan.layout.shape, np.nan, problem.out_dtype)
-    return execute(densify.program, plan, packed, {"y": out}, blocks=plan.blocks, warps=plan.warps)
+    return execute(densify.program, plan, packed, {"y": out}, blocks=plan.blocks, warps=4)
 
 
-def transposed(problem, packed, y, **settings):
+def transposed(problem, packed, y, warps=4, **settings):
     """The transposed product, by the program."""
-    plan = spmv_transposed.Plan(problem, warps=4, **settings)
+    plan = spmv_transposed.Plan(problem, warps=warps, **settings)
     shape = len(y), plan.share, plan.layout.shape[1]
     partial = execute(
         spmv_transposed.program,
@@ -321,16 +348,34 @@ def test_encodings_without_a_kernel_name_the_cure():
 
 
 def test_x_that_does_not_fit_into_shared_memory_is_left_to_xla():
-    assert explained((4, 56_000)) is None
-    assert "70000 columns does not fit into shared memory" in explained((4, 70_000))
-    assert "mosaic_gpu" not in lowered(None, "cuda", shape=(4, 70_000), density=0.01)
+    assert explained((4, 112_000)) is None
+    assert "120000 columns does not fit into shared memory" in explained((4, 120_000))
+    assert "mosaic_gpu" not in lowered(None, "cuda", shape=(4, 120_000), density=0.01)
 
 
 def test_older_gpus_are_left_to_xla(monkeypatch):
-    on_gpu_with(monkeypatch, compute_capability="8.9")
+    turing = cards.Card("RTX 2080", (7, 5), 46, 64 * 1024)
+    monkeypatch.setattr(cards, "here", lambda: turing)
     assert "mosaic_gpu" not in lowered(None, "cuda", differentiate=True)
-    with pytest.raises(NotImplementedError, match="compute capability 9.0 and later, not 8.9"):
+    with pytest.raises(NotImplementedError, match="compute capability 8.0 and later, not 7.5"):
         lowered("mosaic_gpu", "cuda")
+
+
+def test_before_hopper_the_kernels_need_a_newer_jax(monkeypatch):
+    on(monkeypatch, "RTX 4090")
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert "for compute capability 8.9 the kernels need jax 0.11 or newer" in explained((8, 8))
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert explained((8, 8)) is None
+
+
+def test_float8_needs_a_gpu_that_converts_it(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    problem = ask_for("spmv", Layout((8, 8), "delta4", 1, 8), "float8_e4m3fn", "float16")
+    for name, served in {"A100": False, "RTX A6000": False, "RTX 4090": True}.items():
+        on(monkeypatch, name)
+        reason = dispatch.explain(problem)["mosaic_gpu"]
+        assert reason is None if served else "dtype='int8'" in reason
 
 
 GPU_CASES = list(

@@ -3,14 +3,16 @@
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import macko_jax
-from macko_jax.format import choose
+from macko_jax.format import cards, choose
 from macko_jax.format.layout import Layout
-from macko_jax.gpu import densify, device, gather, occupancy, select, spmv, spmv_transposed, tuning
+from macko_jax.gpu import densify, gather, occupancy, select, spmv, spmv_transposed, tuning
+from macko_jax.gpu.kernel import Fusion
 from tests.kernels import ENCODINGS, ask_for
 
 RESULTS = pathlib.Path(__file__).parents[1] / "docs/results"
@@ -105,26 +107,83 @@ def test_x_lies_twice_where_there_is_room_and_a_word_for_each_column(
         assert settings.two_copies == (two_copies and encoding == "two_bank")
 
 
-def on_gpu_with(monkeypatch, **attributes):
-    """As if the first GPU here had these."""
-    monkeypatch.setattr(
-        device, "_of_gpu", lambda attribute, otherwise: attributes.get(attribute, otherwise)
-    )
+def on(monkeypatch, name):
+    """As if that card were named in the environment."""
+    monkeypatch.setenv(cards.VARIABLE, name)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 100])
 def test_plans_fit_into_the_shared_memory_of_other_gpus(monkeypatch, batch):
+    on(monkeypatch, "RTX 5090")
     room = 99 * 1024
-    on_gpu_with(monkeypatch, compute_capability="12.0", shared_memory_per_block_optin=room)
     layout = Layout((4096, 11008), "delta4", 32, 4096 * 5504)
-    backward = ask_for("spmv_transposed", layout, "float16", batch=batch)
-    assert "no room for four times 11008 sums" in spmv_transposed.why_not(backward)
-    with pytest.raises(ValueError, match="no room for four times 11008 sums"):
-        spmv_transposed.plan(backward)
     forward = spmv.plan(ask_for("spmv", layout, "float16", batch=batch))
+    backward = ask_for("spmv_transposed", layout, "float16", batch=batch)
+    turned = spmv_transposed.plan(backward)
     dense = densify.plan(densify.problem_for(layout, "float16", "float16"))
-    assert all(4 * plan.shared_slots <= room for plan in (forward, dense))
+    assert all(4 * plan.shared_slots <= room for plan in (forward, turned, dense))
     assert forward.settings.vectors == min(batch, 4)
+    assert (turned.warps, dense.warps) == (2, 4)  # of four of a block
+    assert select.fastest_method(backward) == "densify"
+
+
+def test_matrices_too_wide_for_a_warpgroup_have_plans(monkeypatch):
+    """Of Llama-2-70B the last matrix of a layer."""
+    on(monkeypatch, "RTX 5090")
+    layout = Layout((8192, 28672), "two_bank", 16, 4096 * 28672)
+    ask = lambda product, *dtypes, **more: ask_for(product, layout, *dtypes, **more)
+    forward = spmv.plan(ask("spmv", "float16"))
+    assert forward.settings.narrow and not forward.settings.two_copies
+    assert 4 * forward.shared_slots <= 99 * 1024
+    assert "28672 columns" in select.why_not(ask("spmv", "float32"))
+    normed = ask("spmv", "float16", fusion=Fusion(eps=1e-5, kept=True))
+    assert "28672 columns" in select.why_not_fused((normed,))
+    assert "28672 sums" in spmv_transposed.why_not(ask("spmv_transposed", "float16"))
+    assert densify.plan(densify.problem_for(layout, "float16", "float16")).warps == 1
+    assert [select.fastest_method(ask("spmv", "float16", batch=n)) for n in (1, 512)] == [
+        "passes",
+        "densify",
+    ]
+
+
+def test_what_is_packed_and_planned_follows_the_card(monkeypatch):
+    def chosen(cols):
+        counts = {"bitmask": 1000 * cols // 16, "delta4": 10**6, "two_bank": 10**6}
+        encoding = choose.choose_encoding((1000, cols), "float16", counts.get)
+        return encoding, choose.choose_lanes(11000, 11000 * 40)
+
+    assert [chosen(cols)[0] for cols in (7168, 8192, 18_000, 18_001)] == [
+        *["two_bank"] * 3,
+        "delta4",
+    ]
+    for name, most in {"A100": 13_226, "RTX 4090": 7_765}.items():
+        on(monkeypatch, name)
+        assert [chosen(cols)[0] for cols in (most, most + 1)] == ["two_bank", "delta4"]
+        layout = Layout((1000, most), "two_bank", 16, 8000)
+        assert spmv.plan(ask_for("spmv", layout, "float16")).settings.two_copies
+        assert occupancy.row_blocks(10_000) == cards.CARDS[name].multiprocessors
+
+
+def test_a_named_card_has_no_more_than_the_gpu_here(monkeypatch):
+    gpu = cards.Card("some GPU", (9, 0), 114, 227 * 1024)
+    monkeypatch.setattr(cards, "live", lambda: gpu)
+    assert cards.here() == gpu
+    on(monkeypatch, "RTX 5090")
+    assert cards.here() == cards.Card("RTX 5090", (12, 0), 114, 99 * 1024)
+    on(monkeypatch, "GTX 750")
+    with pytest.raises(ValueError, match="MACKO_JAX_CARD.*'RTX 4090'.*got 'GTX 750'"):
+        cards.here()
+
+
+def test_the_card_here_is_what_jax_says(monkeypatch):
+    class Gpu:
+        platform, device_kind, compute_capability = "gpu", "some GPU", "12.1"
+        core_count, shared_memory_per_block_optin = 48, 101_376
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Gpu])
+    assert cards.live.__wrapped__() == cards.Card("some GPU", (12, 1), 48, 101_376)
+    monkeypatch.setattr(Gpu, "compute_capability", "gfx942")  # of AMD's
+    assert cards.live.__wrapped__() is None
 
 
 @pytest.mark.parametrize(
@@ -155,8 +214,7 @@ def test_plans_fit_the_device(rows, cols, density, batch, encoding, x_dtype):
     assert plan.settings.blocks <= rows
 
 
-def test_packing_plans_for_the_device_that_kernels_plan_for():
-    assert device.multiprocessors() == choose.MULTIPROCESSORS
+def test_a_small_matrix_has_as_many_blocks_as_rows():
     matrix = macko_jax.compress(np.eye(64, dtype=np.float16))
     assert occupancy.row_blocks(matrix.shape[0]) == 64
     assert tuning.MOST_WARPS * 32 == 1024  # the most threads of a block

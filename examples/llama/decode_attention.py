@@ -29,7 +29,7 @@ CHUNKS = HEAD_DIM // CHUNK
 MOST_HEADS = 4  # query heads of a block: each takes 32 registers
 WARPS = 4  # of a block; small blocks leave room for several on each multiprocessor
 ENOUGH_BLOCKS = 256
-MOST_SPLITS = 8  # blocks of a cluster, on every GPU that has them
+MOST_SPLITS = 8  # blocks of a cluster, on every GPU that has clusters
 BLANKS = staging.BLANK * 0x10001  # two of them
 NEVER = -1e30  # score of a slot that is not visible; finite, so that differences are numbers
 
@@ -71,7 +71,10 @@ class Plan:
         """Blocks of a cluster, among which slots are shared out, a power of two.
 
         As many as it takes to have enough blocks, but every block has slots for all its lanes.
+        One where the GPU has no clusters.
         """
+        if not device.has_clusters():
+            return 1
         wanted = min(MOST_SPLITS, ENOUGH_BLOCKS // self.head_groups)
         return 1 << max(1, min(wanted, self.slots // self.slots_at_once)).bit_length() - 1
 

@@ -1,17 +1,18 @@
 """Which encoding and how many lanes a matrix gets when its caller names none.
 
-The numbers are those of an H200, each with the record under docs/results that it comes from. A
-choice only affects speed and size; every encoding runs on every platform.
+The rules are fitted to an H200, each with the record under docs/results that it comes from, and
+take the number of SMs and the shared memory of the card that is packed for; see `cards`. A choice
+only affects speed and size; every encoding runs on every platform.
 """
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from macko_jax.format import cards, two_bank
 from macko_jax.format.codes import code_bytes
 from macko_jax.format.layout import GROUP, LANES, WARP
 
-MULTIPROCESSORS = 132  # SMs of an H200
 # "delta5" is not looked at from this density on. It is the faster one up to the given share of the
 # bytes of "delta4", which is below a density of 0.12 (tuning_h200.json).
 SPARSE = 0.15
@@ -20,7 +21,10 @@ DELTA5_WORTH = 0.94
 # fast: from densities of 0.3 and 0.4 on (spmv_h200_8bit_choice.json, spmv_h200_choice.json). With
 # values of 4 bytes the two are equally fast, and "delta4" is never larger.
 TWO_BANK_WORTH = {1: 1.06, 2: 1.02}
-TWO_BANK_COLS = 18_000  # so many columns of x fit twice into shared memory
+# So many columns of x fit twice into the shared memory of an H200; where a GPU has less of it, no
+# more than fit beside so many bytes of slack.
+TWO_BANK_COLS = 18_000
+TWO_BANK_SLACK = 1024
 
 
 def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
@@ -44,21 +48,26 @@ def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
 
     if GROUP * count_groups("bitmask") < SPARSE * rows * cols:
         return "delta5" if bytes_of("delta5") <= DELTA5_WORTH * bytes_of("delta4") else "delta4"
-    if value_bytes not in TWO_BANK_WORTH or cols > TWO_BANK_COLS:
+    if value_bytes not in TWO_BANK_WORTH or cols > _most_two_bank_cols():
         return "delta4"
     most = TWO_BANK_WORTH[value_bytes] * bytes_of("delta4")
     return "two_bank" if bytes_of("two_bank") <= most else "delta4"
 
 
+def _most_two_bank_cols() -> int:
+    room = cards.here().plan_bytes - TWO_BANK_SLACK
+    return min(TWO_BANK_COLS, room // (4 * two_bank.WORDS))
+
+
 def choose_lanes(rows: int, groups: int) -> int:
-    """Number of lanes that share a row, the fastest one on an H200 (lanes_h200.json).
+    """Number of lanes that share a row, the fastest one by what an H200 takes (lanes_h200.json).
 
     The end of a row takes a warp as long as several groups of its lanes. So lanes are as few as
     keep half of an SM's warps busy; but lane chunks are no longer than 14 groups, or 8 where only
     half of the warps are busy, and no shorter than two.
     """
     mean = groups // max(rows, 1)
-    share = -(-rows // MULTIPROCESSORS)
+    share = -(-rows // cards.here().multiprocessors)
     lanes = WARP
     for lanes in (8, 16, 32):
         warps = share * lanes // WARP

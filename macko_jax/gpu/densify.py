@@ -26,7 +26,7 @@ class Plan:
 
     Attributes:
       blocks: thread blocks that share the rows.
-      warps: warps of a block.
+      warps: warps of a block that work.
       rows_per_warp: rows that a warp works on at a time.
     """
 
@@ -54,7 +54,7 @@ def why_not(problem: Problem) -> str | None:
     """None if the kernel serves the problem, or the reason why it does not."""
     rows, cols = problem.layout.shape
     if _fitting(problem) is None:
-        return f"shared memory has no room for four rows of {cols} columns"
+        return f"shared memory has no room for a row of {cols} columns"
     if rows * cols * jnp.dtype(problem.out_dtype).itemsize >= 2**32:
         return "the dense matrix is too large for 32-bit addresses"
     return None
@@ -164,7 +164,7 @@ def run(plan: Plan, *operands) -> jax.Array:
         operands,
         jax.ShapeDtypeStruct(plan.layout.shape, plan.problem.out_dtype),
         blocks=plan.blocks,
-        warps=plan.warps,
+        warps=occupancy.block_warps(plan.warps),
         shared_slots=plan.shared_slots,
     )
 

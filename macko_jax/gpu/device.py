@@ -1,45 +1,61 @@
-"""Facts of the device: those of the first GPU here, or of an H200 where there is none.
-
-A product that is lowered for CUDA on a machine without a GPU is planned for an H200; on another GPU
-it gives the same results at another speed.
-"""
-
-import functools
+"""What the kernels may use of the card that is planned for; its facts are in `format.cards`."""
 
 import jax
+import jax.numpy as jnp
 
-from macko_jax.format.choose import MULTIPROCESSORS
+from macko_jax.format import cards
 
-HOPPER = "9.0"  # the compute capability of an H100 and an H200
-HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a block of an H200 can have
-RESERVED = 7 * 1024  # bytes of these that are left to the compiler
+AMPERE, ADA, HOPPER = (8, 0), (8, 9), (9, 0)
+# Compute capabilities that a record under docs/results covers. On others a kernel checks itself,
+# see `ops.self_check`.
+MEASURED = (HOPPER,)
+GUARDING_JAX = (0, 11)  # the first that emits instructions of Hopper's on Hopper and later alone
 
 
 def multiprocessors() -> int:
     """Number of SMs."""
-    return _of_gpu("core_count", MULTIPROCESSORS)
+    return cards.here().multiprocessors
 
 
 def shared_bytes() -> int:
     """Bytes of shared memory that a block's plan can use."""
-    there = _of_gpu("shared_memory_per_block_optin", HOPPER_SHARED)
-    return min(there, HOPPER_SHARED) - RESERVED
+    return cards.here().plan_bytes
 
 
 def compute_capability() -> str:
     """The compute capability, such as "9.0"."""
-    return _of_gpu("compute_capability", HOPPER)
+    return ".".join(map(str, cards.here().capability))
+
+
+def is_measured() -> bool:
+    """Whether a record under docs/results is of this compute capability."""
+    return cards.here().capability in MEASURED
+
+
+def has_clusters() -> bool:
+    """Whether blocks can read each other's shared memory."""
+    return cards.here().capability >= HOPPER
 
 
 def why_no_kernels() -> str | None:
     """None if the device runs what Pallas makes for Mosaic GPU, or the reason why it does not."""
-    version = compute_capability()
-    if int(version.split(".")[0]) < int(HOPPER.split(".")[0]):
-        return f"the kernels are for compute capability {HOPPER} and later, not {version}"
+    capability, version = cards.here().capability, compute_capability()
+    if capability < AMPERE:
+        return f"the kernels are for compute capability 8.0 and later, not {version}"
+    if capability < HOPPER and jax.__version_info__ < GUARDING_JAX:
+        return (
+            f"for compute capability {version} the kernels need jax 0.11 or newer, and this is jax "
+            f"{jax.__version__}, which emits instructions of 9.0 always"
+        )
     return None
 
 
-@functools.cache
-def _of_gpu(attribute: str, otherwise):
-    gpus = [d for d in jax.local_devices() if d.platform == "gpu"]
-    return getattr(gpus[0], attribute, otherwise) if gpus else otherwise
+def why_no_values(dtype) -> str | None:
+    """None if the kernels can read values of a type, or the reason why they cannot."""
+    if jnp.dtype(dtype) == jnp.float8_e4m3fn and cards.here().capability < ADA:
+        return (
+            "float8_e4m3fn is converted by compute capability 8.9 and later, not "
+            f"{compute_capability()}; macko_jax.compress(weight, dtype='int8') gives 8-bit values "
+            "that have kernels here"
+        )
+    return None

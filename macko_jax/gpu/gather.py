@@ -19,6 +19,7 @@ class Settings:
       ahead: the prefetch distance, groups of eight elements that a lane loads ahead.
       vectors: how many (1, 2, 4 or 8) are multiplied in one pass over the matrix.
       two_copies: whether x lies in shared memory twice, see `format.two_bank`.
+      narrow: whether a 16-bit x lies there as it is, and not as float32.
     """
 
     blocks: int
@@ -26,6 +27,7 @@ class Settings:
     ahead: int
     vectors: int
     two_copies: bool = False
+    narrow: bool = False
 
     def __post_init__(self):
         if self.warps % WARPGROUP or not 0 < self.warps <= tuning.MOST_WARPS:
@@ -51,6 +53,16 @@ class GatherPlan:
         return self.problem.layout
 
     @property
+    def warps(self) -> int:
+        """Warps of a block, all of which work."""
+        return self.settings.warps
+
+    @property
+    def vectors(self) -> int:
+        """How many are multiplied in one pass."""
+        return self.settings.vectors
+
+    @property
     def x(self) -> Vectors:
         """The vectors of a pass, in shared memory."""
         return Vectors(
@@ -60,6 +72,7 @@ class GatherPlan:
             batch=self.problem.batch,
             before=self.problem.fusion.before,
             two_copies=self.settings.two_copies,
+            narrow=self.settings.narrow,
         )
 
 
@@ -67,10 +80,11 @@ def settle(problem: Problem) -> Settings | None:
     """The settings for a product; None where shared memory has no room for one vector."""
     layout, x_dtype = problem.layout, problem.x_dtype
     vectors = min(tuning.VECTORS[x_dtype.itemsize], 1 << (problem.batch - 1).bit_length())
-    while not _fits(problem, vectors):
+    while vectors > 1 and not _fits(problem, vectors):
         vectors //= 2
-        if not vectors:
-            return None
+    narrow = not _fits(problem, vectors)
+    if narrow and (x_dtype.itemsize != 2 or problem.fusion.before or not _fits(problem, 1, True)):
+        return None
     blocks = occupancy.row_blocks(layout.shape[0])
     most = tuning.WARPS_FOR_8_VECTORS if vectors >= 8 else tuning.MOST_WARPS
     one_word = vectors * x_dtype.itemsize <= 4
@@ -82,9 +96,12 @@ def settle(problem: Problem) -> Settings | None:
         two_copies=layout.encoding == "two_bank"
         and one_word
         and _fits(problem, vectors, two_copies=True),
+        narrow=narrow,
     )
 
 
-def _fits(problem: Problem, vectors: int, two_copies: bool = False) -> bool:
-    settings = Settings(blocks=1, warps=4, ahead=1, vectors=vectors, two_copies=two_copies)
+def _fits(problem: Problem, vectors: int, narrow: bool = False, two_copies: bool = False) -> bool:
+    settings = Settings(
+        blocks=1, warps=4, ahead=1, vectors=vectors, two_copies=two_copies, narrow=narrow
+    )
     return 4 * GatherPlan(problem, settings).x.slots <= device.shared_bytes()

@@ -35,21 +35,26 @@ def prefetch_distance(layout: Layout, dtype, blocks: int, vectors: int = 1) -> i
     return tuning.prefetch_distance(layout, jnp.dtype(dtype).itemsize, vectors, several)
 
 
+def block_warps(warps: int) -> int:
+    """Warps of a block of which so many work."""
+    return -(-warps // WARPGROUP) * WARPGROUP
+
+
 def row_buffers(
     layout: Layout, buffer_bytes: int, other_bytes: int = 0, most: int = tuning.MOST_WARPS
 ) -> tuple[int, int] | None:
-    """Warps, and rows that each works on at a time, where every such row needs a shared buffer.
+    """Working warps, and rows that each works on at a time, where such a row needs a shared buffer.
 
-    No more warps than the rows of a block keep busy, nor than `most`. None if not even one row for
-    each warp of a warpgroup fits beside the `other_bytes`.
+    No more warps than the rows of a block keep busy, nor than `most`. Fewer than a warpgroup where
+    no more buffers fit beside the `other_bytes`, and None where not even one does.
     """
     rows = -(-layout.shape[0] // row_blocks(layout.shape[0]))
-    rows_per_warp = WARP // layout.lanes
+    rows_per_warp, room = WARP // layout.lanes, device.shared_bytes() - other_bytes
     while rows_per_warp:
-        warps = (device.shared_bytes() - other_bytes) // (rows_per_warp * buffer_bytes)
+        warps = room // (rows_per_warp * buffer_bytes)
         warps = min(most, warps // WARPGROUP * WARPGROUP)
         if warps * rows_per_warp >= 8 or (warps and rows_per_warp == 1):
-            busy = -(-rows // rows_per_warp)
-            return min(warps, -(-busy // WARPGROUP) * WARPGROUP), rows_per_warp
+            return min(warps, block_warps(-(-rows // rows_per_warp))), rows_per_warp
         rows_per_warp //= 2
-    return None
+    few = room // buffer_bytes
+    return (few, 1) if few > 0 else None

@@ -9,6 +9,7 @@ from macko_jax.format import quantization
 from macko_jax.format.layout import words_per_row
 from macko_jax.gpu import chain, densify, device, row_walk, sddmm, spmv, spmv_transposed, tuning
 from macko_jax.gpu.kernel import Kernel, Problem
+from macko_jax.lanes.mosaic import WARPGROUP
 
 FLOATS = ("float16", "bfloat16", "float32")
 KERNELS: dict[str, Kernel] = {
@@ -30,6 +31,8 @@ def why_not(problem: Problem) -> str | None:
             f"no kernel reads the encoding {layout.encoding!r}; "
             "macko_jax.compress(macko_jax.decompress(m)) gives one that has kernels"
         )
+    if (reason := device.why_no_values(problem.dtype)) is not None:
+        return reason
     values_first = problem.product != "sddmm"
     for i, dtype in enumerate((*problem.dtypes, problem.out_dtype)):
         allowed = FLOATS + quantization.NAMES * (values_first and i == 0)
@@ -58,32 +61,41 @@ def fastest_method(problem: Problem) -> str:
     """The fastest of the `METHODS` of a product with vectors, by what was measured."""
     if why_not_by("passes", problem) is not None:
         return "densify"
-    vectors = 1
-    if problem.product == "spmv":
-        vectors = spmv.plan(problem).settings.vectors
+    if why_not_by("densify", problem) is not None:
+        return "passes"
+    passes, dense = KERNELS[problem.product].plan(problem), densify.plan(densified(problem))
+    # Where shared memory has room for fewer warps than a warpgroup, they take as much longer.
+    idle = min(passes.warps, WARPGROUP) / min(dense.warps, WARPGROUP)
+    if idle < 1:
+        return "densify"
     # Where types differ, the dense product is one of float32.
-    dense = dense_dtype(*problem.dtypes)
-    bits = 16 if dense.itemsize == 2 and dense == problem.x_dtype else 32
-    faster = tuning.passes_are_faster(problem.product, problem.layout, bits, problem.batch, vectors)
-    return "passes" if faster or why_not_by("densify", problem) is not None else "densify"
+    dtype = densified(problem).out_dtype
+    bits = 16 if dtype.itemsize == 2 and dtype == problem.x_dtype else 32
+    faster = tuning.passes_are_faster(
+        problem.product, problem.layout, bits, problem.batch, passes.vectors, idle
+    )
+    return "passes" if faster else "densify"
 
 
 def why_not_by(method: str, problem: Problem) -> str | None:
     """None if one of the `METHODS` serves the product, or the reason why it does not."""
     if method == "passes":
         return KERNELS[problem.product].why_not(problem)
-    values, vectors = problem.dtypes
-    return densify.why_not(
-        densify.problem_for(problem.layout, values, dense_dtype(values, vectors))
-    )
+    return densify.why_not(densified(problem))
+
+
+def densified(problem: Problem) -> Problem:
+    """The problem of writing the matrix of a product with vectors out for a dense product."""
+    dtype, x_dtype = problem.dtypes
+    return densify.problem_for(problem.layout, dtype, dense_dtype(dtype, x_dtype))
 
 
 def why_not_fused(problems: tuple[Problem, ...]) -> str | None:
     """None if one kernel computes a product with its fusion, or a chain, or the reason why not."""
     reasons = filter(None, map(why_not, problems))
-    if (reason := next(reasons, None)) is not None or len(problems) == 1:
+    if (reason := next(reasons, None)) is not None:
         return reason
-    return chain.why_not(problems)
+    return chain.why_not(problems) if len(problems) > 1 else spmv.why_not(*problems)
 
 
 def dense_dtype(dtype, x_dtype) -> jnp.dtype:

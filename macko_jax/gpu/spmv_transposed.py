@@ -11,6 +11,7 @@ product.
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,16 @@ class Plan:
 
     Attributes:
       share: the number of blocks that share the rows.
-      warps: warps of a block.
+      warps: warps of a block that work.
       rows_per_warp: rows that a warp works on at a time.
+      vectors: how many are multiplied in one pass.
     """
 
     problem: Problem
     share: int
     warps: int
     rows_per_warp: int
+    vectors: ClassVar[int] = 1
 
     @property
     def layout(self) -> Layout:
@@ -72,7 +75,7 @@ class Plan:
 def why_not(problem: Problem) -> str | None:
     """None if the kernel serves the problem, or the reason why it does not."""
     if _fitting(problem) is None:
-        return f"shared memory has no room for four times {problem.layout.shape[1]} sums"
+        return f"shared memory has no room for {problem.layout.shape[1]} sums"
     return None
 
 
@@ -96,7 +99,8 @@ def _fitting(problem: Problem) -> Plan | None:
 
 def program(ops: Lanes, plan: Plan) -> None:
     """Computes partial sums x [batch, share, cols] of x = y A from values, ..., y [batch, rows]."""
-    dtype, cols, threads = plan.problem.dtype, plan.layout.shape[1], plan.warps * WARP
+    dtype, cols = plan.problem.dtype, plan.layout.shape[1]
+    threads = occupancy.block_warps(plan.warps) * WARP
     thread = ops.thread()
     block, vector = deal_blocks(ops, plan.problem.batch, 1)
     walk = row_walk.RowWalk(
@@ -113,6 +117,7 @@ def program(ops: Lanes, plan: Plan) -> None:
     )
     first_column = ops.select(walk.busy, walk.buffer, ops.integer(0)) * (4 * plan.columns)
     y, sums_end = plan.y, plan.buffers * plan.columns
+    added_together = min(plan.buffers, WARPGROUP)
 
     def each(count, visit):
         def step(index):
@@ -148,9 +153,9 @@ def program(ops: Lanes, plan: Plan) -> None:
     def reduce(index):
         def add_some(carried):
             slot, total = carried
-            for i in range(WARPGROUP):
+            for i in range(added_together):
                 total = total + ops.load_shared((slot + i * plan.columns) * 4, 1)[0]
-            return slot + WARPGROUP * plan.columns, total
+            return slot + added_together * plan.columns, total
 
         _, total = ops.loop(lambda carried: carried[0] < sums_end, add_some, (index, ops.real(0)))
         at = (vector * plan.share + block) * cols + index
@@ -176,7 +181,7 @@ def run(plan: Plan, *operands) -> jax.Array:
         operands,
         jax.ShapeDtypeStruct(shape, jnp.float32),
         blocks=plan.blocks,
-        warps=plan.warps,
+        warps=occupancy.block_warps(plan.warps),
         shared_slots=plan.shared_slots,
     )
 

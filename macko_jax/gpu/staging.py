@@ -50,6 +50,8 @@ class Vectors:
     What is staged may be a function of what is read, `before`: "norm", elements times those of the
     array `scale`, while their squares are added up; "gate", silu(a) * b of rows that hold a and b.
 
+    A single 16-bit vector may be `narrow`: it keeps its type, and takes half the room of a float32.
+
     Vectors that lie there in `two_copies`, of which each element names one (see `format.two_bank`),
     have three words for each column. They hold the same, so they are written two or four at a time.
 
@@ -68,6 +70,7 @@ class Vectors:
         before: str | None = None,
         first_slot: int = 0,
         two_copies: bool = False,
+        narrow: bool = False,
     ):
         self.dtype, self.length, self.count, self.batch = jnp.dtype(dtype), length, count, batch
         self.before, self._columns = before, length + SLACK
@@ -76,9 +79,15 @@ class Vectors:
         self._words = count // 2 if self.packed else count
         if two_copies and self._words != 1:
             raise ValueError(f"{count} vectors of {self.dtype} cannot lie twice in shared memory")
+        if narrow and (two_copies or before or count != 1 or self.dtype.itemsize != 2):
+            raise ValueError(
+                f"{count} vectors of {self.dtype} cannot be narrow"
+                f"{' in two copies' * two_copies}{f' after a {before}' if before else ''}"
+            )
         self.two_copies, self._times = two_copies, two_bank.WORDS if two_copies else 1
-        self.scale = 4 * self._words * self._times
-        self.slots = self._columns * self._words * self._times
+        self.narrow = narrow
+        self.scale = 2 if narrow else 4 * self._words * self._times
+        self.slots = -(-self._columns * self.scale // 4)
         # Columns of 16 bits are read two at a time, if nothing has to be computed of them.
         pairs = self.dtype.itemsize == 2 and length % 2 == 0 and before is None
         self._together = 2 if pairs else 1
@@ -114,6 +123,8 @@ class Vectors:
     def at(self, column) -> list:
         """The elements of all vectors at a column times `scale`, as float32."""
         ops = self.ops
+        if self.narrow:
+            return [ops.pair(ops.load_shared_half(column + self._base), self.dtype)[0]]
         if self.packed:
             words = ops.load_shared_words(column + self._base, self._words)
             return [half for word in words for half in ops.pair(word, self.dtype)]
@@ -164,6 +175,11 @@ class Vectors:
         for column, elements in loaded:
             squares = [ops.fma(x, x, total) for total, (x, _) in zip(squares, elements)]
             values = [self._element(*loads) for loads in elements]
+            if self.narrow:
+                half = ops.pack(values[0], ops.real(0), self.dtype)
+                offset = column * self.scale + self._base
+                ops.store_shared_half(offset, half, column < self._columns)
+                continue
             if self.packed:
                 words = [ops.pack(a, b, self.dtype) for a, b in zip(values[::2], values[1::2])]
             else:
@@ -184,6 +200,9 @@ class Vectors:
         """Stages two columns of all vectors, of each of which `words` has both elements."""
         ops, offset = self.ops, pair * (2 * self.scale) + self._base
         inside = pair < self._units
+        if self.narrow:
+            self.ops.store_shared_words(offset, words, inside)
+            return
         if not self.packed:
             [word] = words
             staged = [[ops.as_word(element)] for element in ops.pair(word, self.dtype)]

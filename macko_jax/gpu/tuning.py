@@ -22,6 +22,7 @@ VECTORS = {2: 8, 4: 4}
 # Loads in flight.
 SHORT_CHUNK, LONG_CHUNK = 2.5, 8.5  # groups of a lane in a row, see `prefetch_distance`
 GROUPS_IN_FLIGHT = 48  # of an SM's warps together, for each lane, where few warps fit
+MOST_AHEAD = 12  # groups, which take up to 108 of the 255 registers that a lane can have
 ELEMENTS_IN_FLIGHT = 8  # of a thread and vector while x is staged
 PAIRS_IN_FLIGHT = {2: 4, 4: 4, 8: 12}  # the same of so many vectors that are read by pairs
 
@@ -40,16 +41,20 @@ COSTS = {
 }
 
 
-def passes_are_faster(product: str, layout: Layout, bits: int, batch: int, vectors: int) -> bool:
+def passes_are_faster(
+    product: str, layout: Layout, bits: int, batch: int, vectors: int, idle: float = 1
+) -> bool:
     """True if passes over the matrix take less time than to densify it and a dense product.
 
     Args:
       product: "spmv" or "spmv_transposed".
       bits: of the elements that the dense product would take, 16 or 32.
       batch, vectors: the number of vectors, and of those of one pass.
+      idle: how many times as long it may take to densify, because few warps have room to.
     """
     passes = -(-batch // vectors)
     start, densify = COSTS[product][bits]
+    densify *= idle
     cost = passes * (vectors + PASS) * (layout.stored / math.prod(layout.shape) + start)
     return passes == 1 or cost <= densify
 
@@ -78,5 +83,8 @@ def prefetch_distance(layout: Layout, itemsize: int, vectors: int, several: bool
 
 
 def prefetch_distance_of_few(warps: int) -> int:
-    """Groups that each lane of so few warps loads ahead, to keep enough of them in flight."""
-    return max(2, GROUPS_IN_FLIGHT // warps)
+    """Groups that each lane of so few warps loads ahead, to keep enough of them in flight.
+
+    No more than the registers of a lane have room for.
+    """
+    return min(max(2, GROUPS_IN_FLIGHT // warps), MOST_AHEAD)

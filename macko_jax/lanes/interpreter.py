@@ -244,6 +244,9 @@ class NumpyLanes:
     def load_shared(self, offset: np.ndarray, count: int) -> list[np.ndarray]:
         return [word.view(np.float32) for word in self.load_shared_words(offset, count)]
 
+    def load_shared_half(self, offset: np.ndarray) -> np.ndarray:
+        return self._load_shared_halves(self._lane_block, offset, 2)[:, 0].astype(np.uint32)
+
     def store_shared_words(
         self, offset: np.ndarray, words: list[np.ndarray], where: np.ndarray
     ) -> None:
@@ -258,15 +261,19 @@ class NumpyLanes:
 
     def _load_shared(self, block, offset, count: int) -> list[np.ndarray]:
         """The `count` words at a byte offset in the shared memory of a block."""
-        place = block[:, None], self._shared_halves(offset, 4 * count, self._active)
+        words = self._load_shared_halves(block, offset, 4 * count).view(np.uint32)
+        return [np.ascontiguousarray(word) for word in words.T]
+
+    def _load_shared_halves(self, block, offset, size: int) -> np.ndarray:
+        """The halves of `size` bytes at a byte offset, [lanes, size / 2]."""
+        place = block[:, None], self._shared_halves(offset, size, self._active)
         blank = self._active & ~self._written[place].all(axis=1)
         if blank.any():
             raise InterpreterError(
-                f"load of {4 * count} bytes of {SHARED} that nothing wrote, at offset"
+                f"load of {size} bytes of {SHARED} that nothing wrote, at offset"
                 f" {offset[blank][0]} in block {block[blank][0]}"
             )
-        words = np.ascontiguousarray(self._shared[place]).view(np.uint32)
-        return [np.ascontiguousarray(word) for word in words.T]
+        return np.ascontiguousarray(self._shared[place])
 
     def _store_shared(self, offset, size: int, halves, where) -> None:
         where = where & self._active

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
+from macko_jax.format import cards
 from macko_jax.format.layout import WARP
 from macko_jax.lanes.vocabulary import CACHED, FRESH, STREAM, How, Lanes, State
 
@@ -26,6 +27,12 @@ WARPGROUP = 4  # warps; blocks of Mosaic GPU consist of whole warpgroups
 FULL_WARP = 0xFFFFFFFF  # the mask of all lanes of a warp
 # The state space and the cache operator of a load in PTX.
 LOAD = {CACHED: ".global", STREAM: ".global.cs", FRESH: ".relaxed.gpu.global"}
+
+
+if cards.named() is not None and hasattr(mosaic_utils, "_infer_arch"):
+    # Mosaic GPU asks for the compute capability here, and else emits for the GPU of this process,
+    # or for an H200. (That of jax 0.10 emits the same for all, and asks elsewhere.)
+    typing.cast(typing.Any, mosaic_utils)._infer_arch = lambda: cards.here().capability
 
 
 class Register:
@@ -358,6 +365,10 @@ class MosaicLanes:
 
     def load_shared(self, offset: Register, count: int) -> list[Register]:
         return self._load_shared(ir.F32Type.get(), offset, count)
+
+    def load_shared_half(self, offset: Register) -> Register:
+        half = llvm.load(_integer_type(16), self._shared_byte(offset))
+        return Register(arith.extui(_integer_type(32), half))
 
     def _load_shared(self, kind: ir.Type, offset, count: int) -> list[Register]:
         vector = ir.VectorType.get((count,), kind) if count > 1 else kind

@@ -256,6 +256,10 @@ class Lanes(typing.Protocol[R]):
         """The same as `load_shared_words`, as float32."""
         ...
 
+    def load_shared_half(self, offset: R) -> R:
+        """The 16 bits at an even byte offset, in the lower half of a word; conditions as above."""
+        ...
+
     def store_shared_words(self, offset: R, words: list[R], where: R) -> None:
         """Writes 1, 2 or 4 words at a byte offset, a multiple of 4 * len(words)."""
         ...
