@@ -11,13 +11,16 @@ from macko_jax.io.checkpoint import load, save
 from macko_jax.io.macko_spmv import from_macko_spmv, to_macko_spmv
 from macko_jax.nn.rules import Rule
 from macko_jax.ops.api import spmv
+from macko_jax.ops.explain import Explanation, explain
 
 __all__ = [
+    "Explanation",
     "MackoMatrix",
     "Rule",
     "compress",
     "decompress",
     "experimental",
+    "explain",
     "flax_linen",
     "flax_nnx",
     "from_macko_spmv",

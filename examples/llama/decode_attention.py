@@ -16,10 +16,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from examples.llama import attention
+from examples.llama.cache import write
+from examples.llama.rope import rotate
 from macko_jax.gpu import device, staging
 from macko_jax.lanes import mosaic as lanes
 from macko_jax.lanes.vocabulary import sum_over_lanes
+from macko_jax.ops import self_check
 
 HEAD_DIM = 128
 LANES = 8  # that share a slot
@@ -126,7 +131,35 @@ def fits(cache):
         and cache.shape[-1] == HEAD_DIM
         and cache.dtype in (jnp.float16, jnp.bfloat16)
         and cache.size // CHUNK < 2**31  # loads have 32-bit indices
+        and self_check.failure(f"decode_attention, {cache.dtype}", lambda: trial(cache.dtype))
+        is None
     )
+
+
+def trial(dtype) -> self_check.Trial:
+    """A step of two heads that share a key-value head, by the kernel and by XLA."""
+    rng = np.random.default_rng(0)
+    heads, slots, live = 2, 64, 33
+    qkv, cache = (
+        rng.standard_normal(shape).astype(dtype)
+        for shape in ((1, 1, heads + 2, HEAD_DIM), (1, 1, slots, 2, HEAD_DIM))
+    )
+    positions = np.full((1, 1), live, np.int32)
+    angles = np.linspace(0, 3, HEAD_DIM // 2, dtype=np.float32).reshape(1, 1, 1, -1)
+    rotary = np.cos(angles), np.sin(angles)
+
+    def by_kernel(*arguments):
+        return attend(*arguments, heads=heads, window=None)[:2]
+
+    @jax.jit
+    def by_xla(qkv, rotary, cache, positions):
+        query, key, value = jnp.split(qkv, [heads, heads + 1], axis=2)
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        cache = write(cache, jnp.stack([key, value], axis=3).swapaxes(1, 2), positions)
+        return attention.attend(query, cache, positions, None).reshape(1, -1), cache
+
+    operands = qkv.reshape(1, -1), rotary, cache, positions[:, 0]
+    return self_check.Trial(by_kernel, operands, by_xla(qkv, rotary, cache, positions), 8)
 
 
 def attend(rows, rotation, cache, positions, *, heads, window, blanks=0):

@@ -37,7 +37,11 @@ def _kernels():
 def _no_kernel(problem: Problem) -> str | None:
     if problem.platform != "cuda":
         return f"the kernels need platform cuda, and this is lowered for {problem.platform}"
-    return _kernels().why_not(problem)
+    if (reason := _kernels().why_not(problem)) is not None:
+        return reason
+    from macko_jax.ops import self_check
+
+    return self_check.why_not(problem)
 
 
 # In order of preference.

@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from macko_jax.format.matrix import MackoMatrix
-from macko_jax.gpu.kernel import Fusion, problem_of
+from macko_jax.gpu.kernel import Fusion, Problem, problem_of
 from macko_jax.ops.primitive import multiply, vary_alike
 
 
@@ -251,14 +251,14 @@ def _step(fusion: Fusion, part) -> Step:
 
 def _one_kernel(fusions, x, parts, blank):
     """The same in one kernel, or None where it does not serve."""
-    from macko_jax.gpu import chain, select, spmv, staging
+    from macko_jax.gpu import chain, spmv, staging
 
     out_dtype = _out_dtype(x, parts)
     problems = tuple(
         problem_of("spmv", matrix.layout, matrix.values, x, out_dtype, fusion=fusion)
         for fusion, (matrix, _) in zip(fusions, parts)
     )
-    if select.why_not_fused(problems) is not None:
+    if why_no_kernel(*problems) is not None:
         return None
     matrices = [(matrix.values, *matrix.positions) for matrix, _ in parts]
     around = [
@@ -272,6 +272,14 @@ def _one_kernel(fusions, x, parts, blank):
     operands = [a for arrays in zip(matrices, around) for part in arrays for a in part]
     results = chain.run(plan, exchange, x, *operands)
     return [y[None] for y in results]
+
+
+def why_no_kernel(*problems: Problem) -> str | None:
+    """None if one kernel computes a product with its fusion, or a chain, or the reason why not."""
+    from macko_jax.gpu import select
+    from macko_jax.ops import self_check
+
+    return select.why_not_fused(problems) or self_check.why_not(*problems)
 
 
 def _out_dtype(x, parts):
