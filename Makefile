@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment of the project's own, made on first use.
-# PYTHON: any Python 3.11 or newer.  VENV: where the environment lives.  ARGS: for pytest or the demo.
+# PYTHON: any Python 3.11 or newer.  VENV: where the environment lives.  ARGS: for pytest, the demo or llm.
 # JAX: one of its versions, instead of the newest that setup.cfg allows and this Python has.
 NEW_ENOUGH = -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; do \
@@ -14,10 +14,14 @@ PYTEST = $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 # pytest fails where it finds no test at all, which ARGS may ask of one of the two.
 OR_NONE = $(if $(ARGS),|| test $$? -eq 5)
 
-.PHONY: demo test test-fast test-slow lint format docs dist clean
+.PHONY: demo llm test test-fast test-slow lint format docs dist clean
 
 demo: $(VENV)/installed
 	$(RUN) -m examples.demo $(ARGS)
+
+# A real language model: SmolLM2-135M from its package, compressed, evaluated, and let write.
+llm: $(VENV)/installed
+	$(RUN) -m examples.llm $(ARGS)
 
 test: test-fast test-slow
 

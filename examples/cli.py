@@ -3,9 +3,13 @@
 import dataclasses
 import functools
 import json
+import re
 import sys
 
 from absl import app, flags
+
+import dsf_jax
+from dsf_jax.solvers.methods import METHODS
 
 flags.DEFINE_bool("debug", False, "Show the traceback of an error, and not its sentence alone.")
 EXPECTED = (ValueError, OSError, ImportError, app.UsageError)
@@ -29,6 +33,44 @@ def read_options(text):
     if not isinstance(options, dict):
         raise ValueError(f"--dsf_options must be a JSON object, got {text!r}")
     return options
+
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def read_size(text):
+    """The bytes that a size stands for, such as "250MB", "1.5 GB", "64MiB" or "1000000"."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = found and UNITS.get(found[2].upper() or "B")
+    if not unit:
+        raise ValueError(
+            f"{text!r} is no size; give a number of bytes, or one with a unit among KB, MB, GB, "
+            "KiB, MiB and GiB, such as 250MB"
+        )
+    return int(float(found[1]) * unit)
+
+
+def read_rule(text):
+    """The rule that --rule gives: a path's regular expression, then what is asked for.
+
+    After the expression come `skip`, or `density=NUMBER` and `method=NAME`, with spaces between.
+    """
+    path, *asked = text.split()
+    fields = {}
+    for part in asked:
+        name, _, value = part.partition("=")
+        if part == "skip":
+            fields["skip"] = True
+        elif name == "density" and re.fullmatch(r"\d*\.?\d+", value):
+            fields["density"] = float(value)
+        elif name == "method" and value in METHODS:
+            fields["method"] = value
+        else:
+            raise ValueError(
+                f"--rule={text!r}: {part!r} is none of skip, density=NUMBER and method=NAME, NAME "
+                f"one of {', '.join(METHODS)}"
+            )
+    return dsf_jax.Rule(path, **fields)
 
 
 def command(script):

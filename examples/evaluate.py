@@ -7,6 +7,7 @@ before, and only the last --stride predictions of a window count (all of them in
 that each token is predicted once and, past the first window, from at least length - stride tokens.
 """
 
+import dataclasses
 import math
 import pathlib
 
@@ -19,74 +20,94 @@ from examples import cli, stdlib_text
 from examples.llama import checkpoint, evaluation
 from examples.llama import tokenizer as tokenizers
 from examples.records import write_json
+from macko_jax.format.quantization import NAMES
 
-CHECKPOINT = flags.DEFINE_multi_string(
+flags.DEFINE_multi_string(
     "checkpoint",
     [str(pathlib.Path(__file__).parent / "llama" / "checkpoint")],
     "Directory of a dense or packed model; repeatable.",
 )
-PRUNED = flags.DEFINE_bool(
+flags.DEFINE_bool(
     "pruned", False, "Evaluate packed models once more with their matrices decompressed."
 )
-TEXT = flags.DEFINE_string(
+flags.DEFINE_string(
     "text", None, "Text file, in UTF-8; by default the held-out standard library modules."
 )
-LENGTH = flags.DEFINE_integer(
+flags.DEFINE_integer(
     "length",
     None,
     "Tokens of a window; by default the model's positions, at most 2048.",
     lower_bound=1,
 )
-STRIDE = flags.DEFINE_integer(
+flags.DEFINE_integer(
     "stride", None, "Tokens from one window to the next; by default half a window.", lower_bound=1
 )
-EVAL_WINDOWS = flags.DEFINE_integer(
+flags.DEFINE_integer(
     "eval_windows", 0, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
 )
-BATCH = flags.DEFINE_integer("batch", 4, "Windows per call.", lower_bound=1)
-OUT = flags.DEFINE_string("out", None, "File of the results, in JSON; by default none.")
-DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16", "float16"], "What to compute in."
+flags.DEFINE_integer("batch", 4, "Windows per call.", lower_bound=1)
+flags.DEFINE_string("out", None, "File of the results, in JSON; by default none.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "What to compute in.")
+flags.DEFINE_enum(
+    "values",
+    None,
+    [*NAMES],
+    "Round the values of packed matrices, and of a dense model's pruned ones, to 8 bits; by "
+    "default they stay as they are stored.",
 )
 
 
-def read_text():
-    if TEXT.value:
-        return pathlib.Path(TEXT.value).read_text(encoding="utf-8")
-    return "\0".join(text.decode() for text in stdlib_text.read_modules().values())
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is evaluated and how; the flags of the same names say what each is."""
+
+    checkpoint: tuple[str, ...]
+    pruned: bool
+    text: str | None
+    length: int | None
+    stride: int | None
+    eval_windows: int
+    batch: int
+    out: str | None
+    dtype: str
+    values: str | None
+
+    def read_text(self):
+        """The text to evaluate on."""
+        if self.text:
+            return pathlib.Path(self.text).read_text(encoding="utf-8")
+        return "\0".join(text.decode() for text in stdlib_text.read_modules().values())
+
+    def models(self):
+        """(directory, "dense", "packed" or "pruned", model), loaded one after the other."""
+        dtype = jnp.dtype(self.dtype)
+        for directory in self.checkpoint:
+            packed = checkpoint.is_packed(directory)
+            kind = "packed" if packed else "dense"
+            yield directory, kind, checkpoint.load_any(directory, dtype=dtype, values=self.values)
+            if packed and self.pruned:
+                pruned = checkpoint.load_packed(directory, dtype=dtype, unpack=True)
+                yield directory, "pruned", pruned
+
+    def windowing(self, config):
+        """The length of a window and the stride between two."""
+        length = evaluation.window_length(self.length, config)
+        return length, self.stride or max(length // 2, 1)
 
 
-def models():
-    """(directory, "dense", "packed" or "pruned", model), loaded one after the other."""
-    dtype = jnp.dtype(DTYPE.value)
-    for directory in CHECKPOINT.value:
-        packed = checkpoint.is_packed(directory)
-        kind = "packed" if packed else "dense"
-        yield directory, kind, checkpoint.load_any(directory, dtype=dtype)
-        if packed and PRUNED.value:
-            pruned = checkpoint.load_packed(directory, dtype=dtype, unpack=True)
-            yield directory, "pruned", pruned
-
-
-def windowing(config):
-    """The length of a window and the stride between two."""
-    length = evaluation.window_length(LENGTH.value, config)
-    return length, STRIDE.value or max(length // 2, 1)
-
-
-def evaluate(directory, kind, model, text):
+def evaluate(directory, kind, model, text, settings):
     """Evaluates a model and prints a line; what it found."""
     tokenizer = tokenizers.load_tokenizer(directory, model.config.vocab_size)
     tokens = np.array(tokenizer.encode(text))
-    length, stride = windowing(model.config)
+    length, stride = settings.windowing(model.config)
     with jax.default_matmul_precision("highest"):
         nats, count = evaluation.total_nats(
             model,
             tokens,
             length=length,
             stride=stride,
-            batch=BATCH.value,
-            limit=EVAL_WINDOWS.value or None,
+            batch=settings.batch,
+            limit=settings.eval_windows or None,
         )
     # Bytes per token of the whole text, should only some of its windows have been read.
     size = len(text.encode()) / (len(tokens) - 1)
@@ -109,15 +130,17 @@ def evaluate(directory, kind, model, text):
 
 
 def main(_):
-    text = read_text()
-    results = [evaluate(*model, text) for model in models()]
-    if OUT.value:
+    settings = cli.settings(Settings)
+    text = settings.read_text()
+    results = [evaluate(*model, text, settings) for model in settings.models()]
+    if settings.out:
         described = {
-            "text": TEXT.value,
-            "windows": EVAL_WINDOWS.value or "all",
-            "dtype": DTYPE.value,
+            "text": settings.text,
+            "windows": settings.eval_windows or "all",
+            "dtype": settings.dtype,
+            "values": settings.values,
         }
-        write_json(pathlib.Path(OUT.value), described | {"results": results})
+        write_json(pathlib.Path(settings.out), described | {"results": results})
 
 
 if __name__ == "__main__":

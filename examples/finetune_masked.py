@@ -7,6 +7,7 @@ and packed, and the packed model is trained on. The optimizer sees only the stor
 mask is applied anywhere: a weight that was pruned away has no entry and cannot come back.
 """
 
+import dataclasses
 import time
 
 import jax
@@ -23,16 +24,30 @@ import macko_jax
 import macko_jax.flax_nnx
 from examples import cli
 
-DENSITY = flags.DEFINE_float(
+flags.DEFINE_float(
     "density", 0.05, "Kept share of the hidden layers' weights.", lower_bound=0.0, upper_bound=1.0
 )
-HIDDEN = flags.DEFINE_integer("hidden", 256, "Width of the two hidden layers.", lower_bound=1)
-EPOCHS = flags.DEFINE_integer("epochs", 30, "Passes over the data, before and after pruning.")
-BATCH = flags.DEFINE_integer("batch", 128, "Images per step.", lower_bound=1)
-RATE = flags.DEFINE_float("learning_rate", 1e-3, "AdamW's learning rate.")
-DECAY = flags.DEFINE_float("weight_decay", 1e-2, "AdamW's weight decay.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the weights, the split and the order of the data.")
-OUT = flags.DEFINE_string("out", None, "File of the packed model; by default none is written.")
+flags.DEFINE_integer("hidden", 256, "Width of the two hidden layers.", lower_bound=1)
+flags.DEFINE_integer("epochs", 30, "Passes over the data, before and after pruning.")
+flags.DEFINE_integer("batch", 128, "Images per step.", lower_bound=1)
+flags.DEFINE_float("learning_rate", 1e-3, "AdamW's learning rate.")
+flags.DEFINE_float("weight_decay", 1e-2, "AdamW's weight decay.")
+flags.DEFINE_integer("seed", 0, "Seed of the weights, the split and the order of the data.")
+flags.DEFINE_string("out", None, "File of the packed model; by default none is written.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the classifier is trained and pruned; the flags of the same names say what each is."""
+
+    density: float
+    hidden: int
+    epochs: int
+    batch: int
+    learning_rate: float
+    weight_decay: float
+    seed: int
+    out: str | None
 
 
 class Classifier(nnx.Module):
@@ -68,36 +83,38 @@ def evaluate(model, images, labels):
     return cross_entropy(model, images, labels), jnp.mean(correct)
 
 
-def train(model, images, labels, name):
+def train(model, images, labels, name, settings):
     optimizer = nnx.Optimizer(
-        model, optax.adamw(RATE.value, weight_decay=DECAY.value), wrt=nnx.Param
+        model,
+        optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay),
+        wrt=nnx.Param,
     )
-    rng = np.random.default_rng(SEED.value)
+    rng = np.random.default_rng(settings.seed)
     begin = time.perf_counter()
-    for epoch in range(1, EPOCHS.value + 1):
+    for epoch in range(1, settings.epochs + 1):
         order = rng.permutation(len(images))
         losses = [
             train_step(
                 model,
                 optimizer,
-                images[order[i : i + BATCH.value]],
-                labels[order[i : i + BATCH.value]],
+                images[order[i : i + settings.batch]],
+                labels[order[i : i + settings.batch]],
             )
-            for i in range(0, len(order) - BATCH.value + 1, BATCH.value)
+            for i in range(0, len(order) - settings.batch + 1, settings.batch)
         ]
-        if epoch % 10 == 0 or epoch == EPOCHS.value:
+        if epoch % 10 == 0 or epoch == settings.epochs:
             seconds = time.perf_counter() - begin
             print(
-                f"{name}: epoch {epoch} of {EPOCHS.value}, "
+                f"{name}: epoch {epoch} of {settings.epochs}, "
                 f"training loss {np.mean(jax.device_get(losses)):.4f}, {seconds:.1f} s"
             )
 
 
-def prune(model):
+def prune(model, density):
     """Prune the hidden layers in place; the small output layer stays dense."""
     for layer in model.hidden:
         weight = layer.kernel[...].T  # [out, in]
-        layer.kernel[...] = dsf_jax.prune(weight, density=DENSITY.value, method="magnitude").T
+        layer.kernel[...] = dsf_jax.prune(weight, density=density, method="magnitude").T
 
 
 def zero_patterns(model):
@@ -105,10 +122,11 @@ def zero_patterns(model):
 
 
 def main(_):
+    settings = cli.settings(Settings)
     digits = load_digits()
     images = (digits.data / 16).astype(np.float32)
     train_images, test_images, train_labels, test_labels = train_test_split(
-        images, digits.target, test_size=0.25, random_state=SEED.value, stratify=digits.target
+        images, digits.target, test_size=0.25, random_state=settings.seed, stratify=digits.target
     )
 
     def report(name, model):
@@ -116,17 +134,17 @@ def main(_):
         rows.append((name, float(loss), float(accuracy)))
 
     rows = []
-    model = Classifier(images.shape[1], HIDDEN.value, 10, nnx.Rngs(SEED.value))
-    train(model, train_images, train_labels, "dense")
+    model = Classifier(images.shape[1], settings.hidden, 10, nnx.Rngs(settings.seed))
+    train(model, train_images, train_labels, "dense", settings)
     report("dense", model)
 
-    prune(model)
+    prune(model, settings.density)
     packed, layers = macko_jax.flax_nnx.substitute(model, "hidden/.*")
-    report(f"packed at density {DENSITY.value:g}", packed)
+    report(f"packed at density {settings.density:g}", packed)
     print(f"\n{layers}\n")
 
     before = zero_patterns(packed)
-    train(packed, train_images, train_labels, "packed")
+    train(packed, train_images, train_labels, "packed", settings)
     report("packed and fine-tuned", packed)
     after = zero_patterns(packed)
 
@@ -138,9 +156,9 @@ def main(_):
     print(f"\n{zeros} of {total} hidden weights are zero, {moved} of them other than before")
     if moved:
         raise RuntimeError("Fine-tuning changed the pattern of zeros")
-    if OUT.value:
-        macko_jax.save(OUT.value, macko_jax.flax_nnx.to_pure_dict(packed))
-        print(f"Saved to {OUT.value}")
+    if settings.out:
+        macko_jax.save(settings.out, macko_jax.flax_nnx.to_pure_dict(packed))
+        print(f"Saved to {settings.out}")
 
 
 if __name__ == "__main__":

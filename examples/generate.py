@@ -8,6 +8,7 @@ examples.compress_llm wrote. With several prompts they run as one batch, and eac
 printed when all are done.
 """
 
+import dataclasses
 import pathlib
 import time
 
@@ -19,35 +20,72 @@ from absl import flags
 from examples import cli, llama
 from examples.llama import checkpoint
 from examples.llama import tokenizer as tokenizers
+from macko_jax.format.quantization import NAMES
 
-CHECKPOINT = flags.DEFINE_string(
+flags.DEFINE_string(
     "checkpoint",
     str(pathlib.Path(__file__).parent / "llama" / "checkpoint"),
     "Directory of a dense or packed model.",
 )
-PROMPT = flags.DEFINE_multi_string(
+flags.DEFINE_multi_string(
     "prompt", [], "Text to continue; repeatable; by default 'def main():' and a new line."
 )
-PROMPT_FILE = flags.DEFINE_multi_string(
+flags.DEFINE_multi_string(
     "prompt_file", [], "Text file to continue, in UTF-8, after those of --prompt; repeatable."
 )
-ADD_BOS = flags.DEFINE_bool(
+flags.DEFINE_bool(
     "add_bos", True, "Begin prompts with the token that begins texts, where the model has one."
 )
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", 200, "Most tokens to draw.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
-TOP_K = flags.DEFINE_integer(
-    "top_k", None, "Draw among this many likeliest tokens only.", lower_bound=1
-)
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens of this probability.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
-CHUNK = flags.DEFINE_integer("chunk", 32, "Tokens between two visits to the host.", lower_bound=1)
-DTYPE = flags.DEFINE_enum(
+flags.DEFINE_integer("new_tokens", 200, "Most tokens to draw.", lower_bound=1)
+flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
+flags.DEFINE_integer("top_k", None, "Draw among this many likeliest tokens only.", lower_bound=1)
+flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens of this probability.")
+flags.DEFINE_integer("seed", 0, "Seed of the draws.")
+flags.DEFINE_integer("chunk", 32, "Tokens between two visits to the host.", lower_bound=1)
+flags.DEFINE_enum(
     "dtype",
     None,
     ["float32", "bfloat16", "float16"],
     "What to compute in; by default what the weights are stored in, on a CPU float32.",
 )
+flags.DEFINE_enum(
+    "values",
+    None,
+    [*NAMES],
+    "Round the values of packed matrices, and of a dense model's pruned ones, to 8 bits; by "
+    "default they stay as they are stored.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is continued and how; the flags of the same names say what each is."""
+
+    checkpoint: str
+    prompt: tuple[str, ...]
+    prompt_file: tuple[str, ...]
+    add_bos: bool
+    new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    seed: int
+    chunk: int
+    dtype: str | None
+    values: str | None
+
+    def prompts(self):
+        """The texts to continue."""
+        files = [pathlib.Path(path).read_text(encoding="utf-8") for path in self.prompt_file]
+        return [*self.prompt, *files] or ["def main():\n"]
+
+    def model(self):
+        """The model, which computes in the type of its weights, on a CPU in float32."""
+        on_cpu = jax.default_backend() == "cpu"
+        default = "float32" if on_cpu else checkpoint.stored_dtype(self.checkpoint)
+        return checkpoint.load_any(
+            self.checkpoint, dtype=jnp.dtype(self.dtype or default), values=self.values
+        )
 
 
 def until_stop(tokens, stop_tokens):
@@ -63,20 +101,13 @@ def settled(text):
     return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def read_prompts():
-    """The texts of --prompt and --prompt_file."""
-    files = [pathlib.Path(path).read_text(encoding="utf-8") for path in PROMPT_FILE.value]
-    return PROMPT.value + files or ["def main():\n"]
-
-
 def main(_):
-    texts = read_prompts()
-    on_cpu = jax.default_backend() == "cpu"
-    default = "float32" if on_cpu else checkpoint.stored_dtype(CHECKPOINT.value)
-    sampling = llama.Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
-    model = checkpoint.load_any(CHECKPOINT.value, dtype=jnp.dtype(DTYPE.value or default))
-    tokenizer = tokenizers.load_tokenizer(CHECKPOINT.value, model.config.vocab_size)
-    prompts = [tokenizer.encode(text, add_bos=ADD_BOS.value) for text in texts]
+    settings = cli.settings(Settings)
+    texts = settings.prompts()
+    sampling = llama.Sampling(settings.temperature, settings.top_k, settings.top_p)
+    model = settings.model()
+    tokenizer = tokenizers.load_tokenizer(settings.checkpoint, model.config.vocab_size)
+    prompts = [tokenizer.encode(text, add_bos=settings.add_bos) for text in texts]
 
     drawn = [[] for _ in prompts]
     alone = len(prompts) == 1
@@ -85,7 +116,12 @@ def main(_):
         print(texts[0], end="", flush=True)
     began = time.perf_counter()
     for chunk in llama.generate(
-        model, prompts, NEW_TOKENS.value, sampling=sampling, seed=SEED.value, chunk=CHUNK.value
+        model,
+        prompts,
+        settings.new_tokens,
+        sampling=sampling,
+        seed=settings.seed,
+        chunk=settings.chunk,
     ):
         for row, tokens in zip(drawn, chunk.tolist()):
             row += tokens

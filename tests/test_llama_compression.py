@@ -14,8 +14,11 @@ import pytest
 from flax import nnx
 
 import dsf_jax
-from examples import llama
+import macko_jax
+from examples import cli, llama
 from examples.llama import checkpoint, compression
+from examples.llama.recipe import Recipe
+from examples.llama.sizes import PackedSizes
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = llama.Config(
@@ -152,7 +155,7 @@ def test_killed_run_goes_on(dense, packed, windows, tmp_path, killed_at):
     compression.compress_checkpoint(dense[0], tmp_path, windows, batch=2, callback=see, **SETTINGS)
     resumed = [i < killed_at for i in range(12)]
     assert [progress.layer.resumed for progress in seen] == resumed
-    assert [progress.seconds_left is None for progress in seen] == resumed
+    assert {progress.seconds_left for progress in seen if progress.layer.resumed} <= {None, 0.0}
     assert [progress.index for progress in seen] == list(range(1, 13))
     assert seen[-1].seconds_left in (0, None)
     assert contents(tmp_path) == contents(packed[0])
@@ -176,15 +179,15 @@ def test_second_run_in_a_directory_is_refused_and_harms_nothing(dense, packed, w
 
 def test_time_left_is_by_the_pace_of_what_was_solved():
     seen = []
-    progress = compression._Progress(CONFIG, seen.append)
+    blocks = [[(f"{i}/{j}", (32, 32), "wanda") for j in range(4)] for i in range(3)]
+    progress = compression._Progress(blocks, seen.append)
     solved = dsf_jax.LayerReport(
         "", "linear", (32, 32), 512, 4096, 4096, method="wanda", inner=None, error=0.1, seconds=10.0
     )
-    progress.add(dataclasses.replace(solved, shape=(64, 32), seconds=1e6, resumed=True))
-    progress.add(solved)
-    # A block is as much work as six layers of 32 x 32.
+    for i, seconds in enumerate([1e6, 60.0, 10.0, 10.0]):  # the second compiles
+        progress.add(dataclasses.replace(solved, path=f"0/{i}", seconds=seconds, resumed=i == 0))
     assert seen[0].seconds_left is None
-    np.testing.assert_allclose(seen[1].seconds_left, 10 * (3 * 6 - 2 - 1), rtol=0.01)
+    np.testing.assert_allclose(seen[3].seconds_left, 8 * 10, rtol=0.01)
 
 
 def test_failing_write_leaves_no_part(dense, windows, tmp_path, monkeypatch):
@@ -223,6 +226,8 @@ def test_directories_of_something_else_are_refused(dense, packed, windows, tmp_p
     refuse(dense[0], other, "holds packed-00001.safetensors and no report.json that says")
     (other / "report.json").write_text(json.dumps(report)[:99])
     refuse(dense[0], other, "other/report.json is not the report of a run, or was cut off")
+    (other / "report.json").write_text(json.dumps({"settings": {}, "layers": [{"old": 1}]}))
+    refuse(dense[0], other, "written by another version of this program .* has version 1")
     (other / "report.json").write_text("[]")
     refuse(dense[0], other, "other/report.json is not the report of a run, or was cut off")
     (other / "report.json").unlink()
@@ -257,6 +262,106 @@ def test_memory_does_not_grow_with_the_number_of_blocks(windows, tmp_path):
 
 def live_bytes():
     return sum(array.nbytes for array in jax.live_arrays())
+
+
+def packed_bytes(directory):
+    return sum(path.stat().st_size for path in directory.glob("packed-*"))
+
+
+def test_rules_8_bit_values_and_what_somebody_else_pruned(dense, windows, tmp_path):
+    rules = (
+        dsf_jax.Rule("layers/0/.*", skip=True),
+        dsf_jax.Rule(".*/mlp/down", density=0.25, method="magnitude"),
+    )
+    recipe = SETTINGS | {"rules": rules, "values": "int8"}
+    out = tmp_path / "int8"
+    report = compression.compress_checkpoint(dense[0], out, windows, batch=2, **recipe)
+    found = {layer.path: layer for layer in report.layers}
+    assert found.keys() == {f"layers/{i}/{layer}" for i in (1, 2) for layer in LAYERS}
+    assert (found["layers/1/mlp/down"].density, found["layers/2/attention/qkv"].density) == (
+        0.25,
+        0.5,
+    )
+    assert found["layers/1/mlp/down"].method == "magnitude"
+    assert report.skipped["layers/0/mlp/down"] == "rule 'layers/0/.*'"
+    assert all(layer.bytes_after < layer.bytes_before for layer in report.layers)
+    loaded = checkpoint.load_packed(out)
+    assert loaded.layers[1].mlp.down.matrix.values.dtype == jnp.int8
+    assert isinstance(loaded.layers[0].mlp.down, nnx.Linear)
+
+    # The same zeros, as somebody else would publish them, packed as they are.
+    pruned = checkpoint.load_packed(out, unpack=True)
+    checkpoint.save(tmp_path / "pruned", pruned, jnp.float32)
+    again = compression.compress_checkpoint(
+        tmp_path / "pruned", tmp_path / "given", None, method="given"
+    )
+    assert {layer.method for layer in again.layers} == {"given"}
+    nonzeros = {layer.path: layer.nonzeros for layer in again.layers}
+    assert {path: nonzeros[path] for path in found} == {p: x.nonzeros for p, x in found.items()}
+    tokens = jnp.asarray(windows[:1])
+    wanted = forward(pruned, tokens)
+    np.testing.assert_allclose(
+        forward(checkpoint.load_any(tmp_path / "given"), tokens), wanted, rtol=1e-4, atol=1e-4
+    )
+    # Weights in 16 bits or packed alike are read with 8-bit values where that is asked for.
+    for name in ("pruned", "given"):
+        eight = checkpoint.load_any(tmp_path / name, values="int8")
+        assert eight.layers[1].mlp.down.matrix.values.dtype == jnp.int8
+        np.testing.assert_allclose(forward(eight, tokens), wanted, rtol=0.1, atol=0.1)
+    with pytest.raises(ValueError, match="has no layer in which fewer than 0.8"):
+        compression.compress_checkpoint(dense[0], tmp_path / "full", None, method="given")
+    assert not (tmp_path / "full" / "config.json").exists()
+
+
+def test_target_and_budget_are_met_and_resumed(dense, windows, tmp_path):
+    dense_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(dense[1])))
+    target = int(0.75 * dense_bytes)
+    recipe = {"target_bytes": target, "budget": "sensitivity", "encoding": "bitmask"}
+
+    def kill(progress):
+        if progress.index == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        compression.compress_checkpoint(
+            dense[0], tmp_path, windows, batch=2, callback=kill, **recipe
+        )
+    report = compression.compress_checkpoint(dense[0], tmp_path, windows, batch=2, **recipe)
+    assert 0.9 * target < packed_bytes(tmp_path) <= target
+    assert len({layer.density for layer in report.layers}) > 3
+    with pytest.raises(ValueError, match="MB at density 0.04 and .* the target leaves"):
+        compression.compress_checkpoint(
+            dense[0], tmp_path / "small", windows, **recipe | {"target_bytes": 1000}
+        )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"method": "given", "pattern": "2:4"}, "method 'given' packs the zeros that are there"),
+        ({"pattern": "2:4", "target_bytes": 9}, "pattern '2:4' says how many weights stay"),
+        ({"values": "int4"}, "values must be None or one of int8"),
+        ({"budget": "all"}, "budget must be one of uniform, sensitivity"),
+        ({"rules": (dsf_jax.Rule("layers/9/.*"),)}, "matches no layer"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(dense, windows, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        compression.compress_checkpoint(dense[0], tmp_path / "out", windows, **changes)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method, values", [("wanda", None), ("dsf", "int8")])
+def test_sizes_are_foreseen(method, values):
+    recipe = Recipe(method=method, values=values, encoding="delta4")
+    sizes = PackedSizes(recipe, jnp.float16)
+    matrices = sizes._matrices((128, 192), method, 0.4)
+    assert sum(nonzeros for *_, nonzeros in matrices) <= 0.4 * 128 * 192
+    rng, found = np.random.default_rng(1), 0
+    for rows, cols, nonzeros in matrices:
+        kept = rng.permutation(rows * cols).reshape(rows, cols) < nonzeros
+        found += macko_jax.compress(kept.astype(np.float16), dtype=values, encoding="delta4").nbytes
+    np.testing.assert_allclose(sizes.layer((128, 192), method, 0.4), found, rtol=0.02)
 
 
 @pytest.mark.slow
@@ -329,6 +434,22 @@ def run(script, *arguments):
         check=True,
     )
     return done.stdout
+
+
+def test_sizes_and_rules_are_read():
+    assert [cli.read_size(text) for text in ("90MB", "1.5 gb", "64MiB", "100")] == [
+        90_000_000,
+        1_500_000_000,
+        2**26,
+        100,
+    ]
+    assert cli.read_rule(".*/down density=0.3 method=admm") == dsf_jax.Rule(
+        ".*/down", density=0.3, method="admm"
+    )
+    assert cli.read_rule("layers/0/.* skip").skip
+    for read, text in ((cli.read_size, "90 apples"), (cli.read_rule, "x densty=0.3")):
+        with pytest.raises(ValueError, match=text.split()[-1]):
+            read(text)
 
 
 def test_short_texts_are_refused():

@@ -20,6 +20,7 @@ from dsf_jax import (
     Rule,
     compress_model,
     gram_matrices,
+    pack,
     prune,
     relative_output_error,
 )
@@ -27,6 +28,7 @@ from dsf_jax.pipeline.allocation import allocate_densities
 from dsf_jax.pipeline.pace import Pace, Task
 from dsf_jax.pipeline.report import format_seconds
 from dsf_jax.pipeline.solve import METHODS
+from macko_jax import decompress
 
 # Factorizations compile for seconds per shape, so the tests have them of 16 x 32 matrices only, and
 # of few rounds: how good they are is tested elsewhere.
@@ -260,6 +262,31 @@ def test_rules():
     assert by_path["attention/query"].method == "magnitude"
     assert by_path["head"].nonzeros == 240 and by_path["embed"].nonzeros == 160
     assert by_path["down"].method == "wanda"
+
+
+@pytest.mark.slow
+def test_models_are_packed_with_the_8_bit_values_that_were_found():
+    model = Net()
+    for layer in (model.up, model.down):
+        layer.kernel.set_value(layer.kernel[...].astype(jnp.float16))
+    rules = [Rule("down", **PAIR), "up"]
+    options = dict(method="wanda", rules=[*rules, Rule(".*", skip=True)])
+    found = compress_model(model, token_batches(1), values="int8", **options)
+    packed, _ = pack(found.model, values="int8")
+    layers = {
+        "up": (packed.up, found.model.up),
+        "left": (packed.down.left, found.model.down.left),
+        "right": (packed.down.right, found.model.down.right),
+    }
+    for name, (stored, layer) in layers.items():
+        assert stored.matrix.values.dtype == np.int8, name
+        np.testing.assert_array_equal(decompress(stored.matrix), layer.kernel[...].T, name)
+    plain = compress_model(model, token_batches(1), **options).report
+    for layer, before in zip(found.report.layers, plain.layers):
+        assert layer.error != before.error and layer.nonzeros <= before.nonzeros
+        assert layer.error < 1.1 * before.error, layer.path
+    with pytest.raises(ValueError, match="values must be None or one of int8, float8_e4m3fn"):
+        compress_model(model, token_batches(1), values="int4")
 
 
 @pytest.mark.slow

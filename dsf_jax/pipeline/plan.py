@@ -89,7 +89,7 @@ def _assign(layer: Layer, rule: Rule | None, default: Assignment) -> Assignment:
     asked = rule or Rule(".*")
     options = dict(default.options if asked.options is None else asked.options)
     assignment = Assignment(
-        asked.method or default.method, asked.density or default.density, options
+        asked.method or default.method, asked.density or default.density, options, default.values
     )
     check_method(assignment.method, layer.path)
     method = assignment.solver

@@ -29,6 +29,7 @@ from dsf_jax.pipeline.solve import (
     stack_limit,
 )
 from dsf_jax.solvers.problem import check_density
+from dsf_jax.solvers.rounding import check_values
 from dsf_jax.trace.calibration import CalibrationPass, check_batches
 from dsf_jax.trace.jaxprs import Device
 from dsf_jax.trace.network import Network, read_network
@@ -50,6 +51,7 @@ def compress_model(
     rules: Rules = (),
     options: Mapping[str, Any] | None = None,
     budget: Literal["uniform", "sensitivity"] = "uniform",
+    values: str | None = None,
     calibration: Calibration | None = None,
     execution: Execution | None = None,
     variables: Any = None,
@@ -81,6 +83,11 @@ def compress_model(
         entries so that the sum of their relative output errors, probed by Wanda on the dense
         model's inputs, is least. It helps where layers differ much; on the byte-level language
         model of the examples it was no better than uniform. A density in a rule stays.
+      values: "int8" or "float8_e4m3fn" where the model is to be packed with such values: each
+        layer's values are rounded to them, with a scale for every row, and the second factor of a
+        pair is refitted to the rounding of the first (`dsf_jax.solvers.rounding`). The arrays stay
+        of their type, errors in the report are those after rounding, and `pack` with the same
+        `values` stores what was found here. None rounds nothing.
       calibration: What the layers are fitted to; None means `Calibration()`.
       execution: Where the work is done; None means `Execution()`. The result does not depend on it.
       variables: Variables of a linen module.
@@ -111,10 +118,11 @@ def compress_model(
     check_method(method)
     check_density(density)
     check_choice("budget", budget, ("uniform", "sensitivity"))
+    check_values(values)
     network, batches = read_network(model, variables, forward), check_batches(batches)
     keep, local = execution.keep_activations, execution.local
     present = CalibrationPass(network, batches, keep, local)
-    plan = plan_layers(present, rules, Assignment(method, density, dict(options or {})))
+    plan = plan_layers(present, rules, Assignment(method, density, dict(options or {}), values))
     stages = order_stages(present, list(plan.assignments), calibration)
     grams = None
     if calibration.grams is not None:
@@ -244,7 +252,8 @@ class _Run:
                 weights[path] = layer.read(self.leaves[layer.leaf])
                 if path in cross:
                     weights[path] = fit_to_dense(weights[path], grams[path], cross[path])
-            solutions = solve(weights, grams, self.assignments[alike[0]], owner[alike[0]])
+            held = self.leaves[self.present.layer(alike[0]).leaf].dtype
+            solutions = solve(weights, grams, self.assignments[alike[0]], owner[alike[0]], held)
             if self.directory is not None:
                 for path in alike:
                     self.directory.save(path, solutions[path])
@@ -278,7 +287,8 @@ class _Run:
         for path in paths:
             layer, device = self.present.layer(path), owner[path]
             room = stack_limit(self.assignments[path], layer, device)
-            key = (layer.rows, layer.cols, repr(self.assignments[path]), device)
+            held = self.leaves[layer.leaf].dtype
+            key = (layer.rows, layer.cols, held, repr(self.assignments[path]), device)
             if room < 2 or len(open_stacks.get(key, ())) % room == 0:
                 open_stacks[key] = []
                 stacks.append(open_stacks[key])

@@ -11,6 +11,7 @@ import numpy as np
 
 from dsf_jax.solvers.methods import METHODS, Method, check_method
 from dsf_jax.solvers.problem import Problem
+from dsf_jax.solvers.rounding import round_solution
 from dsf_jax.solvers.solution import Factorization
 from dsf_jax.trace.dataflow import Layer
 from dsf_jax.trace.jaxprs import Device
@@ -34,11 +35,19 @@ STACKED_WEIGHTS = 2**23
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """What is asked for one layer: a name in `METHODS`, the density, and the method's options."""
+    """What is asked for one layer.
+
+    Attributes:
+      method: A name in `METHODS`.
+      density: Non-zeros kept over out * in.
+      options: The method's options.
+      values: The type of 8 bits that the values are to fit, see `rounding`; None for the model's.
+    """
 
     method: str
     density: float
     options: Mapping[str, Any]
+    values: str | None = None
 
     @property
     def solver(self) -> Method:
@@ -89,6 +98,7 @@ def solve(
     grams: Mapping[str, jax.Array],
     assignment: Assignment,
     device: Device,
+    held: np.dtype,
 ) -> dict[str, LayerSolution]:
     """Solves the matrices of one layer, or of several layers of one shape in one program.
 
@@ -98,6 +108,7 @@ def solve(
         only looked up in).
       assignment: The method, density and options.
       device: Where the work is done.
+      held: The type in which the model holds these weights.
 
     Returns:
       For each path its solution; the time of a program is shared evenly by its layers.
@@ -110,11 +121,11 @@ def solve(
     if len(problems) == 1:
         # The groups one by one: they share a program, and not the memory of a stack.
         found = {
-            path: [_solve_all([problem], assignment)[0] for problem in groups]
+            path: [_solve_all([problem], assignment, held)[0] for problem in groups]
             for path, groups in problems.items()
         }
     else:
-        together = _solve_all([problem for (problem,) in problems.values()], assignment)
+        together = _solve_all([problem for (problem,) in problems.values()], assignment, held)
         found = {path: [solution] for path, solution in zip(problems, together)}
     solutions = {path: _join(assignment, problems[path], found[path]) for path in problems}
     seconds = (time.perf_counter() - start) / len(weights)
@@ -133,8 +144,13 @@ def _problems(
     return [Problem.of(matrix, gram, path) for matrix, gram in zip(matrices, inputs)]
 
 
-def _solve_all(problems: Sequence[Problem], assignment: Assignment) -> list[Factorization]:
-    return assignment.solver.solve(problems, assignment.density, assignment.options)
+def _solve_all(
+    problems: Sequence[Problem], assignment: Assignment, held: np.dtype
+) -> list[Factorization]:
+    found = assignment.solver.solve(problems, assignment.density, assignment.options)
+    if assignment.values is None:
+        return found
+    return [round_solution(*each, assignment.values, held) for each in zip(problems, found)]
 
 
 def _join(

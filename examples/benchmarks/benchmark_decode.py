@@ -37,7 +37,9 @@ from examples.llama import checkpoint, generation
 from examples.llama.cache import Cache, final_slots, widen
 from examples.llama.split import SplitModel
 from examples.records import write_json
+from macko_jax.format.choose import CPU
 from macko_jax.format.codes import ENCODINGS
+from macko_jax.format.quantization import NAMES
 
 flags.DEFINE_enum("config", "tiny", list(llama.CONFIGS), "Shape of the model.")
 flags.DEFINE_integer("layers", None, "Decoder layers; by default the model's.", 1)
@@ -66,6 +68,13 @@ flags.DEFINE_enum(
     list(ENCODINGS),
     "Encoding of random packed matrices; by default the library's choice.",
 )
+flags.DEFINE_enum(
+    "values",
+    None,
+    [*NAMES],
+    "Store values of random packed matrices in 8 bits, and round those of checkpoints; by default "
+    "they are of --dtype, or as they are stored.",
+)
 flags.DEFINE_integer("prompt_tokens", 512, "Tokens of the prompt.", lower_bound=1)
 flags.DEFINE_integer("new_tokens", 128, "Tokens per generation.", lower_bound=1)
 flags.DEFINE_integer("chunk", 32, "Tokens per call of the device.", lower_bound=1)
@@ -91,6 +100,7 @@ class Settings:
     density: tuple[float, ...]
     dtype: str | None
     encoding: str | None
+    values: str | None
     prompt_tokens: int
     new_tokens: int
     chunk: int
@@ -126,16 +136,18 @@ def random_weight(key, density, rows, cols, dtype):
     return jnp.where(jax.random.uniform(of_mask, (rows, cols)) < density, weight, 0)
 
 
-def pack(weight, layouts, encoding):
+def pack(weight, layouts, encoding, values):
     """A packed matrix whose arrays have the shapes of all packed matrices of its shape.
 
     The first matrix of a shape decides, with room for a little more than it holds; layers of one
     shape then share compiled kernels. The room is never read.
     """
     if weight.shape not in layouts:
-        packed = macko_jax.compress(weight, encoding=encoding)
+        on_cpu = CPU if encoding is None and jax.default_backend() == "cpu" else {}
+        packed = macko_jax.compress(weight, **({"encoding": encoding, "dtype": values} | on_cpu))
         groups = packed.stored // 8
         layouts[weight.shape] = {
+            "dtype": values,
             "encoding": packed.encoding,
             "lanes": packed.lanes,
             "capacity": groups + groups // 512 + 64,  # of random masks, five deviations and more
@@ -143,7 +155,7 @@ def pack(weight, layouts, encoding):
     return macko_jax.compress(weight, **layouts[weight.shape])
 
 
-def random_model(config, density, dtype, seed, encoding=None):
+def random_model(config, density, dtype, seed, encoding=None, values=None):
     """A model of random weights whose decoder layers are packed if the density is below 1."""
     began = time.perf_counter()
     abstract = checkpoint.abstract_model(config, dtype=dtype, param_dtype=dtype)
@@ -159,7 +171,7 @@ def random_model(config, density, dtype, seed, encoding=None):
         weight = random_weight(
             jax.random.fold_in(key, i), density if sparse else 1.0, rows, cols, dtype
         )
-        tree[path] = pack(weight, layouts, encoding) if sparse else weight.T
+        tree[path] = pack(weight, layouts, encoding, values) if sparse else weight.T
         jax.block_until_ready(tree[path])
         if sys.stdout.isatty():
             print(f"\r  built {i + 1} of {len(flat)} arrays", end="", flush=True)
@@ -327,10 +339,13 @@ def models(settings):
                 dtype,
                 settings.seed,
                 settings.encoding,
+                settings.values,
             )
             yield f"density {density:g}", density, make
     for directory in settings.checkpoint:
-        make = functools.partial(checkpoint.load_any, directory, dtype=dtype, param_dtype=dtype)
+        make = functools.partial(
+            checkpoint.load_any, directory, dtype=dtype, param_dtype=dtype, values=settings.values
+        )
         yield directory, checkpoint.density(directory), make
 
 
@@ -431,6 +446,7 @@ def describe(settings, records):
         "new_tokens": settings.new_tokens,
         "chunk": settings.chunk,
         "encoding": settings.encoding,
+        "values": settings.values,
         "repeats": settings.repeats,
         "seed": settings.seed,
         "device": jax.devices()[0].device_kind,

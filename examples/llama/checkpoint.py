@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 import macko_jax
+import macko_jax.flax_nnx
 from examples.llama.hub_config import config_from_json, config_to_json, load_config
 from examples.llama.packed import (
     is_matrix,
@@ -24,6 +25,7 @@ from examples.llama.weights import (
     load,
     save,
 )
+from macko_jax.format.choose import CPU
 
 __all__ = [
     "INDEX",
@@ -45,11 +47,21 @@ __all__ = [
 ]
 
 
-def load_any(directory, *, dtype=jnp.float32, param_dtype=None):
-    """`load_packed` where the directory holds a packed model, else `load`."""
+def load_any(directory, *, dtype=jnp.float32, param_dtype=None, values=None):
+    """`load_packed` where the directory holds a packed model, else `load`.
+
+    With `values` ("int8" or "float8_e4m3fn"), matrices have their values in 8 bits, those of a
+    dense model where enough of a layer's weights are zero. They are rounded as they are:
+    examples.compress_llm does better, which knows what layers see.
+    """
     if is_packed(directory):
-        return load_packed(directory, dtype=dtype)
-    return load(directory, dtype=dtype, param_dtype=param_dtype)
+        return load_packed(directory, dtype=dtype, values=values)
+    model = load(directory, dtype=dtype, param_dtype=param_dtype)
+    if values is None:
+        return model
+    layout = CPU if jax.default_backend() == "cpu" else {}
+    rule = macko_jax.Rule("layers/.*", dtype=values, **layout)
+    return macko_jax.flax_nnx.substitute(model, rule)[0]
 
 
 def stored_dtype(directory):

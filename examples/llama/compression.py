@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -25,16 +26,20 @@ import dsf_jax
 import macko_jax
 import macko_jax.flax_nnx
 from dsf_jax import export
-from dsf_jax.pipeline.solve import check_method
-from dsf_jax.solvers.problem import check_density
+from dsf_jax.pipeline.allocation import allocate_densities, probe_errors
+from dsf_jax.pipeline.pace import Pace, Task
+from dsf_jax.solvers.methods import METHODS
 from examples.llama import checkpoint
 from examples.llama.json_file import read_json
+from examples.llama.recipe import GIVEN, LAYERS, Recipe
 from examples.llama.rope import rotation
+from examples.llama.sizes import END_HEADER, HEADER, Densities, PackedSizes
 from examples.records import write_json
 from macko_jax.io.atomic import remove_unfinished
+from macko_jax.nn.rules import BREAK_EVEN_DENSITY
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-LAYERS_OF_BLOCK = 4  # qkv, out, gate_up, down
+VERSION = 2  # of report.json; a run goes on only where it was begun by this one
 
 
 def calibration_windows(tokens, length, count):
@@ -55,16 +60,7 @@ def calibration_batches(tokens, length, count, batch):
 
 
 def compress_checkpoint(
-    source,
-    out,
-    windows,
-    *,
-    method,
-    density,
-    dtype=jnp.float32,
-    batch=4,
-    encoding=None,
-    callback=None,
+    source, out, windows, *, dtype=jnp.float32, batch=4, devices=None, callback=None, **recipe
 ):
     """Prunes or factorizes a dense checkpoint and writes it packed.
 
@@ -76,63 +72,41 @@ def compress_checkpoint(
       out: directory of the packed model, `report.json` beside its parts. config.json comes last.
         Where an earlier run of the same settings was interrupted, it is continued: finished blocks
         are run but not solved again, and of the block at hand neither are finished layers.
-      windows: [N, T] calibration tokens.
-      method, density: as for `dsf_jax.compress_model`.
+      windows: [N, T] calibration tokens; None for the method "given", which needs none.
       dtype: what activations are computed in; weights keep the checkpoint's.
       batch: most windows at a time.
-      encoding: of the packed matrices; None chooses by size.
+      devices: over which the layers of a stage are spread; None takes the first.
       callback: called with a `dsf_jax.Progress` after each layer of the model.
+      **recipe: fields of `Recipe`: method, density or target_bytes, rules, values and others.
 
     Returns:
-      The `dsf_jax.Report` of all layers.
+      The `dsf_jax.Report` of all layers; bytes after are those of the packed matrices.
 
     Raises:
       FileNotFoundError, ValueError: a checkpoint that cannot be read or is packed already, an
-        unknown method or density, or a directory that is the checkpoint's own, holds something
-        other than a run of these settings, or has another run at work in it.
+        unknown method or density, a target out of reach, or a directory that is the checkpoint's
+        own, holds something other than a run of these settings, or has another run at work in it.
     """
     began = time.perf_counter()
-    check_method(method)
-    check_density(density)
+    recipe = Recipe(**recipe)
     out = pathlib.Path(out)
     stored = _open_source(source, out)
-    stored.config.check_tokens(windows)
+    given = recipe.method == GIVEN
+    if not given:
+        stored.config.check_tokens(windows)
+    assigned = recipe.assign(stored.config)
     out.mkdir(parents=True, exist_ok=True)
     with _alone_in(out):
-        settings = {"method": method, "density": density, "encoding": encoding}
-        record = _Record(out / "report.json", settings | _inputs(stored, windows, dtype))
+        settings = recipe.settings() | _inputs(stored, None if given else windows, dtype)
+        record = _Record(out / "report.json", settings)
         remove_unfinished(out)
+        run = _Run(out, stored, recipe, assigned, record, dtype, devices, callback)
         record.begin()
-        progress = _Progress(stored.config, callback)
-        model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
-        save = functools.partial(_save_part, out, stored, model)
-        embed = save("embed")
-        hidden = [np.asarray(embed(part)) for part in np.split(windows, _batches(windows, batch))]
-        del embed
-        for i, abstract in enumerate(model.layers):
-            if checkpoint.part_file(out, i).is_file():
-                for layer in record.block(i):
-                    progress.add(layer)
-            else:
-                _compress_block(
-                    out,
-                    stored,
-                    abstract,
-                    i,
-                    hidden,
-                    record,
-                    progress,
-                    method=method,
-                    density=density,
-                    encoding=encoding,
-                )
-            if i + 1 < len(model.layers):
-                block = checkpoint.load_block(out, i, abstract, unpack=True)
-                hidden = [_advance(block, stored.config, part) for part in hidden]
-        for name in ("norm",) if model.head is None else ("norm", "head"):
-            save(name)
+        run.given() if given else run.solved(windows, batch)
+        for name in ("norm",) if run.model.head is None else ("norm", "head"):
+            run.save_part(name)
         _finish(out, stored)
-        return record.report(time.perf_counter() - began)
+        return record.report(time.perf_counter() - began, run.skipped())
 
 
 def _open_source(source, out):
@@ -160,8 +134,8 @@ def _inputs(stored, windows, dtype):
         "checkpoint": str(stored.directory),
         "files": sizes,
         "dtype": jnp.dtype(dtype).name,
-        "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
-        "windows": list(windows.shape),
+        "calibration": windows is not None and hashlib.sha256(windows.tobytes()).hexdigest(),
+        "windows": windows is not None and list(windows.shape),
     }
 
 
@@ -192,44 +166,239 @@ def _alone_in(directory):
         os.close(handle)
 
 
+def array_bytes(part):
+    """Bytes of the parameters of a part of a model, concrete or abstract."""
+    leaves = jax.tree.leaves(nnx.state(part, nnx.Param))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 def _batches(windows, most):
     """The largest number of equal batches' parts: as many windows each as divide them evenly."""
     count = len(windows)
     return count // next(size for size in range(min(most, count), 0, -1) if count % size == 0)
 
 
-def _save_part(out, stored, model, name):
-    """Reads a dense part of the checkpoint, writes it unless it is there, and returns it."""
-    part = nnx.clone(getattr(model, name))
-    stored.fill(part, (name,))
-    if not checkpoint.part_file(out, name).is_file():
-        macko_jax.save(checkpoint.part_file(out, name), nnx.to_pure_dict(nnx.state(part)))
-    return part
+class _Run:
+    """The blocks of one model, one after the other.
 
+    Args:
+      out: the directory of the packed model.
+      stored: the dense `Checkpoint`.
+      recipe: the `Recipe`.
+      assigned: the rule of each layer, as `Recipe.assign` gives it.
+      record: the `_Record` of the run.
+      dtype: what activations are computed in.
+      devices: over which layers are spread.
+      callback: called after each layer.
+    """
 
-def _compress_block(out, stored, abstract, index, hidden, record, progress, *, encoding, **asked):
-    """Compresses one block and writes it; its report goes first, so that none is ever lost."""
-    prefix = f"layers/{index}"
-    block = nnx.clone(abstract)
-    stored.fill(block, ("layers", str(index)))
-    try:
-        compressed = dsf_jax.compress_model(
-            block,
-            hidden,
-            forward=functools.partial(_forward, stored.config),
-            execution=dsf_jax.Execution(
-                keep_activations="host", work_dir=out / "work" / str(index)
-            ),
-            callback=lambda step: progress.add(_renamed(step.layer, prefix)),
-            **asked,
+    def __init__(self, out, stored, recipe, assigned, record, dtype, devices, callback):
+        self.out, self.stored, self.recipe, self.assigned = out, stored, recipe, assigned
+        self.record, self.devices = record, devices
+        self.model = checkpoint.abstract_model(
+            stored.config, dtype=dtype, param_dtype=stored.dtype()
         )
-    except ValueError as error:
-        raise ValueError(f"block {index}: {error}") from error
-    del block
-    record.add(index, [_renamed(layer, prefix) for layer in compressed.report.layers])
-    packed, _ = export.pack(compressed.model, rules=macko_jax.Rule(encoding=encoding))
-    macko_jax.save(checkpoint.part_file(out, index), macko_jax.flax_nnx.to_pure_dict(packed))
-    shutil.rmtree(out / "work" / str(index))
+        self.progress = _Progress(self._layers(), callback)
+        self.densities = None if recipe.method == GIVEN else self._uniform()
+
+    def _layers(self):
+        """For each block the (path, shape, method) of its layers that are not skipped."""
+        blocks = []
+        for i, block in enumerate(self.model.layers):
+            shapes = {layer: _kernel(block, layer).shape[::-1] for layer in LAYERS}
+            blocks.append([])
+            for layer, shape in shapes.items():
+                path = f"layers/{i}/{layer}"
+                rule = self.assigned[path]
+                if rule is None or not rule.skip:
+                    blocks[-1].append((path, shape, self.recipe.method_of(rule)))
+        return blocks
+
+    def skipped(self):
+        """Why layers stay as they are, by path."""
+        rules = {path: rule for path, rule in self.assigned.items() if rule and rule.skip}
+        return {path: f"rule {rule.path!r}" for path, rule in rules.items()}
+
+    def solved(self, windows, batch):
+        """Compresses every block on what the packed ones before it give."""
+        embed = self.save_part("embed")
+        hidden = [np.asarray(embed(part)) for part in np.split(windows, _batches(windows, batch))]
+        del embed
+        densities = self._shared(hidden) if self.recipe.budget == "sensitivity" else self.densities
+        written = []
+        for i, abstract in enumerate(self.model.layers):
+            if checkpoint.part_file(self.out, i).is_file():
+                for layer in self.record.block(i):
+                    self.progress.add(layer)
+            else:
+                self._compress(i, self._read(i), hidden, densities.of_block(i, written))
+            given = {layer.path: layer.density for layer in self.record.block(i)}
+            written.append((given, checkpoint.part_file(self.out, i).stat().st_size))
+            if i + 1 < len(self.model.layers):
+                block = checkpoint.load_block(self.out, i, abstract, unpack=True)
+                hidden = [_advance(block, self.stored.config, part) for part in hidden]
+
+    def given(self):
+        """Packs every block as it is."""
+        self.save_part("embed")
+        for i in range(len(self.model.layers)):
+            if checkpoint.part_file(self.out, i).is_file():
+                for layer in self.record.block(i):
+                    self.progress.add(layer)
+            else:
+                began = time.perf_counter()
+                self._write(i, self._read(i), [], began)
+        layers = self.record.report(0.0, {}).layers
+        if layers and all(layer.density >= BREAK_EVEN_DENSITY for layer in layers):
+            raise ValueError(
+                f"{self.stored.directory} has no layer in which fewer than "
+                f"{BREAK_EVEN_DENSITY:g} of the weights are non-zero: nothing can be packed. "
+                "Choose a method that prunes it"
+            )
+
+    def save_part(self, name):
+        """Reads a dense part of the checkpoint, writes it unless it is there, and returns it."""
+        part = nnx.clone(getattr(self.model, name))
+        self.stored.fill(part, (name,))
+        file = checkpoint.part_file(self.out, name)
+        if not file.is_file():
+            macko_jax.save(file, nnx.to_pure_dict(nnx.state(part)))
+        return part
+
+    def _read(self, index):
+        block = nnx.clone(self.model.layers[index])
+        self.stored.fill(block, ("layers", str(index)))
+        return block
+
+    def _uniform(self):
+        """The `Densities` of the layers before a budget is shared out."""
+        recipe, layers = self.recipe, self._layers()
+        asked = {path: self.assigned[path] for block in layers for path, _, _ in block}
+        fixed = {path: rule.density for path, rule in asked.items() if rule and rule.density}
+        shares = dict.fromkeys(asked, recipe.density) | fixed
+        if recipe.target_bytes is None:
+            return Densities(shares, fixed, layers)
+        sizes = PackedSizes(recipe, self.stored.dtype())
+        dense = [array_bytes(block) + HEADER for block in self.model.layers]
+        for i, block in enumerate(layers):
+            dense[i] -= sum(rows * cols * sizes.dtype.itemsize for _, (rows, cols), _ in block)
+        ends = (self.model.embed, self.model.norm, self.model.head)
+        ends = sum(array_bytes(part) + END_HEADER for part in ends if part is not None)
+        return Densities(shares, fixed, layers, dense, recipe.target_bytes - ends, sizes)
+
+    def _shared(self, hidden):
+        """The `Densities` of the layers under a sensitivity budget."""
+        uniform = self.densities
+        if self.record.shares is None:
+            density = self.recipe.density
+            if self.recipe.target_bytes is not None:
+                density *= uniform.common()
+            free = [path for path in uniform.shares if path not in uniform.fixed]
+            self.record.shares = self._share(hidden, density, free)
+            self.record.write()
+        return dataclasses.replace(uniform, shares=uniform.shares | self.record.shares)
+
+    def _share(self, hidden, density, paths):
+        """Densities of least summed error, by a pass of the dense model that probes each layer."""
+        curves, sizes = {}, {}
+        forward = functools.partial(_forward, self.stored.config)
+        for i in range(len(self.model.layers)):
+            block = self._read(i)
+            grams = dsf_jax.gram_matrices(block, hidden, forward=forward)
+            for layer in LAYERS:
+                path = f"layers/{i}/{layer}"
+                if path in paths:
+                    weights = _kernel(block, layer).T[None]
+                    curves[path] = probe_errors(weights, grams[layer][None], density, path)
+                    sizes[path] = weights.size
+            hidden = [_advance(block, self.stored.config, part) for part in hidden]
+        return allocate_densities(curves, sizes, density)
+
+    def _compress(self, index, block, hidden, densities):
+        """Compresses one block and writes it."""
+        prefix = f"layers/{index}"
+        began = time.perf_counter()
+        if not densities:  # all of its layers are skipped
+            self._write(index, block, [], began)
+            return
+        work = self.out / "work" / str(index)
+        try:
+            compressed = dsf_jax.compress_model(
+                block,
+                hidden,
+                rules=self.recipe.block_rules(self.assigned, index, densities),
+                values=self.recipe.values,
+                forward=functools.partial(_forward, self.stored.config),
+                execution=dsf_jax.Execution(
+                    devices=self.devices, keep_activations="host", work_dir=work
+                ),
+                callback=lambda step: self.progress.add(_renamed(step.layer, prefix)),
+            )
+        except ValueError as error:
+            raise ValueError(f"block {index}: {error}") from error
+        self._write(index, compressed.model, compressed.report.layers, began)
+        shutil.rmtree(work)
+
+    def _write(self, index, block, solved, began):
+        """Packs a block and writes it; its report goes first, so that none is ever lost."""
+        rules = self.recipe.packing_rules(self.assigned, index)
+        packed, packing = export.pack(block, rules=rules)
+        sizes = {layer.path: layer for layer in packing.layers}
+        if self.recipe.method == GIVEN:
+            solved = self._as_given(index, block, packed, sizes, time.perf_counter() - began)
+        layers = [
+            _renamed(
+                dataclasses.replace(layer, bytes_after=sizes[layer.path].bytes_after),
+                f"layers/{index}",
+            )
+            for layer in solved
+        ]
+        self.record.add(index, layers, self.skipped())
+        macko_jax.save(
+            checkpoint.part_file(self.out, index), macko_jax.flax_nnx.to_pure_dict(packed)
+        )
+        if self.recipe.method == GIVEN:
+            for layer in layers:
+                self.progress.add(layer)
+
+    def _as_given(self, index, block, packed, sizes, seconds):
+        """Reports of layers that were packed as they are; their error is that of 8-bit values."""
+        here = [path.split("/", 2)[2] for path, _, _ in self._layers()[index]]
+        layers = []
+        for layer in here:
+            weight = _kernel(block, layer).T
+            after = _part(packed, layer)
+            matrix = getattr(after, "matrix", None)
+            error = 0.0
+            if matrix is not None and self.recipe.values:
+                error = float(dsf_jax.relative_output_error(weight, macko_jax.decompress(matrix)))
+            layers.append(
+                dsf_jax.LayerReport(
+                    layer,
+                    "linear",
+                    weight.shape,
+                    sizes[layer].nonzeros,
+                    weight.nbytes,
+                    sizes[layer].bytes_after,
+                    method=GIVEN,
+                    inner=None,
+                    error=error,
+                    seconds=seconds / len(here),
+                )
+            )
+        return layers
+
+
+def _part(block, layer):
+    """A layer of a block by its path, such as "mlp/down"."""
+    for name in layer.split("/"):
+        block = getattr(block, name)
+    return block
+
+
+def _kernel(block, layer):
+    """The kernel [in, out] of a layer of a block, concrete or abstract."""
+    return _part(block, layer).kernel.get_value()
 
 
 def _renamed(layer, prefix):
@@ -252,11 +421,16 @@ def _run_block(graph, state, config, hidden):
 
 
 class _Record:
-    """report.json: the settings, and what became of each finished layer."""
+    """report.json: the settings, and what became of each finished layer.
+
+    Attributes:
+      blocks: the reports of finished layers by block.
+      shares: densities by path that a sensitivity budget has found; None before it has.
+    """
 
     def __init__(self, path, settings):
         self.path, self.settings = path, settings
-        self.blocks = {}
+        self.blocks, self.shares = {}, None
         if path.is_file():
             self._read()
         self._check_parts()
@@ -264,16 +438,27 @@ class _Record:
     def _read(self):
         try:
             found = read_json(self.path)
+            version = found.get("version")
             earlier = dict(found["settings"])
-            for layer in found["layers"]:
-                report = dsf_jax.LayerReport.from_dict(layer)
-                self.blocks.setdefault(int(report.path.split("/")[1]), []).append(report)
+            if version == VERSION:
+                self.shares = found["shares"] and dict(found["shares"])
+                for layer in found["layers"]:
+                    report = dsf_jax.LayerReport.from_dict(layer)
+                    self.blocks.setdefault(int(report.path.split("/")[1]), []).append(report)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.path} is not the report of a run, or was cut off ({error!r}). Give another "
                 "directory, or remove this one"
             ) from error
-        other = sorted(key for key in self.settings if earlier.get(key) != self.settings[key])
+        if version != VERSION:
+            raise ValueError(
+                f"{self.path} was written by another version of this program (its report has "
+                f"version {version or 1}, this program's {VERSION}), whose runs cannot be "
+                "continued. Give another directory, or remove this one"
+            )
+        # As it will be read: tuples are lists in JSON.
+        now = json.loads(json.dumps(self.settings))
+        other = sorted(key for key in now if earlier.get(key) != now[key])
         if other:
             raise ValueError(
                 f"{self.path.parent} holds a run with another {', '.join(other)}. Give another "
@@ -296,53 +481,57 @@ class _Record:
     def begin(self):
         """Writes the settings before any part, so that those of another run are never taken."""
         if not self.path.is_file():
-            write_json(self.path, {"settings": self.settings, "layers": []})
+            self.write()
+
+    def write(self, skipped=None):
+        """Writes what is known so far."""
+        seconds = sum(layer.seconds for block in self.blocks.values() for layer in block)
+        head = {"version": VERSION, "settings": self.settings, "shares": self.shares}
+        write_json(self.path, head | self.report(seconds, skipped or {}).to_dict())
 
     def block(self, index):
-        return [dataclasses.replace(layer, resumed=True) for layer in self.blocks[index]]
+        """The reports of a block's layers, as those of layers that were read back."""
+        return [dataclasses.replace(layer, resumed=True) for layer in self.blocks.get(index, [])]
 
-    def add(self, index, layers):
+    def add(self, index, layers, skipped):
         self.blocks[index] = layers
-        seconds = sum(layer.seconds for block in self.blocks.values() for layer in block)
-        write_json(self.path, {"settings": self.settings} | self.report(seconds).to_dict())
+        self.write(skipped)
 
-    def report(self, seconds):
+    def report(self, seconds, skipped):
         layers = tuple(layer for index in sorted(self.blocks) for layer in self.blocks[index])
-        skipped = {"embed": "an embedding", "head": "the output head"}
-        stages = LAYERS_OF_BLOCK * len(self.blocks)  # each of one layer
-        return dsf_jax.Report(layers=layers, skipped=skipped, stages=stages, seconds=seconds)
+        skipped = {"embed": "an embedding", "head": "the output head"} | skipped
+        return dsf_jax.Report(layers=layers, skipped=skipped, stages=len(layers), seconds=seconds)
 
 
 class _Progress:
-    """Counts layers of the whole model and estimates the time left from those solved so far."""
+    """Counts layers of the whole model; `Pace` estimates the time left.
 
-    def __init__(self, config, callback):
+    Args:
+      blocks: for each block the (path, shape, method) of its layers.
+      callback: called with a `dsf_jax.Progress` after each layer; None for none.
+    """
+
+    def __init__(self, blocks, callback):
         self.callback = callback
-        self.total = LAYERS_OF_BLOCK * config.num_hidden_layers
-        self.index, self.began = 0, None
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        mixed = config.num_attention_heads * config.head_dim
-        hidden, inner = config.hidden_size, config.intermediate_size
-        # Multiplications of each layer's problem: out * in^2, up to a common factor.
-        self.left = config.num_hidden_layers * (
-            heads * config.head_dim * hidden**2
-            + hidden * mixed**2
-            + 2 * inner * hidden**2
-            + hidden * inner**2
-        )
-        self.done = 0
+        layers = [layer for block in blocks for layer in block]
+        self.total, self.index, self.last = len(layers), 0, time.perf_counter()
+        # Each layer of a block sees inputs of its own, and so is a stage of its own.
+        self.pace = Pace([{path: self._task(shape, method)} for path, shape, method in layers])
+
+    def _task(self, shape, method):
+        work = 1.0 if method == GIVEN else METHODS[method].work(shape)
+        return Task(method, (shape, method), work, None)
 
     def add(self, layer):
-        rows, cols = layer.shape
-        work = rows * cols**2
         self.index += 1
-        self.left -= work
-        seconds_left = None
-        if not layer.resumed:
-            now = time.perf_counter()
-            if self.began is None:
-                self.began = now - layer.seconds
-            self.done += work
-            seconds_left = (now - self.began) * self.left / self.done
+        now = time.perf_counter()
+        if layer.resumed:
+            self.pace.resumed(layer.path)
+            self.pace.calibrated(0.0, 0.0)
+        else:
+            self.pace.calibrated(max(now - self.last - layer.seconds, 0.0), 0.0)
+            self.pace.solved(layer.path, layer.seconds)
+        self.last = now
         if self.callback is not None:
-            self.callback(dsf_jax.Progress(self.index, self.total, layer, seconds_left))
+            left = self.pace.seconds_left()
+            self.callback(dsf_jax.Progress(self.index, self.total, layer, left))

@@ -14,6 +14,7 @@ from examples.llama.hub_config import config_to_json, load_config
 from examples.llama.json_file import regular_file
 from examples.llama.weights import abstract_model, dtype_of
 from examples.records import write_json
+from macko_jax.format.choose import shared_capacity
 
 
 def part_file(directory, name):
@@ -54,13 +55,15 @@ def save_packed(directory, model):
     return sum(file.stat().st_size for file in files)
 
 
-def load_packed(directory, *, dtype=jnp.float32, unpack=False):
+def load_packed(directory, *, dtype=jnp.float32, unpack=False, values=None):
     """Reads a packed model; parameters keep the dtype in which they are stored.
 
     Args:
       directory: what `save_packed` or examples.compress_llm wrote.
       dtype: what the model computes in.
       unpack: give the pruned dense model instead, every matrix decompressed.
+      values: "int8" or "float8_e4m3fn" to round the values of matrices that are stored in 16 or 32
+        bits; None keeps them.
 
     Raises:
       FileNotFoundError: a part or config.json is missing.
@@ -86,7 +89,7 @@ def load_packed(directory, *, dtype=jnp.float32, unpack=False):
     model = abstract_model(config, dtype=dtype, param_dtype=param_dtype)
     for name in names:
         if isinstance(name, int):
-            model.layers[name] = _load_part(directory, name, model.layers[name], unpack)
+            model.layers[name] = _load_part(directory, name, model.layers[name], unpack, values)
         else:
             setattr(model, name, _load_part(directory, name, getattr(model, name), unpack))
     return model
@@ -97,10 +100,12 @@ def load_block(directory, index, abstract_block, *, unpack=False):
     return _load_part(directory, index, abstract_block, unpack)
 
 
-def _load_part(directory, name, abstract, unpack):
+def _load_part(directory, name, abstract, unpack, values=None):
     """A part of a packed model, on an abstract part of its configuration."""
     path = regular_file(part_file(directory, name))
     stored = macko_jax.load(path)
+    if values is not None:
+        stored = with_values(stored, values)
     try:
         tree = decompressed(stored) if unpack else stored
         return macko_jax.flax_nnx.from_pure_dict(abstract, tree)
@@ -118,6 +123,23 @@ def decompressed(tree):
         tree,
         is_leaf=is_matrix,
     )
+
+
+def with_values(tree, values):
+    """Nested dicts in which each MackoMatrix of 16- or 32-bit values has them rounded to 8 bits."""
+
+    def rounded(leaf):
+        if not is_matrix(leaf) or leaf.scales is not None:
+            return leaf
+        return macko_jax.compress(
+            macko_jax.decompress(leaf),
+            dtype=values,
+            encoding=leaf.encoding,
+            lanes=leaf.lanes,
+            capacity=shared_capacity,
+        )
+
+    return jax.tree.map(rounded, tree, is_leaf=is_matrix)
 
 
 def is_matrix(leaf):

@@ -2,7 +2,8 @@
 
 The rules are fitted to an H200, each with the record under docs/results that it comes from, and
 take the number of SMs and the shared memory of the card that is packed for; see `cards`. A choice
-only affects speed and size; every encoding runs on every platform.
+only affects speed and size; every encoding runs on every platform. What is packed to run on a CPU
+is the faster with `CPU`, which nothing takes by itself: files go from CPUs to GPUs.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from macko_jax.format import cards, two_bank
 from macko_jax.format.codes import code_bytes
 from macko_jax.format.layout import GROUP, LANES, WARP
 
+# The fastest on CPUs, for one vector and for many: 4096 x 4096 float32 at 0.5 takes 2.6 times as
+# long in "delta4" for one vector, and 6 times for 64 (docs/notebook/2026-11-30.md).
+CPU = {"encoding": "bitmask", "lanes": 1}
 # "delta5" is not looked at from this density on. It is the faster one up to the given share of the
 # bytes of "delta4", which is below a density of 0.12 (tuning_h200.json).
 SPARSE = 0.15

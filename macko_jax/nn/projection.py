@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import jax
@@ -65,6 +67,8 @@ def pack_weights(
         reason = f"rule {rule.path!r} says so"
     if reason:
         return None, dataclasses.replace(report, note=reason)
+    if jax.default_backend() == "cpu":
+        _warn_of_cpu()
     if weights.ndim > 2:
         matrix = _pack_stack(rounded, rule)
     else:
@@ -77,6 +81,17 @@ def pack_weights(
         )
     return matrix, dataclasses.replace(
         report, bytes_after=matrix.nbytes, encoding=matrix.encoding, note=matrix.encoding
+    )
+
+
+@functools.cache
+def _warn_of_cpu() -> None:
+    """Says once a process what packing is for, where it is done for a CPU."""
+    warnings.warn(
+        "packed on a CPU, where products with packed layers are several times slower than dense "
+        "ones; they pay on GPUs. If this model is to run on a CPU, keep it dense, or pack it by "
+        "Rule(encoding='bitmask', lanes=1), the fastest there",
+        stacklevel=2,
     )
 
 

@@ -3,7 +3,9 @@
 XLA's CPU backend vectorizes a gather when the fastest axis of the result is long and the index of
 each element is simple arithmetic, and every fresh large buffer costs page faults. So bitmasks are
 decoded in blocks of rows that stay in the cache, with the 32 bits of a word on a slow axis, and
-deltas are read as eight arrays, one for each slot of a group.
+deltas are read as eight arrays, one for each slot of a group. A bitmask of one lane is the fastest
+(`format.choose.CPU`): its elements lie in column order, so that an element's rank in its row is its
+address.
 """
 
 import jax
@@ -25,7 +27,7 @@ from macko_jax.format.layout import (
 )
 from macko_jax.ops import reference
 
-BLOCK = 2**20  # matrix elements decoded at a time
+BLOCK = 2**18  # matrix elements decoded at a time, 1 MB of float32
 FEW = 8  # up to so many vectors, slots with deltas are gathered; more go through a dense decode
 
 
@@ -33,7 +35,7 @@ def spmv(layout: Layout, values, positions: Positions, x, *, out_dtype) -> jax.A
     """y = x A^T, [batch, cols] -> [batch, rows].
 
     Peak temporary memory, beyond the result: one 32-bit integer a bitmask word and a group, and
-    4 MB (bitmask); or 16 bytes a group up to 8 vectors, a dense matrix beyond (deltas).
+    1 MB (bitmask); or 16 bytes a group up to 8 vectors, a dense matrix beyond (deltas).
     """
     acc = reference.accumulator(out_dtype)
     batch, rows = x.shape[0], layout.shape[0]
@@ -44,7 +46,9 @@ def spmv(layout: Layout, values, positions: Positions, x, *, out_dtype) -> jax.A
         vectors = _by_bit(x.astype(acc)).T
 
         def product(block):
-            return _dense_rows(values, *block, lanes=layout.lanes).astype(acc) @ vectors
+            dense = _dense_rows(values, *block, lanes=layout.lanes).astype(acc)
+            # XLA's product of a matrix and one vector as [cols, 1] has no vector instructions.
+            return (dense * vectors.T).sum(1, keepdims=True) if batch == 1 else dense @ vectors
 
         y = lax.map(product, _blocks(codes, row_offsets, layout.shape))
         return y.reshape(-1, batch)[:rows].T.astype(out_dtype)
@@ -106,17 +110,19 @@ def _blocks(codes, row_offsets, shape) -> tuple[jax.Array, ...]:
 def _dense_rows(values, words, ranks, begin, count, lanes: int) -> jax.Array:
     """Dense rows [height, 32 * width] in bit-major column order."""
     height, width = words.shape
-    longest = WORD // GROUP * width
-    group = begin + memory_group(jnp.arange(longest, dtype=jnp.int32), count, lanes)
-    address = lax.optimization_barrier(GROUP * group).reshape(-1)
-    table = longest * jnp.arange(height, dtype=jnp.int32)[:, None, None]
-
     bit = jnp.arange(WORD, dtype=jnp.uint32)[None, :, None]
     words, ranks = words[:, None, :], ranks[:, None, :]
     below = (jnp.uint32(1) << bit) - 1
     rank = ranks + lax.population_count(words & below).astype(jnp.int32)
     # The slot of an absent element may be one past the end; XLA's gather clamps it.
-    slot = address.at[table + (rank >> 3)].get(mode="promise_in_bounds") + (rank & 7)
+    if lanes == 1:
+        slot = GROUP * begin[:, :, None] + rank
+    else:
+        longest = WORD // GROUP * width
+        group = begin + memory_group(jnp.arange(longest, dtype=jnp.int32), count, lanes)
+        address = lax.optimization_barrier(GROUP * group).reshape(-1)
+        table = longest * jnp.arange(height, dtype=jnp.int32)[:, None, None]
+        slot = address.at[table + (rank >> 3)].get(mode="promise_in_bounds") + (rank & 7)
     dense = jnp.where((words >> bit) & 1 == 1, values.at[slot].get(mode="promise_in_bounds"), 0)
     # Apart from the matrix product, else XLA fuses the two into a loop without vector instructions.
     return lax.optimization_barrier(dense).reshape(height, -1)

@@ -1,0 +1,154 @@
+"""What a checkpoint is compressed to: method and density of each layer, and how it is packed."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+import dsf_jax
+import macko_jax
+from dsf_jax.pipeline.settings import check_choice
+from dsf_jax.solvers.methods import METHODS, check_method
+from dsf_jax.solvers.problem import check_density
+from dsf_jax.solvers.rounding import check_values
+from macko_jax.format.choose import CPU
+
+GIVEN = "given"  # the method that packs what somebody else has pruned
+LAYERS = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")  # of a block
+
+
+def paths(config):
+    """The paths of all layers of a model that can be compressed, in the order of the data flow."""
+    return [f"layers/{i}/{layer}" for i in range(config.num_hidden_layers) for layer in LAYERS]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a checkpoint is compressed to.
+
+    Attributes:
+      method: a name in `dsf_jax`'s METHODS, or "given": the zeros are those that are there.
+      density: kept non-zeros over all entries of a layer, in (0, 1].
+      target_bytes: size of the packed model's files in the place of a density, in bytes.
+      budget: "uniform" gives each layer the density; "sensitivity" shares the model's so that the
+        sum of relative output errors, probed by Wanda on the dense model, is least.
+      rules: `dsf_jax.Rule`s by paths such as "layers/3/mlp/down"; the first that matches applies.
+        A density in a rule is kept, whatever the budget or the target.
+      pattern: N:M pattern of the pruning methods, such as "2:4".
+      dsf_options: options of the methods that give two factors, fields of `dsf_jax.Options`.
+      values: "int8" or "float8_e4m3fn" to store values in 8 bits; None keeps the checkpoint's type.
+      encoding: of the packed matrices; None chooses the fastest for the device at hand.
+
+    Raises:
+      ValueError: a field is out of its range, or does not go with the method.
+    """
+
+    method: str = "wanda"
+    density: float = 0.5
+    target_bytes: int | None = None
+    budget: str = "uniform"
+    rules: tuple[dsf_jax.Rule, ...] = ()
+    pattern: str | None = None
+    dsf_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    values: str | None = None
+    encoding: str | None = None
+
+    def __post_init__(self):
+        if self.method != GIVEN:
+            check_method(self.method)
+        check_density(self.density)
+        check_choice("budget", self.budget, ("uniform", "sensitivity"))
+        check_values(self.values)
+        if self.method == GIVEN and self._asks_to_solve():
+            raise ValueError(
+                "method 'given' packs the zeros that are there: it takes no target_bytes, no "
+                "budget, no pattern, no dsf_options, and no rules but those that skip"
+            )
+        if self.pattern and (self.target_bytes or self.budget != "uniform"):
+            raise ValueError(
+                f"pattern {self.pattern!r} says how many weights stay: it goes with "
+                "budget='uniform' and without target_bytes"
+            )
+
+    def _asks_to_solve(self):
+        return bool(
+            self.target_bytes
+            or self.budget != "uniform"
+            or self.pattern
+            or self.dsf_options
+            or any(not rule.skip for rule in self.rules)
+        )
+
+    def assign(self, config):
+        """The rule of each layer of a model by path, None where there is none.
+
+        Raises:
+          ValueError: a rule matches no layer.
+        """
+        return dsf_jax.Rule.assign(self.rules, paths(config))
+
+    def method_of(self, rule):
+        """The method of a layer to which `rule`, or None, applies."""
+        return (rule and rule.method) or self.method
+
+    def options_of(self, method):
+        """The options of the recipe that a method takes."""
+        if METHODS[method].gives_pairs:
+            return dict(self.dsf_options)
+        return {"pattern": self.pattern} if self.pattern else {}
+
+    def block_rules(self, assigned, index, densities):
+        """The rules by which `dsf_jax.compress_model` does with a block what the recipe asks for.
+
+        Args:
+          assigned: what `assign` gave.
+          index: the block's number.
+          densities: of its layers that are not skipped, by path in the model.
+        """
+        rules = []
+        for layer in LAYERS:
+            path = f"layers/{index}/{layer}"
+            rule = assigned[path]
+            if rule is not None and rule.skip:
+                rules.append(dsf_jax.Rule(re.escape(layer), skip=True))
+                continue
+            method = self.method_of(rule)
+            options = self.options_of(method) if rule is None or rule.options is None else None
+            rules.append(
+                dsf_jax.Rule(
+                    re.escape(layer),
+                    density=densities[path],
+                    method=method,
+                    options=rule.options if options is None else options,
+                )
+            )
+        return rules
+
+    def packing_rules(self, assigned, index):
+        """The rules by which `dsf_jax.pack` packs a block."""
+        skipped = [
+            layer
+            for layer in LAYERS
+            if (rule := assigned[f"layers/{index}/{layer}"]) is not None and rule.skip
+        ]
+        return [
+            *(macko_jax.Rule(re.escape(layer), skip=True) for layer in skipped),
+            *(
+                macko_jax.Rule(re.escape(layer), dtype=self.values, **self.layout())
+                for layer in LAYERS
+                if layer not in skipped
+            ),
+        ]
+
+    def layout(self):
+        """Encoding and lanes of the packed matrices; by default those of the device at hand."""
+        if self.encoding is None and jax.default_backend() == "cpu":
+            return CPU
+        return {"encoding": self.encoding}
+
+    def settings(self):
+        """The recipe as a JSON object, for the record of a run."""
+        described = dataclasses.asdict(self)
+        return described | {"rules": [dataclasses.asdict(rule) for rule in self.rules]}

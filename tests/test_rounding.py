@@ -1,0 +1,86 @@
+"""Solutions for 8-bit values: rounded once, refitted, and packed as they were found."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dsf_jax
+import macko_jax
+from dsf_jax.solvers.problem import Problem, relative_output_error
+from dsf_jax.solvers.rounding import round_solution
+from dsf_jax.solvers.solution import Factorization
+from macko_jax.format import quantization
+from tests.dsf_cases import real_layer
+
+
+def nearly_factored():
+    """A matrix near the product of two sparse factors, with a real layer's Gram matrix."""
+    rng = np.random.default_rng(0)
+    left, right = (
+        rng.standard_normal(shape) * (rng.random(shape) < 0.3) for shape in ((64, 96), (96, 128))
+    )
+    noise = 0.03 * np.abs(left @ right).mean() * rng.standard_normal((64, 128))
+    gram = real_layer("l0.query")[1][:128, :128]
+    problem = Problem.of((left @ right + noise).astype(np.float32), gram)
+    left, right = (jnp.asarray(factor, jnp.float32) for factor in (left, right))
+    return problem, Factorization(left, right, "dsf", problem.error(left @ right), {})
+
+
+@pytest.mark.parametrize("held", ["float16", "bfloat16"])
+def test_second_factor_makes_up_for_the_rounding_of_the_first(held):
+    problem, pair = nearly_factored()
+    as_held = [factor.astype(held).astype(jnp.float32) for factor in pair.factors]
+    error = problem.error(as_held[0] @ as_held[1])
+    found = round_solution(problem, pair, "int8", np.dtype(jnp.dtype(held)))
+    plain = [
+        quantization.dequantize(*quantization.quantize(factor.astype(held), "int8"))
+        for factor in pair.factors
+    ]
+    rounded = problem.error(plain[0].astype(jnp.float32) @ plain[1].astype(jnp.float32))
+    assert found.relative_error < rounded
+    assert found.relative_error < 1.06 * error
+    for before, after in zip(pair.factors, found.factors):
+        assert not np.any((before == 0) & (after != 0))  # the masks stay
+        matrix = macko_jax.compress(after.astype(held), dtype="int8")
+        stored = macko_jax.decompress(matrix).astype(jnp.float32)
+        np.testing.assert_array_equal(stored, after.astype(held).astype(jnp.float32))
+        values = quantization.quantize(np.asarray(after.astype(held)), "int8")
+        exact = values[0].astype(np.float32) * values[1].astype(np.float32)[:, None]
+        np.testing.assert_array_equal(exact, after)
+    np.testing.assert_allclose(
+        found.relative_error, relative_output_error(problem.weight, found.product(), problem.gram)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["l0.query", "l0.attn_out"])
+def test_real_layers_lose_nearly_nothing(name):
+    """The error of factors with int8 values is at most 1.06 of that with 16-bit ones."""
+    weight, gram, other = (np.asarray(a, np.float32) for a in real_layer(name))
+    pair = dsf_jax.factorize(weight, gram, density=0.5, refine_rounds=25)
+    assert pair.right is not None
+    found = round_solution(Problem.of(weight, gram), pair, "int8", np.dtype("float16"))
+    assert found.relative_error < 1.06 * pair.relative_error
+    errors = [relative_output_error(weight, each.product(), other) for each in (found, pair)]
+    assert errors[0] < 1.06 * errors[1]
+
+
+@pytest.mark.parametrize("dtype", quantization.NAMES)
+@pytest.mark.parametrize("held", ["float16", "bfloat16", "float32"])
+def test_settled_matrices_are_quantized_without_loss(dtype, held):
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((300, 32)) * np.exp(3 * rng.standard_normal((300, 1)))
+    weight = jnp.asarray(weight, held)
+    settle = jax.jit(
+        lambda w: quantization.settle(w, dtype), compiler_options=quantization.COMPILER_OPTIONS
+    )
+    settled = np.asarray(settle(weight))
+    values, scales = quantization.quantize(np.asarray(settled.astype(held)), dtype)
+    again = values.astype(np.float32) * scales.astype(np.float32)[:, None]
+    tolerance = 2.0**-22 if held == "float32" else 0
+    np.testing.assert_allclose(again, settled, rtol=tolerance)
+    once = quantization.quantize(np.asarray(weight), dtype)
+    once = once[0].astype(np.float32) * once[1].astype(np.float32)[:, None]
+    exact = np.asarray(weight, np.float32)
+    assert np.linalg.norm(settled - exact) < 1.05 * np.linalg.norm(once - exact)
