@@ -18,9 +18,9 @@ from dsf_jax import (
     factorized_kernels,
     keep_sparsity,
 )
-from dsf_jax.nn.layers import become_pair
 from dsf_jax.trace import dataflow
 from dsf_jax.trace.network import read_network
+from macko_jax.nn.flax_nnx import become_pair
 from tests.test_calibration import Stack
 from tests.test_pipeline import MIXED, PAIR, Net, token_batches
 

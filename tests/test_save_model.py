@@ -12,9 +12,9 @@ from flax import nnx, traverse_util
 
 import dsf_jax
 import macko_jax
-from dsf_jax.nn.layers import become_pair
 from macko_jax.flax_linen import FactorizedKernel
 from macko_jax.flax_nnx import MackoConv, MackoLinear
+from macko_jax.nn.flax_nnx import become_pair
 from tests import served_models
 from tests.served_models import LinenNet
 

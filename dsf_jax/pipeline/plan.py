@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsf_jax.nn import layers as flax_layers
 from dsf_jax.pipeline.allocation import allocate_densities, probe_errors
 from dsf_jax.pipeline.rules import Rule, Rules, default_skip, match_rules
 from dsf_jax.pipeline.settings import Calibration
@@ -18,6 +17,7 @@ from dsf_jax.trace import stages
 from dsf_jax.trace.calibration import CalibrationPass
 from dsf_jax.trace.dataflow import Layer
 from dsf_jax.trace.network import Network
+from macko_jax.nn.pairs import why_no_pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _why_no_pair(network: Network, layer: Layer) -> str | None:
         return "its kernel is used in parts"
     if layer.path.endswith("]") and not layer.view.steps[0][0].startswith("["):
         return "its kernel is stacked along an axis that is not the first"
-    return flax_layers.why_no_pair(network.modules.get(network.module_path(layer.leaf)))
+    return why_no_pair(network.modules.get(network.module_path(layer.leaf)))
 
 
 def check_grams(

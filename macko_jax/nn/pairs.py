@@ -12,10 +12,7 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from macko_jax.format.factors import FactorizedKernel
 from macko_jax.nn.linear import as_tuple
-
-__all__ = ["FactorPair", "FactorizedKernel", "abstract_pair", "why_no_pair"]
 
 
 class FactorPair(nnx.Module):
