@@ -1,16 +1,16 @@
 """Versioned, checked files of pytrees with MackoMatrix leaves: safetensors with JSON metadata.
 
-A file is an ordinary safetensors file whose metadata holds
+A file is an ordinary safetensors file whose metadata has one entry, "macko_jax", with the JSON of
 
-    format    "macko_jax"
-    version   "1"
-    tree      JSON of the tree: nested dicts, lists and tuples; each array leaf names its tensor,
-              its dtype and the CRC-32 of its bytes; a MackoMatrix names its arrays and carries its
-              shape, encoding and lanes; a FactorizedKernel has two such leaves
-    crc32     CRC-32 of that JSON text
+    version   "2"
+    crc32     CRC-32 of the JSON of the tree, without white space
+    tree      nested dicts, lists and tuples; each array leaf names its tensor, its dtype and the
+              CRC-32 of its bytes; a MackoMatrix names its arrays and carries its shape, encoding
+              and lanes; a FactorizedKernel has two such leaves
 
 so that any safetensors reader can look into it, and a broken file gives an error and never a wrong
-product. Dtypes that safetensors' NumPy reader does not know (the 8-bit floats) are stored as bytes.
+product. In files of version 1 each of these is an entry of the metadata, beside "format". Dtypes
+that safetensors' NumPy reader does not know (the 8-bit floats) are stored as bytes.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from safetensors.numpy import save_file
 
 from macko_jax.format.factors import FactorizedKernel
 from macko_jax.format.matrix import MackoMatrix, validate
 from macko_jax.io.atomic import replacing
 
 FORMAT = "macko_jax"
-VERSION = "1"
+VERSION = "2"
 
 METADATA = "__metadata__"  # no tensor of a safetensors file has this name
 
 MATRIX_ARRAYS = ("values", "codes", "row_offsets", "starts", "scales")
 
-# The names that safetensors gives to the types of NumPy.
-NATIVE_DTYPES = {
-    "bool": "BOOL",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-}
-# These are stored as U8.
+NATIVE_DTYPES = (
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "complex64",
+)
+# These are stored as uint8.
 BYTE_DTYPES = (
     "float8_e4m3fn",
     "float8_e5m2",
@@ -86,10 +86,12 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"Cannot save {path}: the directory {path.parent} does not exist")
     tensors: dict[str, np.ndarray] = {}
-    text = json.dumps(_encode(tree, (), tensors), separators=(",", ":"))
-    metadata = {"format": FORMAT, "version": VERSION, "tree": text, "crc32": _crc32(text.encode())}
+    described = _encode(tree, (), tensors)
+    checksum = _crc32(_to_json(described).encode())
+    # In one entry, since the library writes several in an order that is left to chance.
+    text = _to_json({"version": VERSION, "crc32": checksum, "tree": described})
     with replacing(path) as temporary:
-        _write(temporary, tensors, metadata)
+        save_file(tensors, temporary, {FORMAT: text})
 
 
 def load(path: str | os.PathLike) -> Any:
@@ -125,24 +127,45 @@ def load(path: str | os.PathLike) -> Any:
         raise ValueError(f"Cannot load {path}: {error}") from error
 
 
-def _decode_file(file) -> Any:
-    metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
+def _to_json(node: Any) -> str:
+    return json.dumps(node, separators=(",", ":"))
+
+
+def _read_description(metadata: Mapping[str, str]) -> dict:
+    """The description of a file's tree, whose checksum is right."""
+    nonsense = (
+        "the description of its tree makes no sense ({}); load reads what macko_jax.save wrote"
+    )
+    if metadata.get("format") == FORMAT:  # version 1
+        known, found, text = "1", metadata, metadata.get("tree", "")
+    elif FORMAT in metadata:
+        try:
+            found = json.loads(metadata[FORMAT])
+            known, text = VERSION, _to_json(found["tree"])
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(nonsense.format(repr(error))) from error
+    else:
         raise ValueError(
-            f"its metadata names the format {metadata.get('format')!r} and not {FORMAT!r}; "
-            "load reads what macko_jax.save wrote"
+            f"its metadata has no entry {FORMAT!r}; load reads what macko_jax.save wrote"
         )
-    if metadata.get("version") != VERSION:
+    if found.get("version") != known:
         raise ValueError(
-            f"it has version {metadata.get('version')!r}, and this macko_jax reads version "
-            f"{VERSION!r}; install the macko_jax that wrote it, or save the tree again"
+            f"it has version {found.get('version')!r}, and this macko_jax reads versions 1 and "
+            f"{VERSION}; install the macko_jax that wrote it, or save the tree again"
         )
-    text = metadata.get("tree", "")
-    if metadata.get("crc32") != _crc32(text.encode()):
+    if found.get("crc32") != _crc32(text.encode()):
         raise ValueError(
             "the description of its tree does not match its checksum: the file was altered after "
             "it was saved; take an unaltered copy"
         )
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(nonsense.format(repr(error))) from error
+
+
+def _decode_file(file) -> Any:
+    described = _read_description(file.metadata() or {})
     unread = set(file.keys())
 
     def read(node: dict) -> np.ndarray:
@@ -165,7 +188,7 @@ def _decode_file(file) -> Any:
         return stored.view(jnp.dtype(node["dtype"]))
 
     try:
-        tree = _decode(json.loads(text), read)
+        tree = _decode(described, read)
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"the description of its tree makes no sense ({error!r}); load reads what "
@@ -177,31 +200,6 @@ def _decode_file(file) -> Any:
             "unaltered copy of the file"
         )
     return tree
-
-
-def _write(path: pathlib.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whose header is in a fixed order.
-
-    The writer of the library leaves the order of the metadata to chance, so that no two files are
-    alike. As in its files, wide types come first, which keeps all tensors aligned.
-    """
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header: dict[str, Any] = {METADATA: metadata}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        header[name] = {
-            "dtype": NATIVE_DTYPES[tensor.dtype.name],
-            "shape": tensor.shape,
-            "data_offsets": [end, end := end + tensor.nbytes],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in names:
-            file.write(_as_bytes(tensors[name]).data)
 
 
 def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
