@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import shutil
@@ -32,6 +33,7 @@ from examples.llama.json_file import read_json
 from examples.llama.rope import rotation
 from examples.records import write_json
 from macko_jax.io.atomic import remove_unfinished
+from macko_jax.nn.report import LayerReport
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 LAYERS_OF_BLOCK = 4  # qkv, out, gate_up, down
@@ -100,11 +102,12 @@ def compress_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     with _alone_in(out):
         settings = {"method": method, "density": density, "encoding": encoding}
-        record = _Record(out / "report.json", settings | _inputs(stored, windows, dtype))
+        model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
+        settings |= _inputs(stored, windows, dtype)
+        record = _Record(out / "report.json", settings, _others(model))
         remove_unfinished(out)
         record.begin()
         progress = _Progress(stored.config, callback)
-        model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
         save = functools.partial(_save_part, out, stored, model)
         embed = save("embed")
         hidden = [np.asarray(embed(part)) for part in np.split(windows, _batches(windows, batch))]
@@ -251,11 +254,29 @@ def _run_block(graph, state, config, hidden):
     return _forward(config, nnx.merge(graph, state), hidden)
 
 
+def _others(model):
+    """What to report of the matrices of an abstract model that are saved as they are."""
+    if model.head is None:
+        parts = {"embed": (model.embed.embedding, "an embedding, tied to the head")}
+    else:
+        parts = {
+            "embed": (model.embed.embedding, "an embedding"),
+            "head": (model.head.kernel, "the output head"),
+        }
+    entries = []
+    for path, (variable, reason) in parts.items():
+        shape, dtype = variable.get_value().shape, variable.get_value().dtype
+        size = math.prod(shape)
+        nbytes = size * dtype.itemsize
+        entries.append(LayerReport(path, "parameter", shape, size, nbytes, nbytes, reason))
+    return tuple(entries)
+
+
 class _Record:
     """report.json: the settings, and what became of each finished layer."""
 
-    def __init__(self, path, settings):
-        self.path, self.settings = path, settings
+    def __init__(self, path, settings, others):
+        self.path, self.settings, self.others = path, settings, others
         self.blocks = {}
         if path.is_file():
             self._read()
@@ -308,9 +329,8 @@ class _Record:
 
     def report(self, seconds):
         layers = tuple(layer for index in sorted(self.blocks) for layer in self.blocks[index])
-        skipped = {"embed": "an embedding", "head": "the output head"}
         stages = LAYERS_OF_BLOCK * len(self.blocks)  # each of one layer
-        return dsf_jax.Report(layers=layers, skipped=skipped, stages=stages, seconds=seconds)
+        return dsf_jax.Report(layers=layers, others=self.others, stages=stages, seconds=seconds)
 
 
 class _Progress:
