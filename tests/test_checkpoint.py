@@ -441,6 +441,7 @@ def test_one_broken_matrix_of_a_stack(path):
         [],
         3,
         {"list": 4},
+        {"matrix": 3},
         {"array": "x", "dtype": "object", "crc32": "{crc}"},
         {"dict": [["a"]]},
         {"dict": [[[], {}]]},

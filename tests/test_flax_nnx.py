@@ -13,6 +13,8 @@ from macko_jax.flax_nnx import (
     MackoEinsum,
     MackoIndex,
     MackoLinear,
+    abstract_model,
+    describe,
     from_pure_dict,
     substitute,
     to_pure_dict,
@@ -323,19 +325,36 @@ def test_split_and_merge(dense, inputs, expected):
     np.testing.assert_allclose(merge_and_run(params, rest, inputs), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_orbax_round_trip(dense, inputs, tmp_path):
-    packed, _ = substitute(dense, BF16_BITMASK)
-    state = nnx.state(packed)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "packed", state)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(
-            tmp_path / "packed", jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+def test_orbax_restores_a_model_that_is_known_by_its_code_alone(dense, inputs, tmp_path):
+    model = nnx.clone(dense)
+    # A pair of which one factor is packed: the other is denser than 0.8.
+    matrix = jnp.swapaxes(model.last.kernel[...], 0, 1)
+    become_pair(model.last, jnp.ones((1, 7, 7)), matrix[None])
+    packed, _ = substitute(model, [Rule("blocks/0", dtype="int8"), BF16_BITMASK])
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(nnx.state(packed)),
+            layers=ocp.args.JsonSave(describe(packed)),
         )
-    other, _ = substitute(dense, BF16_BITMASK)
-    nnx.update(other, jax.tree.map(jnp.zeros_like, nnx.state(other, (nnx.Param, MackoIndex))))
-    nnx.update(other, restored)
-    np.testing.assert_array_equal(run(other, inputs), run(packed, inputs))
+        checkpointer.save(tmp_path / "packed", items)
+        what = ocp.args.Composite(layers=ocp.args.JsonRestore())
+        layers = checkpointer.restore(tmp_path / "packed", what)["layers"]
+        restored = abstract_model(make_mlp, layers)
+        what = ocp.args.Composite(state=ocp.args.StandardRestore(nnx.state(restored)))
+        nnx.update(restored, checkpointer.restore(tmp_path / "packed", what)["state"])
+    assert restored.shared is restored.blocks[0]
+    assert restored.blocks[0].values.dtype == jnp.int8
+    assert isinstance(restored.last.left, nnx.Linear)
+    np.testing.assert_array_equal(run(restored, inputs), run(packed, inputs))
+    del layers["dict"][0]
+    with pytest.raises(ValueError, match="missing in the tree"):
+        abstract_model(make_mlp, layers)
+    with pytest.raises(ValueError, match="the description makes no sense"):
+        abstract_model(make_mlp, {"matrix": 3})
+
+
+def make_mlp():
+    return nnx.view(MLP(nnx.Rngs(0)), deterministic=True)
 
 
 def test_vmapped_and_scanned_stack():

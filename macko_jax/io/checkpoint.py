@@ -15,11 +15,12 @@ that safetensors' NumPy reader does not know (the 8-bit floats) are stored as by
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -86,7 +87,7 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"Cannot save {path}: the directory {path.parent} does not exist")
     tensors: dict[str, np.ndarray] = {}
-    described = _encode(tree, (), tensors)
+    described = _encode(tree, (), functools.partial(_store, tensors))
     checksum = _crc32(_to_json(described).encode())
     # In one entry, since the library writes several in an order that is left to chance.
     text = _to_json({"version": VERSION, "crc32": checksum, "tree": described})
@@ -125,6 +126,49 @@ def load(path: str | os.PathLike) -> Any:
         ) from error
     except ValueError as error:
         raise ValueError(f"Cannot load {path}: {error}") from error
+
+
+def describe(tree: Any) -> dict:
+    """What is in a tree that `save` takes, but for the numbers: structure, shapes, dtypes.
+
+    Args:
+        tree: as for `save`; no array is read.
+
+    Returns:
+        Dicts, lists and strings, ready for JSON.
+
+    Raises:
+        TypeError: as `save` does.
+    """
+
+    def put(array: Any, place: str) -> dict:
+        return {"array": list(array.shape), "dtype": _known_dtype(array, place)}
+
+    return _encode(tree, (), put)
+
+
+def abstract(description: dict) -> Any:
+    """The tree of a description, with `jax.ShapeDtypeStruct` in the place of arrays.
+
+    Args:
+        description: as `describe` gave it, also after it has been through JSON.
+
+    Returns:
+        The tree.
+
+    Raises:
+        ValueError: if it is no such description.
+    """
+
+    def read(node: dict) -> Any:
+        return jax.ShapeDtypeStruct(tuple(node["array"]), jnp.dtype(node["dtype"]))
+
+    try:
+        return _decode(description, read)
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"the description makes no sense ({error!r}); give one as describe made it"
+        ) from error
 
 
 def _to_json(node: Any) -> str:
@@ -189,7 +233,7 @@ def _decode_file(file) -> Any:
 
     try:
         tree = _decode(described, read)
-    except (KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"the description of its tree makes no sense ({error!r}); load reads what "
             "macko_jax.save wrote"
@@ -202,13 +246,13 @@ def _decode_file(file) -> Any:
     return tree
 
 
-def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
-    """The JSON description of a tree; its arrays are added to `tensors`."""
+def _encode(node: Any, path: tuple, put: Callable[[Any, str], dict]) -> dict:
+    """The JSON description of a tree; `put(array, place)` gives that of each array in it."""
     place = "/".join(map(str, path))
     if isinstance(node, MackoMatrix):
         return {
             "matrix": {
-                name: _encode_array(np.asarray(getattr(node, name)), f"{place}.{name}", tensors)
+                name: put(getattr(node, name), f"{place}.{name}")
                 for name in MATRIX_ARRAYS
                 if getattr(node, name) is not None
             },
@@ -219,8 +263,7 @@ def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
     if isinstance(node, FactorizedKernel):
         return {
             "factors": {
-                name: _encode(getattr(node, name), (*path, name), tensors)
-                for name in ("left", "right")
+                name: _encode(getattr(node, name), (*path, name), put) for name in ("left", "right")
             }
         }
     if node is None or isinstance(node, bool | int | float | str):
@@ -231,23 +274,20 @@ def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
                 raise TypeError(
                     f"The dict at {place!r} has the key {key!r}; keys are strings or integers"
                 )
-        return {
-            "dict": [[key, _encode(child, (*path, key), tensors)] for key, child in node.items()]
-        }
+        return {"dict": [[key, _encode(child, (*path, key), put)] for key, child in node.items()]}
     if type(node) in (list, tuple):
         return {
             type(node).__name__: [
-                _encode(child, (*path, index), tensors) for index, child in enumerate(node)
+                _encode(child, (*path, index), put) for index, child in enumerate(node)
             ]
         }
     if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
-        data = np.asarray(jax.random.key_data(node))
         return {
-            "key": _encode_array(data, place, tensors),
+            "key": put(jax.random.key_data(node), place),
             "implementation": str(jax.random.key_impl(node)),
         }
     if isinstance(node, jax.Array | np.ndarray | np.generic):
-        return _encode_array(np.asarray(node), place, tensors)
+        return put(node, place)
     raise TypeError(
         f"Cannot save the {type(node).__name__} at {place!r}: a tree consists of dicts, lists and "
         "tuples of arrays, MackoMatrix and plain numbers and strings; turn an nnx model or state "
@@ -255,13 +295,10 @@ def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
     )
 
 
-def _encode_array(array: np.ndarray, place: str, tensors: dict[str, np.ndarray]) -> dict:
-    dtype = array.dtype.name
-    if dtype not in (*NATIVE_DTYPES, *BYTE_DTYPES):
-        raise TypeError(
-            f"Cannot save the array of {dtype} at {place!r}; allowed are "
-            f"{', '.join((*NATIVE_DTYPES, *BYTE_DTYPES))}"
-        )
+def _store(tensors: dict[str, np.ndarray], array: Any, place: str) -> dict:
+    """Add an array to the tensors of a file, and describe it."""
+    array = np.asarray(array)
+    dtype = _known_dtype(array, place)
     array = np.ascontiguousarray(array).reshape(array.shape)  # the former makes 0-d arrays 1-d
     stored = array.view(np.uint8) if dtype in BYTE_DTYPES else array
     name = place
@@ -271,8 +308,21 @@ def _encode_array(array: np.ndarray, place: str, tensors: dict[str, np.ndarray])
     return {"array": name, "dtype": dtype, "crc32": _crc32(_as_bytes(stored))}
 
 
-def _decode(node: dict, read) -> Any:
-    """The tree of a JSON description; `read` gives the host array of an array node."""
+def _known_dtype(array: Any, place: str) -> str:
+    dtype = array.dtype.name
+    if dtype not in (*NATIVE_DTYPES, *BYTE_DTYPES):
+        raise TypeError(
+            f"Cannot save the array of {dtype} at {place!r}; allowed are "
+            f"{', '.join((*NATIVE_DTYPES, *BYTE_DTYPES))}"
+        )
+    return dtype
+
+
+def _decode(node: dict, read: Callable[[dict], Any]) -> Any:
+    """The tree of a description; `read` gives the array of an array node, on the host or abstract.
+
+    Abstract arrays stay so; those on the host are checked and put on JAX's default device.
+    """
     if "matrix" in node:
         host = MackoMatrix(
             **{name: read(array) for name, array in node["matrix"].items()},
@@ -280,13 +330,16 @@ def _decode(node: dict, read) -> Any:
             encoding=_known_encoding(node["encoding"]),
             lanes=node["lanes"],
         )
+        if _is_abstract(host.values):
+            return host
         validate(host)
         return jax.tree.map(jnp.asarray, host)
     if "factors" in node:
         kernel = FactorizedKernel(
             **{name: _decode(factor, read) for name, factor in node["factors"].items()}
         )
-        kernel.check()
+        if not any(map(_is_abstract, jax.tree.leaves(kernel))):
+            kernel.check()
         return kernel
     if "scalar" in node:
         return node["scalar"]
@@ -297,12 +350,18 @@ def _decode(node: dict, read) -> Any:
     if "tuple" in node:
         return tuple(_decode(child, read) for child in node["tuple"])
     if "key" in node:
-        return jax.random.wrap_key_data(read(node["key"]), impl=node["implementation"])
+        data = read(node["key"])
+        wrap = functools.partial(jax.random.wrap_key_data, impl=node["implementation"])
+        return jax.eval_shape(wrap, data) if _is_abstract(data) else wrap(data)
     if "array" in node:
         host = read(node)
         shortened = jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype
-        return host if shortened else jnp.asarray(host)
+        return host if shortened or _is_abstract(host) else jnp.asarray(host)
     raise ValueError(f"its tree has a node of unknown kind, {sorted(node)}")
+
+
+def _is_abstract(array: Any) -> bool:
+    return isinstance(array, jax.ShapeDtypeStruct)
 
 
 def _known_encoding(name: str) -> str:
