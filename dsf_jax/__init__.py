@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dsf_jax.nn.finetune import keep_sparsity
-from dsf_jax.nn.layers import FactorizedKernel, FactorPair, factorized_kernels
 from dsf_jax.pipeline.report import LayerReport, Progress, Report, print_progress
 from dsf_jax.pipeline.rules import Rule
 from dsf_jax.pipeline.run import Compressed, compress_model
@@ -15,6 +14,9 @@ from dsf_jax.solvers.pruners import prune
 from dsf_jax.solvers.solution import Factorization
 from dsf_jax.trace.calibration import gram_matrices
 from macko_jax._version import __version__ as __version__
+from macko_jax.format.factors import FactorizedKernel
+from macko_jax.nn.flax_linen import packed_kernels as factorized_kernels
+from macko_jax.nn.pairs import FactorPair
 
 __all__ = [
     "Calibration",

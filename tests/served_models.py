@@ -36,6 +36,8 @@ class Net(nnx.Module):
         self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
         self.blocks = nnx.vmap(Block)(nnx.Rngs(0).split(3))
         self.heads = nnx.LinearGeneral(8, (2, 6), rngs=rngs)
+        self.query = nnx.Einsum("BD,NDH->BNH", (2, 8, 6), (2, 6), rngs=rngs)
+        self.value = nnx.Einsum("BD,DNH->BNH", (8, 2, 6), rngs=rngs)
         self.merge = nnx.LinearGeneral((2, 6), 10, axis=(-2, -1), rngs=rngs)
         self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
         self.plain = nnx.Linear(10, 10, rngs=rngs)
@@ -47,7 +49,8 @@ class Net(nnx.Module):
         x = nnx.scan(lambda block, x: block(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(
             self.blocks, x
         )
-        return self.head(self.plain(self.dropout(self.merge(nnx.relu(self.heads(x))))))
+        x = self.merge(nnx.relu(self.heads(x) + self.query(x) * self.value(x)))
+        return self.head(self.plain(self.dropout(x)))
 
 
 class LinenBlock(nn.Module):
@@ -67,7 +70,9 @@ class LinenNet(nn.Module):
         x, _ = nn.scan(
             LinenBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
         )(name="blocks")(x, None)
-        x = nn.DenseGeneral((2, 6), name="heads")(x)
+        query = nn.Einsum((2, 8, 6), "BD,NDH->BNH", name="query")(x)
+        value = nn.Einsum((8, 2, 6), "BD,DNH->BNH", use_bias=False, name="value")(x)
+        x = nn.DenseGeneral((2, 6), name="heads")(x) + query * value
         x = nn.DenseGeneral(10, axis=(-2, -1), name="merge")(nn.relu(x))
         return nn.Dense(5, use_bias=False, name="head")(nn.Dense(10, name="plain")(x))
 

@@ -363,8 +363,19 @@ def test_parameters_without_a_layer_are_explained():
             self.lora_b = nnx.Param(draw(1, 2, 4))
             self.looped = nnx.Param(draw(2, 4, 4))
             self.tied = nnx.Param(draw(3, 4, 4))
+            self.embed = nnx.Embed(4, 4, rngs=rngs)
+            self.joined, self.scaled = nnx.Param(draw(4, 4, 4)), nnx.Param(draw(5, 4, 4))
+            self.experts, self.narrow = nnx.Param(draw(6, 3, 4, 4)), nnx.Param(draw(7, 1, 4))
+            self.merged, self.unused = nnx.Param(draw(8, 4, 4)), nnx.Param(draw(9, 4, 4))
+            self.own, self.cache = nnx.Variable(draw(10, 4, 4)), nnx.Cache(draw(11, 4, 4))
 
         def __call__(self, x):
+            x = self.embed(jnp.arange(3)) + x
+            x = x @ jnp.concatenate([self.joined[...], self.joined[...]], 1)[:, :4]
+            x = x @ (0.5 * self.scaled[...]) @ self.experts[...][jnp.argmax(x)]
+            x = x @ (self.merged[...] + self.lora_a[...] @ self.lora_b[...])
+            x = self.embed.attend(x @ self.own[...] @ self.cache[...])
+            x = x + x[:, :1] @ self.narrow[...]
             x = x + x @ (self.lora_a[...] @ self.lora_b[...])
             x = jax.lax.while_loop(
                 lambda state: state[0] < 2,
@@ -378,6 +389,14 @@ def test_parameters_without_a_layer_are_explained():
     notes = {network.module_path(leaf): reason for leaf, reason in flow.notes.items()}
     assert "another parameter" in notes["lora_a"] and "while" in notes["looped"]
     assert "several ways" in notes["tied"]
+    assert notes["embed"] == "an embedding, tied to the head"
+    assert notes["joined"].startswith("joined with other arrays before any product")
+    assert notes["scaled"].startswith("scaled or masked before any product")
+    assert notes["experts"].startswith("gathered: ")
+    assert notes["merged"].startswith("added to something")
+    assert notes["narrow"] == "too small: its matrix has one input"
+    assert notes["unused"] == "not reached by the forward pass"
+    assert notes["own"].startswith("no parameter") and "cache" not in notes
     assert flow.layers == []
 
 

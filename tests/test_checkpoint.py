@@ -146,7 +146,7 @@ def test_other_readers_can_look_inside(path):
             "layers/0.starts",
         }
         np.testing.assert_array_equal(file.get_tensor("bias"), expected["bias"])
-        assert file.metadata()["format"] == "macko_jax"
+        assert json.loads(file.metadata()["macko_jax"])["version"] == "2"
 
 
 def test_existing_file_is_replaced_and_nothing_is_left_behind(path):
@@ -174,11 +174,11 @@ def test_a_failed_save_leaves_the_old_file(path, monkeypatch, moment):
 def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
     macko_jax.save(path, {"x": jnp.ones(4)})
 
-    def write_half(temporary, tensors, metadata):
+    def write_half(tensors, temporary, metadata):
         temporary.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", write_half)
+    monkeypatch.setattr(checkpoint, "save_file", write_half)
     with pytest.raises(OSError, match="no space"):
         macko_jax.save(path, {"x": jnp.zeros(4)})
     np.testing.assert_array_equal(macko_jax.load(path)["x"], np.ones(4))
@@ -189,7 +189,7 @@ def test_equal_trees_give_equal_bytes(path):
     tree = {"b": matrix(dtype=jnp.bfloat16), "a": [jnp.ones(3), jnp.arange(5, dtype=jnp.int8)]}
     macko_jax.save(path, tree)
     first = path.read_bytes()
-    for _ in range(8):  # safetensors' own writer orders four entries by chance
+    for _ in range(8):  # safetensors writes several entries of metadata in an order of chance
         macko_jax.save(path, tree)
         assert path.read_bytes() == first
 
@@ -254,38 +254,64 @@ def test_missing_and_foreign_files(path):
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         macko_jax.load(path)
     safetensors.numpy.save_file({"x": np.ones(3)}, path)
-    with pytest.raises(ValueError, match="names the format None"):
+    with pytest.raises(ValueError, match="metadata has no entry 'macko_jax'"):
         macko_jax.load(path)
 
 
 def test_another_version(path):
     macko_jax.save(path, {"x": jnp.ones(3)})
-    rewrite(path, lambda tensors, metadata: metadata.update(version="2"))
-    with pytest.raises(ValueError, match="version '2', and this macko_jax reads version '1'"):
+    rewrite(path, lambda tensors, description: description.update(version="3"))
+    with pytest.raises(ValueError, match="version '3', and this macko_jax reads versions 1 and 2"):
         macko_jax.load(path)
 
 
-def rewrite(path, change):
-    """Read a file with safetensors, change its tensors and metadata, and write it again."""
+def test_files_of_version_1_are_read(path):
+    expected = {"m": matrix(), "x": [jnp.ones(3), None, 2.5, "näme"]}
+    macko_jax.save(path, expected)
+
+    def write_as_version_1(tensors, description):
+        former = description | {"format": "macko_jax", "version": "1"}
+        safetensors.numpy.save_file(tensors, path, former)
+
+    change_file(path, write_as_version_1)
+    assert_same(macko_jax.load(path), expected)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"[6,70]", b"[7,70]"))
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        macko_jax.load(path)
+
+
+def change_file(path, change):
+    """Give `change` the tensors of a file, and what its metadata says, the tree as JSON text."""
     with safetensors.safe_open(path, framework="np") as file:
-        metadata = file.metadata()
-    tensors = safetensors.numpy.load_file(path)
-    change(tensors, metadata)
-    safetensors.numpy.save_file(tensors, path, metadata=metadata)
+        description = json.loads(file.metadata()["macko_jax"])
+    description["tree"] = json.dumps(description["tree"], separators=(",", ":"))
+    change(safetensors.numpy.load_file(path), description)
+
+
+def rewrite(path, change):
+    """Read a file with safetensors, change its tensors and description, and write it again."""
+
+    def write(tensors, description):
+        change(tensors, description)
+        description["tree"] = json.loads(description["tree"])
+        safetensors.numpy.save_file(tensors, path, {"macko_jax": json.dumps(description)})
+
+    change_file(path, write)
 
 
 def test_changed_tensors_and_tree(path):
-    def flip(tensors, metadata):
+    def flip(tensors, description):
         tensors["m.values"][3] += 1
 
-    def remove(tensors, metadata):
+    def remove(tensors, description):
         del tensors["x"]
 
-    def add(tensors, metadata):
+    def add(tensors, description):
         tensors["y"] = np.ones(3)
 
-    def edit(tensors, metadata):
-        metadata["tree"] = metadata["tree"].replace("[6,70]", "[7,70]")
+    def edit(tensors, description):
+        description["tree"] = description["tree"].replace("[6,70]", "[7,70]")
 
     for change, message in [
         (flip, "'m.values' do not match their checksum"),
@@ -356,9 +382,11 @@ def test_matrices_that_contradict_themselves(path, broken, encoding, lanes):
 
 
 def rename_encoding(path, old: str, new: str) -> None:
-    def change(tensors, metadata):
-        metadata["tree"] = metadata["tree"].replace(f'"encoding":"{old}"', f'"encoding":"{new}"')
-        metadata["crc32"] = checkpoint._crc32(metadata["tree"].encode())
+    def change(tensors, description):
+        description["tree"] = description["tree"].replace(
+            f'"encoding":"{old}"', f'"encoding":"{new}"'
+        )
+        description["crc32"] = checkpoint._crc32(description["tree"].encode())
 
     rewrite(path, change)
 
@@ -385,9 +413,9 @@ def test_former_encodings_are_refused_with_the_cure(path, encoding):
 def test_lanes_that_are_no_integer_are_refused(path, lanes):
     macko_jax.save(path, {"layer": matrix(lanes=4)})
 
-    def change(tensors, metadata):
-        metadata["tree"] = metadata["tree"].replace('"lanes":4', f'"lanes":{lanes}')
-        metadata["crc32"] = checkpoint._crc32(metadata["tree"].encode())
+    def change(tensors, description):
+        description["tree"] = description["tree"].replace('"lanes":4', f'"lanes":{lanes}')
+        description["crc32"] = checkpoint._crc32(description["tree"].encode())
 
     rewrite(path, change)
     with pytest.raises(ValueError, match="lanes must be an integer"):
@@ -413,6 +441,7 @@ def test_one_broken_matrix_of_a_stack(path):
         [],
         3,
         {"list": 4},
+        {"matrix": 3},
         {"array": "x", "dtype": "object", "crc32": "{crc}"},
         {"dict": [["a"]]},
         {"dict": [[[], {}]]},
@@ -423,10 +452,11 @@ def test_a_forged_description_is_refused(path, tree):
     """Also with a valid checksum a description that makes no sense is a ValueError."""
     macko_jax.save(path, {"x": jnp.ones(3)})
 
-    def forge(tensors, metadata):
+    def forge(tensors, description):
         crc = checkpoint._crc32(tensors["x"].view(np.uint8))
-        metadata["tree"] = json.dumps(tree).replace("{crc}", crc)
-        metadata["crc32"] = checkpoint._crc32(metadata["tree"].encode())
+        text = json.dumps(tree, separators=(",", ":"))
+        description["tree"] = text.replace("{crc}", crc)
+        description["crc32"] = checkpoint._crc32(description["tree"].encode())
 
     rewrite(path, forge)
     with pytest.raises(ValueError, match="Cannot load"):

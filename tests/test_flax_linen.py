@@ -215,6 +215,42 @@ def test_dense_general(features, axis):
     )
 
 
+@pytest.mark.parametrize(
+    "subscripts, shape, x_shape",
+    [("BTD,NDH->BTNH", (2, 12, 3), (2, 5, 12)), ("...NH,HND->D...", (3, 2, 8), (4, 2, 3))],
+)
+def test_einsums_that_are_plain_contractions(subscripts, shape, x_shape):
+    layer = nn.Einsum(shape, subscripts)
+    x = np.random.default_rng(0).normal(size=x_shape).astype(np.float32)
+    variables = create(layer, x)
+    rules = Rule(encoding="bitmask", max_density=1.0)
+    packed, report = flax_linen.substitute(layer, variables, x, rules=rules)
+    kernel = packed["params"]["kernel"]
+    assert isinstance(kernel, MackoMatrix) and report.packed
+    expected = layer.apply(variables, x)
+    np.testing.assert_allclose(flax_linen.apply(layer, packed, x), expected, rtol=1e-5, atol=1e-5)
+    matrix = macko_jax.decompress(kernel)
+    pair = flax_linen.FactorizedKernel(matrix[None], jnp.eye(matrix.shape[1])[None])
+    pair = {"params": variables["params"] | {"kernel": pair}}
+    np.testing.assert_allclose(flax_linen.apply(layer, pair, x), expected, rtol=1e-5, atol=1e-5)
+    packed, report = flax_linen.substitute(layer, pair, x, rules=rules)
+    assert "two factors" in report.packed[0].note
+    np.testing.assert_allclose(flax_linen.apply(layer, packed, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_einsum_whose_kernel_could_be_taken_for_that_of_a_dense_stays_dense():
+    layer, x = nn.Einsum((6, 6), "bd,fd->bf"), jnp.ones((2, 6))
+    variables = create(layer, x)
+    _, report = flax_linen.substitute(layer, variables, x)
+    assert report.skipped[""] == (
+        "its kernel (6, 6) is [out, in]; of two axes only [in, out] is packed"
+    )
+    guessed, report = flax_linen.pack_variables(variables)
+    assert report.packed
+    with pytest.raises(TypeError, match=r"is a Einsum with a packed kernel; .* is \[out, in\]"):
+        flax_linen.apply(layer, guessed, x)
+
+
 class LoudDense(nn.Dense):
     @nn.compact
     def __call__(self, inputs):
@@ -230,14 +266,15 @@ class LoudDense(nn.Dense):
             "it has a dot_general of its own",
         ),
         (nn.DenseGeneral(4, batch_dims=(0,)), "it has batch dimensions"),
-        (nn.Einsum((6, 4), "abc,cd->abd"), "Einsum has no packed form"),
+        (nn.Einsum((3, 6, 4), "abc,acd->abd"), "has a matrix for each entry of axis 'a'"),
+        (nn.Einsum((6, 4), "abc,cd->abd", preferred_element_type=F32), "it sets preferred"),
     ],
 )
 def test_layers_that_stay_dense_are_reported(layer, reason):
     x = jnp.ones((3, 2, 6))
     variables = create(layer, x)
     packed, report = flax_linen.substitute(layer, variables, x)
-    assert report.layers[0].note == reason
+    assert reason in report.layers[0].note
     np.testing.assert_array_equal(flax_linen.apply(layer, packed, x), layer.apply(variables, x))
 
 
@@ -274,7 +311,7 @@ def test_a_layer_of_another_kind_is_listed_and_refuses_to_run():
     x = jnp.ones((2, 6))
     variables = create(Transposed(), x)
     packed, report = flax_linen.substitute(Transposed(), variables, x)
-    assert report.skipped == {"": "Transposed is no nn.Dense, DenseGeneral or Conv"}
+    assert report.skipped == {"": "Transposed is no nn.Dense, DenseGeneral, Einsum or Conv"}
     packed, _ = flax_linen.pack_variables(variables)
     with pytest.raises(TypeError, match="is a Transposed with a packed kernel; only nn.Dense"):
         flax_linen.apply(Transposed(), packed, x)

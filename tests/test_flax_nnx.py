@@ -9,7 +9,18 @@ import pytest
 from flax import nnx
 
 import macko_jax
-from macko_jax.flax_nnx import MackoIndex, MackoLinear, from_pure_dict, substitute, to_pure_dict
+from macko_jax.flax_nnx import (
+    MackoEinsum,
+    MackoIndex,
+    MackoLinear,
+    abstract_model,
+    describe,
+    from_pure_dict,
+    substitute,
+    to_pure_dict,
+)
+from macko_jax.nn.einsum import why_no_contraction
+from macko_jax.nn.flax_nnx import become_pair
 from macko_jax.nn.rules import Rule
 
 # Kernels are filled by NumPy, because the default initializer compiles for long.
@@ -217,6 +228,55 @@ def test_linear_general(features, axis):
     np.testing.assert_allclose(packed(x), dense(x), rtol=1e-5, atol=1e-5)
 
 
+EINSUMS = [
+    ("BTD,DNH->BTNH", (12, 2, 3), (2, 3), (2, 5, 12)),
+    ("BTNH,HND->BTD", (3, 2, 8), None, (2, 5, 2, 3)),
+    ("...D,CNDH->C...NH", (2, 2, 12, 3), (2, 2, 3), (4, 12)),
+    ("xDy,Dz->zxy", (6, 4), (4, 1, 1), (3, 6, 5)),
+]
+
+
+@pytest.mark.parametrize("subscripts, shape, bias, x_shape", EINSUMS)
+def test_einsums_that_are_plain_contractions(subscripts, shape, bias, x_shape):
+    dense = fill_kernels(linear(subscripts, shape, bias, layer=nnx.Einsum))
+    packed, report = substitute(dense, BITMASK)
+    assert report.packed and isinstance(packed, MackoEinsum)
+    x = np.random.default_rng(0).normal(size=x_shape).astype(np.float32)
+    expected = dense(x)
+    np.testing.assert_allclose(packed(x), expected, rtol=1e-5, atol=1e-5)
+
+    def make():
+        return nnx.Einsum(subscripts, shape, bias, rngs=nnx.Rngs(0))
+
+    restored = from_pure_dict(nnx.eval_shape(make), to_pure_dict(packed))
+    np.testing.assert_array_equal(restored(x), packed(x))
+    # Two factors whose product is the kernel: one of them is the matrix itself.
+    matrix = macko_jax.decompress(packed.matrix)
+    become_pair(dense, matrix[None], jnp.eye(matrix.shape[1])[None])
+    np.testing.assert_allclose(dense(x), expected, rtol=1e-5, atol=1e-5)
+    assert dense.right.kernel[...].ndim + dense.left.kernel[...].ndim == len(shape) + 2
+    with pytest.raises(ValueError, match="einsum_str='ab,bc->ac' and out_sharding=None were given"):
+        packed(x, "ab,bc->ac")
+
+
+@pytest.mark.parametrize(
+    "subscripts, reason",
+    [
+        ("eb,ebo->eo", "has a matrix for each entry of axis 'e'"),
+        ("b,f->bf", "has no matrix: none of its kernel is summed"),
+        ("bnh,nh->b", "has no matrix: all of its kernel is summed"),
+        ("btd,df->bf", "sums an axis that only one operand has"),
+        ("...d,df->f", "sums an axis that only one operand has"),
+        ("bd,dfg->bf", "sums an axis that only one operand has"),
+        ("bd,ddf->bf", "names an axis twice"),
+        ("b...,...f->bf", "ellipsis in its kernel"),
+        (None, "its einsum is given by each call"),
+    ],
+)
+def test_einsums_that_are_more_than_contractions(subscripts, reason):
+    assert reason in why_no_contraction(subscripts)
+
+
 def test_gradients_are_those_of_the_dense_model(inputs):
     dense = fill_kernels(linear(20, 9))
     packed, _ = substitute(dense, Rule(encoding="delta4"))
@@ -265,19 +325,36 @@ def test_split_and_merge(dense, inputs, expected):
     np.testing.assert_allclose(merge_and_run(params, rest, inputs), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_orbax_round_trip(dense, inputs, tmp_path):
-    packed, _ = substitute(dense, BF16_BITMASK)
-    state = nnx.state(packed)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "packed", state)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(
-            tmp_path / "packed", jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+def test_orbax_restores_a_model_that_is_known_by_its_code_alone(dense, inputs, tmp_path):
+    model = nnx.clone(dense)
+    # A pair of which one factor is packed: the other is denser than 0.8.
+    matrix = jnp.swapaxes(model.last.kernel[...], 0, 1)
+    become_pair(model.last, jnp.ones((1, 7, 7)), matrix[None])
+    packed, _ = substitute(model, [Rule("blocks/0", dtype="int8"), BF16_BITMASK])
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(nnx.state(packed)),
+            layers=ocp.args.JsonSave(describe(packed)),
         )
-    other, _ = substitute(dense, BF16_BITMASK)
-    nnx.update(other, jax.tree.map(jnp.zeros_like, nnx.state(other, (nnx.Param, MackoIndex))))
-    nnx.update(other, restored)
-    np.testing.assert_array_equal(run(other, inputs), run(packed, inputs))
+        checkpointer.save(tmp_path / "packed", items)
+        what = ocp.args.Composite(layers=ocp.args.JsonRestore())
+        layers = checkpointer.restore(tmp_path / "packed", what)["layers"]
+        restored = abstract_model(make_mlp, layers)
+        what = ocp.args.Composite(state=ocp.args.StandardRestore(nnx.state(restored)))
+        nnx.update(restored, checkpointer.restore(tmp_path / "packed", what)["state"])
+    assert restored.shared is restored.blocks[0]
+    assert restored.blocks[0].values.dtype == jnp.int8
+    assert isinstance(restored.last.left, nnx.Linear)
+    np.testing.assert_array_equal(run(restored, inputs), run(packed, inputs))
+    del layers["dict"][0]
+    with pytest.raises(ValueError, match="missing in the tree"):
+        abstract_model(make_mlp, layers)
+    with pytest.raises(ValueError, match="the description makes no sense"):
+        abstract_model(make_mlp, {"matrix": 3})
+
+
+def make_mlp():
+    return nnx.view(MLP(nnx.Rngs(0)), deterministic=True)
 
 
 def test_vmapped_and_scanned_stack():
@@ -353,7 +430,14 @@ class QuietLinear(nnx.Linear):
             "float32",
         ),
         (lambda: linear(8, 8, layer=nnx.LinearGeneral, batch_axis={0: 2}), "it has batch axes"),
-        (lambda: linear("ab,bc->ac", (8, 8), layer=nnx.Einsum), "Einsum has no packed form"),
+        (
+            lambda: linear("eb,ebc->ec", (8, 8, 8), layer=nnx.Einsum),
+            "its einsum 'eb,ebc->ec' has a matrix for each entry of axis 'e'",
+        ),
+        (
+            lambda: linear("ab,bc->ac", (8, 8), layer=nnx.Einsum, einsum_op=lambda *a, **k: 0),
+            "it has an einsum_op of its own",
+        ),
         (lambda: linear(0, 8), "its kernel is empty"),
     ],
 )
@@ -421,6 +505,14 @@ def test_report_counts_bytes(dense):
     assert first.density == pytest.approx(np.count_nonzero(kernel) / kernel.size)
     assert first.bytes_before == kernel.nbytes
     assert first.bytes_after == packed.first.matrix.nbytes
+    # Of a model that was packed before the report is the same, and the dense model's bytes count.
+    packed.table = nnx.Embed(5, 8, rngs=nnx.Rngs(0))
+    _, again = substitute(packed, [Rule("last", skip=True)])
+    assert again.bytes_before == nbytes(dense) + 160 and again.bytes_after == nbytes(packed)
+    assert {layer.note for layer in again.packed} == {"it was packed before"}
+    (table,) = again.others
+    assert (table.path, table.kind, table.shape) == ("table", "Embed", (5, 8))
+    assert again.skipped == {"last": "rule 'last' says so", "table": "an embedding"}
 
 
 def test_out_sharding_and_wrong_width_are_refused(dense):

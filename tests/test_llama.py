@@ -13,10 +13,10 @@ from flax import nnx
 
 import macko_jax.flax_nnx
 from dsf_jax import export
-from dsf_jax.nn.layers import become_pair
 from examples import llama
 from examples.llama import cache as kv_cache
 from examples.llama import checkpoint, evaluation, generation, rope, split
+from macko_jax.nn.flax_nnx import become_pair
 from macko_jax.nn.rules import Rule
 
 CONFIG = llama.Config(

@@ -194,7 +194,7 @@ def test_failing_write_leaves_no_part(dense, windows, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("macko_jax.io.checkpoint._write", fail)
+    monkeypatch.setattr("macko_jax.io.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         compression.compress_checkpoint(dense[0], tmp_path, windows, batch=2, **SETTINGS)
     assert names(tmp_path) == ["report.json"]

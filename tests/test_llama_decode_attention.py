@@ -11,13 +11,13 @@ from flax import nnx
 import macko_jax
 import macko_jax.flax_nnx
 from dsf_jax import export
-from dsf_jax.nn.layers import become_pair
 from examples import llama
 from examples.llama import attention, decode_attention
 from examples.llama.cache import widen
 from examples.llama.split import SplitModules
 from macko_jax.gpu import staging
 from macko_jax.lanes import interpreter
+from macko_jax.nn.flax_nnx import become_pair
 
 HAS_GPU = any(device.platform == "gpu" for device in jax.local_devices())
 # heads, key-value heads, slots, live tokens of each sequence, window; fewer slots than two blocks

@@ -17,6 +17,7 @@ from flax import nnx
 from dsf_jax import (
     Calibration,
     Execution,
+    FactorPair,
     Rule,
     compress_model,
     gram_matrices,
@@ -189,7 +190,13 @@ def test_stages_budgets_report_and_the_model_left_alone():
     loaded = json.loads(report.to_json())
     assert loaded["nonzeros"] == sum(layer["nonzeros"] for layer in loaded["layers"])
     table = str(report)
-    assert all(path in table for path in (*LAYERS, "embed (an embedding)"))
+    assert all(path in table for path in (*LAYERS, "embed", "an embedding", "the output head"))
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    assert report.bytes_before == report.bytes_after == nbytes
+    assert {entry.path: entry.shape for entry in report.others} == {
+        "embed": (20, 16),
+        "head": (20, 16),
+    }
 
 
 @pytest.mark.slow
@@ -500,7 +507,6 @@ def test_clear_errors():
         (dict(rules=[Rule("gat")]), "'gat' matches no layer"),
         (dict(rules=[Rule("gate", method="wand")]), "layer 'gate': method must be"),
         (dict(rules=[Rule(".*", skip=True)]), "no layer is left to compress"),
-        (dict(method="dsf", rules=[Rule("embed")]), "embed.*no kernel of a Flax layer"),
         (
             dict(options={"foo": 1}),
             "layer 'attention/query': options hold 'foo', which method 'wanda' does not take; it "
@@ -573,23 +579,44 @@ def test_the_former_spelling_works_with_a_warning(tmp_path):
     assert all(layer.resumed for layer in new.report.layers)
 
 
-def test_every_layer_without_two_factors_is_named_and_the_remedy_works():
-    class Heads(nnx.Module):
-        def __init__(self):
-            self.q, self.k = (nnx.Einsum("bd,dh->bh", (16, 16), rngs=nnx.Rngs(i)) for i in (0, 1))
+class Heads(nnx.Module):
+    """Matrices of 16 x 32: of three kinds that cannot be two factors, and one that can."""
 
-        def __call__(self, x):
-            return self.k(self.q(x))
+    def __init__(self):
+        self.embed = nnx.Embed(16, 32, rngs=nnx.Rngs(0))
+        self.per_head = nnx.Einsum("bnd,ndf->bnf", (2, 32, 16), rngs=nnx.Rngs(1))
+        self.up = nnx.LoRALinear(32, 16, lora_rank=4, rngs=nnx.Rngs(2))
+        self.down = nnx.Einsum("bnd,fnd->bf", (16, 2, 16), rngs=nnx.Rngs(3))
 
-    call = dict(method="dsf", options=dict(refine_rounds=4), density=0.5)
-    with pytest.raises(
-        ValueError, match="layer 'k': Einsum.*; layer 'q': Einsum.*give them"
-    ) as found:
-        compress_model(Heads(), [draw(0, 8, 16)], **call)
-    assert "Rule('k|q', method='admm', options={})" in str(found.value)
-    remedy = [Rule("k|q", method="admm", options={})]
-    report = compress_model(Heads(), [draw(0, 8, 16)], rules=remedy, **call).report
-    assert [layer.method for layer in report.layers] == ["admm", "admm"]
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        x = self.up(self.per_head(jnp.stack([x, x], 1)).reshape(-1, 32))
+        return self.down(jnp.stack([x, x * x], 1))
+
+
+def test_layers_without_two_factors_get_the_best_single_matrix():
+    rules = [Rule("embed"), Rule("up/.*", skip=True)]
+    new, report = compress_model(Heads(), [np.arange(16)], density=0.5, rules=rules, **PAIR)
+    found = {layer.path: layer for layer in report.layers}
+    assert {path: layer.method for path, layer in found.items()} == {
+        "embed": "admm",
+        "per_head": "admm",
+        "up": "admm",
+        "down": "dsf-published",
+    }
+    assert found["down"].note == "" and isinstance(new.down, FactorPair)
+    product = jnp.einsum("ndk,kf->fnd", new.down.right.kernel[...], new.down.left.kernel[...])
+    kernel = Heads().down.kernel[...]
+    assert jnp.linalg.norm(product - kernel) < 0.9 * jnp.linalg.norm(kernel)
+    for path, reason in [
+        ("embed", "is no kernel of a Flax layer"),
+        ("per_head", "has a matrix for each entry of axis 'n'"),
+        ("up", "LoRALinear has a __call__ of its own"),
+    ]:
+        assert reason in found[path].note and "one matrix in place of two" in found[path].note
+        assert found[path].nonzeros == found[path].bytes_before / 8
+        assert found[path].note in str(report)
+    assert report.skipped == {f"up/lora/lora_{c}": "rule 'up/.*'" for c in "ab"}
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])

@@ -9,7 +9,7 @@ import dsf_jax
 import macko_jax
 from dsf_jax.pipeline.rules import match_rules
 from macko_jax.nn import report as reports
-from macko_jax.nn.report import PackedLayerReport, PackingReport
+from macko_jax.nn.report import LayerReport, PackedLayerReport, PackingReport
 from macko_jax.nn.rules import PathRule, Rule, assign_rules
 
 PATHS = ["embed", "layers/0/up", "layers/0/down", "layers/1/up", "layers/1/down", "head"]
@@ -90,6 +90,7 @@ REPORT = PackingReport(
         ),
     ),
     other_bytes=1000,
+    others=(LayerReport("embed", "Embed", (100, 512), 51_200, 204_800, 204_800, "an embedding"),),
 )
 
 COMPRESSED = dsf_jax.Report(
@@ -108,38 +109,39 @@ COMPRESSED = dsf_jax.Report(
         ),
     ),
     other_bytes=1000,
-    skipped={"head": "the output head"},
+    others=(LayerReport("head", "linear", (4, 512), 2048, 8192, 8192, "the output head"),),
     stages=1,
     seconds=201.0,
 )
 
 
 def test_report_totals():
-    assert REPORT.bytes_before == 2**22 + 2**19 + 1000
-    assert REPORT.bytes_after == 2_300_000 + 2**19 + 1000
+    assert REPORT.bytes_before == 2**22 + 2**19 + 204_800 + 1000
+    assert REPORT.bytes_after == 2_300_000 + 2**19 + 204_800 + 1000
+    assert REPORT.ratio == REPORT.bytes_after / REPORT.bytes_before
     assert [layer.path for layer in REPORT.packed] == ["layers/0/up"]
-    assert REPORT.skipped == {"head": "from density 0.8 on dense is faster"}
+    assert REPORT.skipped == {
+        "head": "from density 0.8 on dense is faster",
+        "embed": "an embedding",
+    }
     assert REPORT.layers[0].density == 0.5
     assert REPORT.density == (2**19 + 2**17) / (2**20 + 2**17)
+    entries = 2**20 + 2**17 + 51_200
+    assert REPORT.model_density == (2**19 + 2**17 + 51_200) / entries
+    assert REPORT.dense_share == (2**17 + 51_200) / entries
+    assert COMPRESSED.dense_share == 2048 / (2**20 + 2048)
 
 
 def test_report_prints_a_table():
     lines = str(REPORT).splitlines()
-    assert lines[2].split() == [
-        "layers/0/up",
-        "Linear",
-        "2048",
-        "x",
-        "512",
-        "0.500",
-        "4.19",
-        "MB",
-        "2.30",
-        "MB",
-        "delta4",
-    ]
+    cells = " ".join(lines[2].split())
+    assert cells == "layers/0/up Linear 2048 x 512 0.500 4.19 MB 2.30 MB delta4"
     assert lines[3].endswith("from density 0.8 on dense is faster")
-    assert lines[-1].endswith("1 of 2 layers packed, 60% of the bytes")
+    assert lines[4].split()[:2] == ["embed", "Embed"] and lines[4].endswith("an embedding")
+    assert lines[-1].endswith(
+        "1 of 2 layers packed, 62% of the bytes of the dense model, 15% of the parameters stay "
+        "dense"
+    )
     # The columns line up: the numbers of a column end at one place.
     assert lines[2].index("4.19 MB") + 7 == lines[3].index("524.29 kB") + 9
 
@@ -149,13 +151,21 @@ def test_both_packages_print_alike():
     assert lines[0].split()[:5] == ["path", "matrix", "method", "density", "inner"]
     assert lines[2].split()[:6] == ["layers/0/up", "2048", "x", "512", "dsf", "0.5000"]
     assert lines[2].endswith("1.25e-02  3 min 20 s")
-    assert lines[-1] == "left as it is: head (the output head)"
+    assert lines[3].split()[0] == "head" and lines[3].endswith("the output head")
+    assert lines[-1].endswith(
+        "4.20 MB before, 4.20 MB now: 100% of the bytes of the dense model, 0% of the parameters "
+        "stay dense"
+    )
     assert isinstance(COMPRESSED, reports.Report) and isinstance(REPORT, reports.Report)
 
 
 def test_report_of_a_model_without_layers():
-    assert "0 of 0 layers packed, 100% of the bytes" in str(PackingReport((), 8))
-    assert PackingReport(()).density == 0 and PackingReport(()).to_csv() == ""
+    empty = PackingReport((), 8)
+    assert "0 of 0 layers packed, 100% of the bytes" in str(empty)
+    assert empty.density == empty.dense_share == 0
+    assert [row["path"] for row in csv.DictReader(empty.to_csv().splitlines())] == [
+        "everything else"
+    ]
 
 
 @pytest.mark.parametrize("report", [REPORT, COMPRESSED], ids=["packed", "compressed"])
@@ -163,12 +173,14 @@ def test_report_as_json_and_csv(report):
     record = json.loads(report.to_json())
     assert record == json.loads(json.dumps(report.to_dict()))
     assert record["layers"][0]["density"] == 0.5
-    assert record["bytes_after"] == report.bytes_after
-    rows = list(csv.DictReader(report.to_csv().splitlines()))
-    assert [row["path"] for row in rows] == [layer.path for layer in report.layers]
+    assert record["bytes_after"] == report.bytes_after and record["ratio"] == report.ratio
+    assert record["skipped"] == report.skipped
+    assert record["others"][0]["note"] == report.others[0].note
+    *rows, rest = csv.DictReader(report.to_csv().splitlines())
+    assert [row["path"] for row in rows] == [entry.path for entry in report.matrices]
     assert rows[0]["shape"] == "2048 x 512" and float(rows[0]["density"]) == 0.5
+    assert sum(int(row["bytes_before"]) for row in (*rows, rest)) == report.bytes_before
     if report is COMPRESSED:
-        assert record["skipped"] == {"head": "the output head"}
         assert rows[0]["method"] == "dsf" and float(rows[0]["error"]) == 0.0125
     else:
         assert rows[1]["note"].startswith("from density") and rows[0]["encoding"] == "delta4"

@@ -12,9 +12,9 @@ from flax import nnx, traverse_util
 
 import dsf_jax
 import macko_jax
-from dsf_jax.nn.layers import become_pair
 from macko_jax.flax_linen import FactorizedKernel
 from macko_jax.flax_nnx import MackoConv, MackoLinear
+from macko_jax.nn.flax_nnx import become_pair
 from tests import served_models
 from tests.served_models import LinenNet
 
@@ -25,6 +25,7 @@ PAIRS = {
     "conv": ((), 1, 8, 72),
     "grouped": ((), 2, 8, 16),
     "blocks/down": ((3,), 1, 8, 24),
+    "query": ((), 1, 12, 8),
     "merge": ((), 1, 10, 12),
     "head": ((), 1, 5, 10),
 }
@@ -92,6 +93,8 @@ SHAPES = {
     "blocks/up": (3, 24, 8),
     "blocks/down": (3, 8, 24),
     "heads": (12, 8),
+    "query": (12, 8),
+    "value": (12, 8),
     "merge": (10, 12),
     "plain": (10, 10),
     "head": (5, 10),
@@ -127,9 +130,12 @@ def test_packed_models_equal_the_compressed_ones(nnx_model, variables, x, values
 
 def test_another_process_loads_and_runs_them(nnx_model, variables, x, tmp_path):
     np.save(tmp_path / "inputs.npy", x)
-    packed, _ = dsf_jax.pack(nnx_model)
+    # Of single matrices and of pairs some have 8-bit values.
+    rules = [macko_jax.Rule("conv|query|value|blocks/.*", dtype="int8"), ".*"]
+    packed, _ = dsf_jax.pack(nnx_model, rules=rules)
+    assert packed.value.values.dtype == packed.query.right.values.dtype == jnp.int8
     macko_jax.save_model(tmp_path / "nnx.safetensors", packed)
-    packed_variables, _ = dsf_jax.pack(variables, module=LinenNet(), inputs=(x,))
+    packed_variables, _ = dsf_jax.pack(variables, None, rules, module=LinenNet(), inputs=(x,))
     macko_jax.save_model(tmp_path / "linen.safetensors", packed_variables)
     subprocess.run(
         [sys.executable, "-m", "tests.served_models", str(tmp_path)], cwd=ROOT, check=True

@@ -1,1 +1,1 @@
-"""Factor pairs as Flax layers, packing and training them."""
+"""What comes out of a compressed model: packing it, and training it on."""

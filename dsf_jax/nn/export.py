@@ -3,8 +3,9 @@
     pair = dsf_jax.compress_model(model, batches, method="dsf", density=0.5).model
     packed, report = dsf_jax.pack(pair)
 
-Both factors of a pair, the kernels of pruned linear layers, and those of convolutions become MACKO
-matrices. All that a packed model needs to run, to be saved and to be loaded is in `macko_jax`.
+Both factors of a pair, the kernels of pruned linear layers and einsums, and those of convolutions
+become MACKO matrices. All that a packed model needs to run, to be saved and to be loaded is in
+`macko_jax`.
 """
 
 import dataclasses
@@ -32,8 +33,8 @@ def pack(
 ) -> tuple[Any, PackingReport]:
     """Packs a pruned or factorized Flax model into MACKO matrices.
 
-    Linear layers, convolutions, pairs of factors, and stacks of them are packed wherever fewer than
-    0.8 of a matrix's entries are non-zero.
+    Linear layers, einsums that are plain contractions, convolutions, pairs of factors, and stacks
+    of them are packed wherever fewer than 0.8 of a matrix's entries are non-zero.
 
     Args:
       model: An NNX model, or a linen module's variables; left as it is.
@@ -41,13 +42,14 @@ def pack(
         keeps their type. A rule that names a dtype of its own keeps it.
       rules: `macko_jax.Rule`s, or regular expressions, that say which layers are packed and how; a
         pair of factors is one layer with one path.
-      module: The linen module. With it every Dense, DenseGeneral and Conv is packed; without it
-        factors, and kernels of two axes, which are taken for those of Dense layers.
+      module: The linen module. With it every Dense, DenseGeneral and Conv is packed, and every
+        Einsum that is a plain contraction; without it factors, and kernels of two axes, which are
+        taken for those of Dense layers.
       inputs: Example arguments of the linen module's call; arrays may be `jax.ShapeDtypeStruct`.
 
     Returns:
       A new model (linen: variables, for `macko_jax.flax_linen.apply`), and the report of every
-      layer: bytes of the dense model and of this one, why a layer was left dense.
+      parameter matrix: bytes of the dense model and of this one, why it was left dense.
 
     Raises:
       ValueError: A rule matches no layer.

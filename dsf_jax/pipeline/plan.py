@@ -1,5 +1,6 @@
 """What is asked for each layer of a model, checked before anything is computed."""
 
+import collections
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -8,16 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsf_jax.nn import layers as flax_layers
 from dsf_jax.pipeline.allocation import allocate_densities, probe_errors
 from dsf_jax.pipeline.rules import Rule, Rules, default_skip, match_rules
 from dsf_jax.pipeline.settings import Calibration
-from dsf_jax.pipeline.solve import Assignment, check_method
+from dsf_jax.pipeline.solve import METHODS, Assignment, check_method
 from dsf_jax.solvers.problem import is_finite
 from dsf_jax.trace import stages
 from dsf_jax.trace.calibration import CalibrationPass
 from dsf_jax.trace.dataflow import Layer
 from dsf_jax.trace.network import Network
+from macko_jax.nn import report
+from macko_jax.nn.pairs import why_no_pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +28,15 @@ class Plan:
 
     Attributes:
       assignments: What is asked for each layer that is compressed, by path.
-      skipped: For each other layer or parameter matrix, why it stays as it is.
+      singles: For each layer that was to become a pair of factors and cannot, why it gets the best
+        single matrix.
+      others: What to report of each other layer or parameter matrix, which stays as it is.
       fixed: Paths of layers whose density a rule names.
     """
 
     assignments: Mapping[str, Assignment]
-    skipped: dict[str, str]
+    singles: Mapping[str, str]
+    others: tuple[report.LayerReport, ...]
     fixed: frozenset[str]
 
 
@@ -62,20 +67,20 @@ def plan_layers(dense: CalibrationPass, rules: Rules, default: Assignment) -> Pl
         assignments[layer.path] = _assign(layer, rule, default)
         if rule is not None and rule.density is not None:
             fixed.add(layer.path)
-    for leaf, reason in dense.notes.items():
-        if all(layer.leaf != leaf for layer in dense.layers):
-            skipped[dense.network.module_path(leaf)] = reason
+    others = _report_others(dense, skipped)
     if not assignments:
         raise ValueError(
             "no layer is left to compress: "
-            + ("; ".join(f"{path}: {why}" for path, why in skipped.items()) or "none was found")
+            + ("; ".join(f"{entry.path}: {entry.note}" for entry in others) or "none was found")
         )
-    _check_pairs(dense, assignments)
+    singles = _why_singles(dense, assignments)
+    for path in singles:
+        assignments[path] = _best_single(assignments[path])
     for path in assignments:
         layer = dense.layer(path)
         if not is_finite(layer.read(dense.network.leaves[layer.leaf])):
             raise ValueError(f"layer {path!r}: its weights hold NaN or infinity")
-    return Plan(assignments, skipped, frozenset(fixed))
+    return Plan(assignments, singles, others, frozenset(fixed))
 
 
 def _why_skipped(layer: Layer, rule: Rule | None) -> str | None:
@@ -112,28 +117,46 @@ def _assign(layer: Layer, rule: Rule | None, default: Assignment) -> Assignment:
     return assignment
 
 
-def _check_pairs(dense: CalibrationPass, assignments: Mapping[str, Assignment]) -> None:
-    """Raises a ValueError where layers are asked to become pairs and cannot."""
-    paired = {path for path, asked in assignments.items() if asked.solver.gives_pairs}
-    for path in paired:
-        leaf = dense.layer(path).leaf
-        slices = {layer.path for layer in dense.layers if layer.leaf == leaf}
-        if not slices <= paired:
-            raise ValueError(
-                f"layer {path!r}: all slices of a stack must become pairs, or none; "
-                f"{sorted(slices - paired)} would not"
-            )
-    reasons = {path: _why_no_pair(dense.network, dense.layer(path)) for path in sorted(paired)}
-    reasons = {path: reason for path, reason in reasons.items() if reason}
-    if reasons:
-        pattern = "|".join(map(re.escape, reasons))
-        inherits = any(assignments[path].options for path in reasons)
-        options = ", options={}" if inherits else ""
-        raise ValueError(
-            "; ".join(f"layer {path!r}: {reason}" for path, reason in reasons.items())
-            + f"; give {'them' if len(reasons) > 1 else 'it'} a method of one matrix, "
-            f"Rule({pattern!r}, method='admm'{options}), or Rule({pattern!r}, skip=True)"
-        )
+def _report_others(
+    dense: CalibrationPass, skipped: Mapping[str, str]
+) -> tuple[report.LayerReport, ...]:
+    """What to report of the layers that are skipped and of parameters that are no layer's."""
+    network, entries = dense.network, {}
+    for layer in dense.layers:
+        if layer.path in skipped:
+            matrices = layer.read(network.leaves[layer.leaf])
+            matrices = matrices if layer.groups > 1 else matrices[0]
+            entries[layer.leaf, layer.path] = layer.kind, matrices, skipped[layer.path]
+    with_layers = {layer.leaf for layer in dense.layers}
+    for leaf, reason in dense.notes.items():
+        if leaf not in with_layers:
+            path = network.module_path(leaf)
+            entries[leaf, path] = "parameter", network.leaves[leaf], reason
+    return tuple(
+        report.report_as_it_is(path, *entries[leaf, path]) for leaf, path in sorted(entries)
+    )
+
+
+def _why_singles(dense: CalibrationPass, assignments: Mapping[str, Assignment]) -> dict[str, str]:
+    """Why layers that are asked to become pairs of factors cannot, by path."""
+    wanted = [path for path, asked in assignments.items() if asked.solver.gives_pairs]
+    reasons = {path: _why_no_pair(dense.network, dense.layer(path)) for path in wanted}
+    whole = [dense.layer(path) for path, reason in reasons.items() if reason is None]
+    pairs = collections.Counter(layer.leaf for layer in whole)
+    slices = collections.Counter(layer.leaf for layer in dense.layers)
+    for layer in whole:
+        if pairs[layer.leaf] < slices[layer.leaf]:
+            reasons[layer.path] = "all slices of a stack become pairs, or none"
+    return {
+        path: f"{reason}: one matrix in place of two" for path, reason in reasons.items() if reason
+    }
+
+
+def _best_single(asked: Assignment) -> Assignment:
+    """What is asked of a layer that was to become a pair and gets one matrix."""
+    method = METHODS["admm"]
+    options = {name: asked.options[name] for name in method.option_names if name in asked.options}
+    return Assignment(method.name, asked.density, options)
 
 
 def _why_no_pair(network: Network, layer: Layer) -> str | None:
@@ -144,7 +167,7 @@ def _why_no_pair(network: Network, layer: Layer) -> str | None:
         return "its kernel is used in parts"
     if layer.path.endswith("]") and not layer.view.steps[0][0].startswith("["):
         return "its kernel is stacked along an axis that is not the first"
-    return flax_layers.why_no_pair(network.modules.get(network.module_path(layer.leaf)))
+    return why_no_pair(network.modules.get(network.module_path(layer.leaf)))
 
 
 def check_grams(

@@ -1,9 +1,9 @@
-"""What became of each layer of a compressed model: progress lines, a table, JSON, CSV."""
+"""What became of each matrix of a compressed model: progress lines, a table, JSON, CSV."""
 
 import dataclasses
 
 from macko_jax.nn import report as base
-from macko_jax.nn.report import format_shape
+from macko_jax.nn.report import format_bytes, format_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class LayerReport(base.LayerReport):
             "non-zeros": str(self.nonzeros),
             "error": f"{self.error:.2e}",
             "time": format_seconds(self.seconds),
+            "note": self.note,
         }
 
 
@@ -76,16 +77,24 @@ class Report(base.Report):
 
     Attributes:
       layers: One entry per compressed layer, in order of the data flow.
-      other_bytes: Bytes of everything else in the model.
-      skipped: For each other layer or parameter matrix, why it stayed as it is.
+      other_bytes: Bytes of what is no matrix: biases, norms, statistics.
+      others: One entry for each other layer or parameter matrix, which stays as it is; its `note`
+        says why.
       stages: How many times the pass was halted to solve layers.
       seconds: Wall time of the whole run.
     """
 
     layers: tuple[LayerReport, ...]
-    skipped: dict[str, str]
     stages: int
     seconds: float
+
+    def rows(self):
+        shown = ("path", "matrix", "density", "note")
+        others = [entry.cells() for entry in self.others]
+        return [
+            *(layer.cells() for layer in self.layers),
+            *({name: cells[name] for name in shown} for cells in others),
+        ]
 
     def totals(self):
         return [
@@ -94,12 +103,13 @@ class Report(base.Report):
                 "density": f"{self.density:.4f}",
                 "non-zeros": str(self.nonzeros),
                 "time": format_seconds(self.seconds),
-            }
+            },
+            {"path": "total", "density": f"{self.model_density:.4f}", "note": self.summary()},
         ]
 
-    def __str__(self):
-        kept = [f"left as it is: {path} ({why})" for path, why in self.skipped.items()]
-        return "\n".join([super().__str__(), *kept])
+    def summary(self):
+        before, after = map(format_bytes, (self.bytes_before, self.bytes_after))
+        return f"{before} before, {after} now: {super().summary()}"
 
 
 def format_seconds(seconds: float) -> str:

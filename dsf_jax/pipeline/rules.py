@@ -56,7 +56,7 @@ def match_rules(rules: Rules, paths: Iterable[str]) -> dict[str, Rule | None]:
 def default_skip(layer) -> str | None:
     """Why a layer is left alone unless a rule asks for it; None where it is not."""
     if layer.kind == "embedding":
-        return "an embedding"
+        return "an embedding, tied to the head" if layer.uses else "an embedding"
     if re.fullmatch(HEAD, layer.path):
         return "the output head"
     if layer.groups > 1 and layer.rows == 1:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 from dsf_jax.pipeline.pace import Pace, Task
-from dsf_jax.pipeline.plan import check_grams, order_stages, plan_layers, share_budget
+from dsf_jax.pipeline.plan import Plan, check_grams, order_stages, plan_layers, share_budget
 from dsf_jax.pipeline.processes import all_agree, share
 from dsf_jax.pipeline.report import LayerReport, Progress, Report
 from dsf_jax.pipeline.resume import WorkDirectory, fingerprint
@@ -104,9 +104,9 @@ def compress_model(
 
     Raises:
       TypeError: The model, a rule or a keyword is not of a kind that is known.
-      ValueError: An argument cannot be served, a rule matches nothing, a layer has no form of two
-        factors, or weights or activations are NaN or infinite; the message names the layer. But
-        for activations, all of it is said before anything is computed.
+      ValueError: An argument cannot be served, a rule matches nothing, or weights or activations
+        are NaN or infinite; the message names the layer. But for activations, all of it is said
+        before anything is computed.
       FloatingPointError: A method came to NaN.
 
     References:
@@ -145,17 +145,15 @@ def compress_model(
     if sequential and calibration.target == "dense":
         dense = CalibrationPass(network, batches, keep, local)
         dense.start(present.stages)
-    run = _Run(
-        present, dense, grams, plan.assignments, execution.solvers, directory, callback, stages
-    )
+    run = _Run(present, dense, grams, plan, execution.solvers, directory, callback, stages)
     for done, paths in enumerate(stages):
         run.solve_stage(paths, done if sequential else None)
     layers = sorted(run.reports, key=lambda layer: present.index[layer.path])
-    compressed_bytes = sum(layer.bytes_before for layer in layers)
+    listed_bytes = sum(entry.bytes_before for entry in (*layers, *plan.others))
     report = Report(
         layers=tuple(layers),
-        other_bytes=sum(getattr(leaf, "nbytes", 0) for leaf in network.leaves) - compressed_bytes,
-        skipped=plan.skipped,
+        other_bytes=sum(getattr(leaf, "nbytes", 0) for leaf in network.leaves) - listed_bytes,
+        others=plan.others,
         stages=len(stages),
         seconds=time.perf_counter() - began,
     )
@@ -169,7 +167,7 @@ class _Run:
       present: The pass of the model as it now is.
       dense: The pass of the dense model, where layers are fitted to its outputs.
       grams: Gram matrices that were given.
-      assignments: What is asked for each layer.
+      plan: What is asked for each layer.
       devices: Devices over which layers are spread.
       directory: Where finished layers are kept.
       callback: Called after each layer.
@@ -181,14 +179,14 @@ class _Run:
         present: CalibrationPass,
         dense: CalibrationPass | None,
         grams: Mapping[str, jax.Array] | None,
-        assignments: Mapping[str, Assignment],
+        plan: Plan,
         devices: Sequence[Device],
         directory: WorkDirectory | None,
         callback: Callable[[Progress], None] | None,
         stages: Sequence[Sequence[str]],
     ):
         self.present, self.dense, self.grams = present, dense, grams
-        self.assignments, self.devices = assignments, devices
+        self.plan, self.assignments, self.devices = plan, plan.assignments, devices
         self.directory, self.callback = directory, callback
         self.leaves = list(present.network.leaves)
         self.pairs: dict[str, LayerSolution] = {}
@@ -327,6 +325,7 @@ class _Run:
                 solution.nonzeros,
                 layer.size * itemsize,
                 kept * itemsize,
+                self.plan.singles.get(path, ""),
                 method=solution.method,
                 inner=None if solution.left is None else solution.left.shape[-1],
                 error=solution.error,

@@ -20,9 +20,25 @@ import numpy as np
 from dsf_jax.trace import jaxprs
 from dsf_jax.trace.im2col import Convolution, matmul_matrix
 from dsf_jax.trace.network import Network
+from macko_jax.nn.report import is_matrix
 
 # A scan over stacked layers is unrolled, so that each slice of the stack is a layer of its own.
 MAX_UNROLL = 256
+
+# What an operation does to a parameter whose product is then not followed.
+OBSTACLES = {
+    "concatenate": "joined with other arrays",
+    "gather": "gathered: its entries are picked by an index",
+    "dynamic_slice": "gathered: a slice is picked by an index",
+    "mul": "scaled or masked",
+    "div": "scaled or masked",
+    "add": "added to something",
+    "sub": "added to something",
+    "pad": "padded",
+    "broadcast_in_dim": "repeated",
+    "ragged_dot": "multiplied in groups (ragged_dot)",
+    "ragged_dot_general": "multiplied in groups (ragged_dot)",
+}
 
 
 class Op(NamedTuple):
@@ -147,7 +163,7 @@ class Dataflow:
       shapes: Shape and dtype of every value, by name.
       layers: The layers, in order of first application.
       views: Values that are views of a parameter, recomputed wherever they are needed.
-      notes: For parameters that are used as matrices where no layer could be made: the reason.
+      notes: For each parameter with two axes or more that has no layer: the reason.
     """
 
     ops: list[Op] = dataclasses.field(default_factory=list)
@@ -181,14 +197,16 @@ class _Tracer:
         self.flow = Dataflow()
         self.network = network
         self.found: dict[tuple, Layer] = {}
+        self.obstacles: dict[int, str] = {}
         names = [self.name(v.aval) for v in closed.jaxpr.invars]
         self.flow.leaves, self.flow.batch = names[:leaves], names[leaves:]
         for i, name in enumerate(self.flow.leaves):
-            if network.trainable[i]:
+            if network.roles[i] == "parameter":
                 self.flow.views[name] = View(i)
         constants = [self.constant(c) for c in closed.consts]
         self.flatten(closed.jaxpr, constants, names)
         self.settle_overlaps()
+        self.explain_rest()
 
     def name(self, aval: Any) -> int:
         self.flow.shapes.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
@@ -247,6 +265,10 @@ class _Tracer:
                 views[output] = view.then(f"{key}#{i}", lambda x, i=i: run(x)[i])
         elif jaxprs.programs(eqn):
             self.note_hidden(eqn, inputs)
+        else:
+            for name in inputs:
+                if name in views:
+                    self.obstacles.setdefault(views[name].leaf, kind)
         return outputs
 
     def note_hidden(self, eqn: Any, inputs: Iterable[int]) -> None:
@@ -345,6 +367,7 @@ class _Tracer:
                 return None
             groups, rows, cols = jax.eval_shape(view.read, leaf).shape
             if cols < 2:
+                self.flow.notes.setdefault(view.leaf, "too small: its matrix has one input")
                 return None
             layer = Layer("", view.leaf, kind, groups, rows, cols, view)
             stack = "".join(f"[{i}]" for i in layer.stack)
@@ -367,8 +390,30 @@ class _Tracer:
             parts = [np.asarray(layer.read(positions)).ravel() for layer in layers]
             if len(np.unique(np.concatenate(parts))) < sum(part.size for part in parts):
                 dropped.update(id(layer) for layer in layers)
-                self.flow.notes[leaf] = "used in several ways (as a matrix and as its transpose?)"
+                self.flow.notes[leaf] = (
+                    "an embedding, tied to the head"
+                    if any(layer.kind == "embedding" for layer in layers)
+                    else "used in several ways (as a matrix and as its transpose?)"
+                )
             else:
                 for i, layer in enumerate(layers):
                     layer.path = f"{path}#{i}"
         self.flow.layers = [layer for layer in self.flow.layers if id(layer) not in dropped]
+
+    def explain_rest(self) -> None:
+        """Notes why each parameter with two axes or more that has no layer has none."""
+        with_layers = {layer.leaf for layer in self.flow.layers}
+        for leaf, name in enumerate(self.flow.leaves):
+            shape, role = self.flow.shapes[name], self.network.roles[leaf]
+            matrix = is_matrix(self.network.paths[leaf][-1], shape)
+            if leaf in with_layers or not matrix or role == "state":
+                continue
+            if role == "other":
+                reason = "no parameter: an nnx.Variable that is no nnx.Param, or not in 'params'"
+            elif leaf in self.obstacles:
+                kind = self.obstacles[leaf]
+                what = OBSTACLES.get(kind, f"an operand of {kind!r}")
+                reason = f"{what} before any product, or in place of one"
+            else:
+                reason = "not reached by the forward pass"
+            self.flow.notes.setdefault(leaf, reason)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -10,7 +10,12 @@ from flax import linen as nn
 from flax import nnx
 
 from macko_jax.format.factors import FactorizedKernel
+from macko_jax.nn.flax_linen import STATE as linen_state
+from macko_jax.nn.flax_nnx import STATE as nnx_state
 from macko_jax.nn.flax_nnx import become_pair
+from macko_jax.nn.rules import layer_path
+
+Role = Literal["parameter", "state", "other"]
 
 
 @dataclasses.dataclass
@@ -20,7 +25,7 @@ class Network:
     Attributes:
       paths: Path of each leaf, such as ("layers", "0", "mlp", "down", "kernel").
       leaves: The arrays.
-      trainable: Whether each leaf is a parameter (not a statistic, cache or random state).
+      roles: What each leaf is: a parameter, state (a statistic, cache or random state), or other.
       apply: `apply(leaves, batch)` is the forward pass, in evaluation mode.
       substitute: `substitute(leaves, factors)` is a new model (linen: variables) with other arrays,
         and with pairs of factors (left, right) in the place of some kernels, by index of leaf.
@@ -29,15 +34,14 @@ class Network:
 
     paths: list[tuple[str, ...]]
     leaves: list[jax.Array]
-    trainable: list[bool]
+    roles: list[Role]
     apply: Callable[[Sequence[jax.Array], Any], list]
     substitute: Callable[[Sequence[jax.Array], Mapping[int, tuple[jax.Array, jax.Array]]], Any]
     modules: dict[str, Any]
 
     def module_path(self, leaf: int) -> str:
         """Path of the module whose kernel or embedding a leaf is; of other leaves their own."""
-        path = self.paths[leaf]
-        return "/".join(path[:-1] if path[-1] in ("kernel", "embedding") else path)
+        return layer_path(self.paths[leaf])
 
 
 def read_network(
@@ -80,10 +84,10 @@ def _call(model: Any, batch: Any) -> Any:
 
 
 def _read_nnx(model: nnx.Module, forward: Callable) -> Network:
-    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
-    with_paths, tree = jax.tree_util.tree_flatten_with_path((parameters, rest))
+    graph, *states = nnx.split(model, nnx.Param, nnx_state, ...)
+    with_paths, tree = jax.tree_util.tree_flatten_with_path(tuple(states))
     paths = [_names(path[1:]) for path, _ in with_paths]
-    first = len(jax.tree.leaves(parameters))
+    roles = [get_args(Role)[path[0].idx] for path, _ in with_paths]
 
     def rebuild(leaves):
         return nnx.merge(graph, *jax.tree.unflatten(tree, leaves))
@@ -101,12 +105,7 @@ def _read_nnx(model: nnx.Module, forward: Callable) -> Network:
         return new
 
     return Network(
-        paths,
-        [leaf for _, leaf in with_paths],
-        [i < first for i in range(len(paths))],
-        apply,
-        substitute,
-        _modules(model),
+        paths, [leaf for _, leaf in with_paths], roles, apply, substitute, _modules(model)
     )
 
 
@@ -117,7 +116,6 @@ def _modules(model: nnx.Module) -> dict[str, Any]:
 def _read_linen(module: nn.Module, variables: Any, forward: Callable) -> Network:
     with_paths, tree = jax.tree_util.tree_flatten_with_path(variables)
     paths = [_names(path) for path, _ in with_paths]
-
     modules = {}
 
     def record(next_function, args, kwargs, context):
@@ -141,11 +139,17 @@ def _read_linen(module: nn.Module, variables: Any, forward: Callable) -> Network
     return Network(
         [path[1:] for path in paths],
         [leaf for _, leaf in with_paths],
-        [path[0] == "params" for path in paths],
+        [_linen_role(path[0]) for path in paths],
         apply,
         substitute,
         modules,
     )
+
+
+def _linen_role(collection: str) -> Role:
+    if collection == "params":
+        return "parameter"
+    return "state" if collection in linen_state else "other"
 
 
 def _names(path: tuple) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -36,6 +37,7 @@ from examples.llama.rope import rotation
 from examples.llama.sizes import END_HEADER, HEADER, Densities, PackedSizes
 from examples.records import write_json
 from macko_jax.io.atomic import remove_unfinished
+from macko_jax.nn.report import LayerReport
 from macko_jax.nn.rules import BREAK_EVEN_DENSITY
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -98,15 +100,16 @@ def compress_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     with _alone_in(out):
         settings = recipe.settings() | _inputs(stored, None if given else windows, dtype)
-        record = _Record(out / "report.json", settings)
+        model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
+        record = _Record(out / "report.json", settings, _others(model, assigned))
         remove_unfinished(out)
-        run = _Run(out, stored, recipe, assigned, record, dtype, devices, callback)
+        run = _Run(out, stored, model, recipe, assigned, record, devices, callback)
         record.begin()
         run.given() if given else run.solved(windows, batch)
-        for name in ("norm",) if run.model.head is None else ("norm", "head"):
+        for name in ("norm",) if model.head is None else ("norm", "head"):
             run.save_part(name)
         _finish(out, stored)
-        return record.report(time.perf_counter() - began, run.skipped())
+        return record.report(time.perf_counter() - began)
 
 
 def _open_source(source, out):
@@ -184,20 +187,17 @@ class _Run:
     Args:
       out: the directory of the packed model.
       stored: the dense `Checkpoint`.
+      model: the abstract model.
       recipe: the `Recipe`.
       assigned: the rule of each layer, as `Recipe.assign` gives it.
       record: the `_Record` of the run.
-      dtype: what activations are computed in.
       devices: over which layers are spread.
       callback: called after each layer.
     """
 
-    def __init__(self, out, stored, recipe, assigned, record, dtype, devices, callback):
-        self.out, self.stored, self.recipe, self.assigned = out, stored, recipe, assigned
-        self.record, self.devices = record, devices
-        self.model = checkpoint.abstract_model(
-            stored.config, dtype=dtype, param_dtype=stored.dtype()
-        )
+    def __init__(self, out, stored, model, recipe, assigned, record, devices, callback):
+        self.out, self.stored, self.model, self.recipe = out, stored, model, recipe
+        self.assigned, self.record, self.devices = assigned, record, devices
         self.progress = _Progress(self._layers(), callback)
         self.densities = None if recipe.method == GIVEN else self._uniform()
 
@@ -213,11 +213,6 @@ class _Run:
                 if rule is None or not rule.skip:
                     blocks[-1].append((path, shape, self.recipe.method_of(rule)))
         return blocks
-
-    def skipped(self):
-        """Why layers stay as they are, by path."""
-        rules = {path: rule for path, rule in self.assigned.items() if rule and rule.skip}
-        return {path: f"rule {rule.path!r}" for path, rule in rules.items()}
 
     def solved(self, windows, batch):
         """Compresses every block on what the packed ones before it give."""
@@ -248,7 +243,7 @@ class _Run:
             else:
                 began = time.perf_counter()
                 self._write(i, self._read(i), [], began)
-        layers = self.record.report(0.0, {}).layers
+        layers = self.record.report(0.0).layers
         if layers and all(layer.density >= BREAK_EVEN_DENSITY for layer in layers):
             raise ValueError(
                 f"{self.stored.directory} has no layer in which fewer than "
@@ -353,7 +348,7 @@ class _Run:
             )
             for layer in solved
         ]
-        self.record.add(index, layers, self.skipped())
+        self.record.add(index, layers)
         macko_jax.save(
             checkpoint.part_file(self.out, index), macko_jax.flax_nnx.to_pure_dict(packed)
         )
@@ -420,6 +415,30 @@ def _run_block(graph, state, config, hidden):
     return _forward(config, nnx.merge(graph, state), hidden)
 
 
+def _others(model, assigned):
+    """What to report of the matrices of an abstract model that are saved as they are."""
+    embedding = model.embed.embedding.get_value()
+    reason = "an embedding" if model.head is not None else "an embedding, tied to the head"
+    others = [_kept("embed", embedding.shape, embedding.dtype, reason)]
+    for i, block in enumerate(model.layers):
+        for layer in LAYERS:
+            path, kernel = f"layers/{i}/{layer}", _kernel(block, layer)
+            rule = assigned[path]
+            if rule is not None and rule.skip:
+                reason = f"rule {rule.path!r}"
+                others.append(_kept(path, kernel.shape[::-1], kernel.dtype, reason))
+    if model.head is not None:
+        kernel = model.head.kernel.get_value()
+        others.append(_kept("head", kernel.shape[::-1], kernel.dtype, "the output head"))
+    return tuple(others)
+
+
+def _kept(path, shape, dtype, reason):
+    size = math.prod(shape)
+    nbytes = size * dtype.itemsize
+    return LayerReport(path, "parameter", shape, size, nbytes, nbytes, reason)
+
+
 class _Record:
     """report.json: the settings, and what became of each finished layer.
 
@@ -428,8 +447,8 @@ class _Record:
       shares: densities by path that a sensitivity budget has found; None before it has.
     """
 
-    def __init__(self, path, settings):
-        self.path, self.settings = path, settings
+    def __init__(self, path, settings, others):
+        self.path, self.settings, self.others = path, settings, others
         self.blocks, self.shares = {}, None
         if path.is_file():
             self._read()
@@ -483,24 +502,25 @@ class _Record:
         if not self.path.is_file():
             self.write()
 
-    def write(self, skipped=None):
+    def write(self):
         """Writes what is known so far."""
         seconds = sum(layer.seconds for block in self.blocks.values() for layer in block)
         head = {"version": VERSION, "settings": self.settings, "shares": self.shares}
-        write_json(self.path, head | self.report(seconds, skipped or {}).to_dict())
+        write_json(self.path, head | self.report(seconds).to_dict())
 
     def block(self, index):
         """The reports of a block's layers, as those of layers that were read back."""
         return [dataclasses.replace(layer, resumed=True) for layer in self.blocks.get(index, [])]
 
-    def add(self, index, layers, skipped):
+    def add(self, index, layers):
         self.blocks[index] = layers
-        self.write(skipped)
+        self.write()
 
-    def report(self, seconds, skipped):
+    def report(self, seconds):
         layers = tuple(layer for index in sorted(self.blocks) for layer in self.blocks[index])
-        skipped = {"embed": "an embedding", "head": "the output head"} | skipped
-        return dsf_jax.Report(layers=layers, skipped=skipped, stages=len(layers), seconds=seconds)
+        return dsf_jax.Report(
+            layers=layers, others=self.others, stages=len(layers), seconds=seconds
+        )
 
 
 class _Progress:

@@ -1,61 +1,62 @@
 """Versioned, checked files of pytrees with MackoMatrix leaves: safetensors with JSON metadata.
 
-A file is an ordinary safetensors file whose metadata holds
+A file is an ordinary safetensors file whose metadata has one entry, "macko_jax", with the JSON of
 
-    format    "macko_jax"
-    version   "1"
-    tree      JSON of the tree: nested dicts, lists and tuples; each array leaf names its tensor,
-              its dtype and the CRC-32 of its bytes; a MackoMatrix names its arrays and carries its
-              shape, encoding and lanes; a FactorizedKernel has two such leaves
-    crc32     CRC-32 of that JSON text
+    version   "2"
+    crc32     CRC-32 of the JSON of the tree, without white space
+    tree      nested dicts, lists and tuples; each array leaf names its tensor, its dtype and the
+              CRC-32 of its bytes; a MackoMatrix names its arrays and carries its shape, encoding
+              and lanes; a FactorizedKernel has two such leaves
 
 so that any safetensors reader can look into it, and a broken file gives an error and never a wrong
-product. Dtypes that safetensors' NumPy reader does not know (the 8-bit floats) are stored as bytes.
+product. In files of version 1 each of these is an entry of the metadata, beside "format". Dtypes
+that safetensors' NumPy reader does not know (the 8-bit floats) are stored as bytes.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from safetensors.numpy import save_file
 
 from macko_jax.format.factors import FactorizedKernel
 from macko_jax.format.matrix import MackoMatrix, validate
 from macko_jax.io.atomic import replacing
 
 FORMAT = "macko_jax"
-VERSION = "1"
+VERSION = "2"
 
 METADATA = "__metadata__"  # no tensor of a safetensors file has this name
 
 MATRIX_ARRAYS = ("values", "codes", "row_offsets", "starts", "scales")
 
-# The names that safetensors gives to the types of NumPy.
-NATIVE_DTYPES = {
-    "bool": "BOOL",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-}
-# These are stored as U8.
+NATIVE_DTYPES = (
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "complex64",
+)
+# These are stored as uint8.
 BYTE_DTYPES = (
     "float8_e4m3fn",
     "float8_e5m2",
@@ -86,10 +87,12 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"Cannot save {path}: the directory {path.parent} does not exist")
     tensors: dict[str, np.ndarray] = {}
-    text = json.dumps(_encode(tree, (), tensors), separators=(",", ":"))
-    metadata = {"format": FORMAT, "version": VERSION, "tree": text, "crc32": _crc32(text.encode())}
+    described = _encode(tree, (), functools.partial(_store, tensors))
+    checksum = _crc32(_to_json(described).encode())
+    # In one entry, since the library writes several in an order that is left to chance.
+    text = _to_json({"version": VERSION, "crc32": checksum, "tree": described})
     with replacing(path) as temporary:
-        _write(temporary, tensors, metadata)
+        save_file(tensors, temporary, {FORMAT: text})
 
 
 def load(path: str | os.PathLike) -> Any:
@@ -125,24 +128,88 @@ def load(path: str | os.PathLike) -> Any:
         raise ValueError(f"Cannot load {path}: {error}") from error
 
 
-def _decode_file(file) -> Any:
-    metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
+def describe(tree: Any) -> dict:
+    """What is in a tree that `save` takes, but for the numbers: structure, shapes, dtypes.
+
+    Args:
+        tree: as for `save`; no array is read.
+
+    Returns:
+        Dicts, lists and strings, ready for JSON.
+
+    Raises:
+        TypeError: as `save` does.
+    """
+
+    def put(array: Any, place: str) -> dict:
+        return {"array": list(array.shape), "dtype": _known_dtype(array, place)}
+
+    return _encode(tree, (), put)
+
+
+def abstract(description: dict) -> Any:
+    """The tree of a description, with `jax.ShapeDtypeStruct` in the place of arrays.
+
+    Args:
+        description: as `describe` gave it, also after it has been through JSON.
+
+    Returns:
+        The tree.
+
+    Raises:
+        ValueError: if it is no such description.
+    """
+
+    def read(node: dict) -> Any:
+        return jax.ShapeDtypeStruct(tuple(node["array"]), jnp.dtype(node["dtype"]))
+
+    try:
+        return _decode(description, read)
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"its metadata names the format {metadata.get('format')!r} and not {FORMAT!r}; "
-            "load reads what macko_jax.save wrote"
-        )
-    if metadata.get("version") != VERSION:
+            f"the description makes no sense ({error!r}); give one as describe made it"
+        ) from error
+
+
+def _to_json(node: Any) -> str:
+    return json.dumps(node, separators=(",", ":"))
+
+
+def _read_description(metadata: Mapping[str, str]) -> dict:
+    """The description of a file's tree, whose checksum is right."""
+    nonsense = (
+        "the description of its tree makes no sense ({}); load reads what macko_jax.save wrote"
+    )
+    if metadata.get("format") == FORMAT:  # version 1
+        known, found, text = "1", metadata, metadata.get("tree", "")
+    elif FORMAT in metadata:
+        try:
+            found = json.loads(metadata[FORMAT])
+            known, text = VERSION, _to_json(found["tree"])
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(nonsense.format(repr(error))) from error
+    else:
         raise ValueError(
-            f"it has version {metadata.get('version')!r}, and this macko_jax reads version "
-            f"{VERSION!r}; install the macko_jax that wrote it, or save the tree again"
+            f"its metadata has no entry {FORMAT!r}; load reads what macko_jax.save wrote"
         )
-    text = metadata.get("tree", "")
-    if metadata.get("crc32") != _crc32(text.encode()):
+    if found.get("version") != known:
+        raise ValueError(
+            f"it has version {found.get('version')!r}, and this macko_jax reads versions 1 and "
+            f"{VERSION}; install the macko_jax that wrote it, or save the tree again"
+        )
+    if found.get("crc32") != _crc32(text.encode()):
         raise ValueError(
             "the description of its tree does not match its checksum: the file was altered after "
             "it was saved; take an unaltered copy"
         )
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(nonsense.format(repr(error))) from error
+
+
+def _decode_file(file) -> Any:
+    described = _read_description(file.metadata() or {})
     unread = set(file.keys())
 
     def read(node: dict) -> np.ndarray:
@@ -165,8 +232,8 @@ def _decode_file(file) -> Any:
         return stored.view(jnp.dtype(node["dtype"]))
 
     try:
-        tree = _decode(json.loads(text), read)
-    except (KeyError, TypeError, RecursionError) as error:
+        tree = _decode(described, read)
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"the description of its tree makes no sense ({error!r}); load reads what "
             "macko_jax.save wrote"
@@ -179,38 +246,13 @@ def _decode_file(file) -> Any:
     return tree
 
 
-def _write(path: pathlib.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whose header is in a fixed order.
-
-    The writer of the library leaves the order of the metadata to chance, so that no two files are
-    alike. As in its files, wide types come first, which keeps all tensors aligned.
-    """
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header: dict[str, Any] = {METADATA: metadata}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        header[name] = {
-            "dtype": NATIVE_DTYPES[tensor.dtype.name],
-            "shape": tensor.shape,
-            "data_offsets": [end, end := end + tensor.nbytes],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in names:
-            file.write(_as_bytes(tensors[name]).data)
-
-
-def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
-    """The JSON description of a tree; its arrays are added to `tensors`."""
+def _encode(node: Any, path: tuple, put: Callable[[Any, str], dict]) -> dict:
+    """The JSON description of a tree; `put(array, place)` gives that of each array in it."""
     place = "/".join(map(str, path))
     if isinstance(node, MackoMatrix):
         return {
             "matrix": {
-                name: _encode_array(np.asarray(getattr(node, name)), f"{place}.{name}", tensors)
+                name: put(getattr(node, name), f"{place}.{name}")
                 for name in MATRIX_ARRAYS
                 if getattr(node, name) is not None
             },
@@ -221,8 +263,7 @@ def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
     if isinstance(node, FactorizedKernel):
         return {
             "factors": {
-                name: _encode(getattr(node, name), (*path, name), tensors)
-                for name in ("left", "right")
+                name: _encode(getattr(node, name), (*path, name), put) for name in ("left", "right")
             }
         }
     if node is None or isinstance(node, bool | int | float | str):
@@ -233,23 +274,20 @@ def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
                 raise TypeError(
                     f"The dict at {place!r} has the key {key!r}; keys are strings or integers"
                 )
-        return {
-            "dict": [[key, _encode(child, (*path, key), tensors)] for key, child in node.items()]
-        }
+        return {"dict": [[key, _encode(child, (*path, key), put)] for key, child in node.items()]}
     if type(node) in (list, tuple):
         return {
             type(node).__name__: [
-                _encode(child, (*path, index), tensors) for index, child in enumerate(node)
+                _encode(child, (*path, index), put) for index, child in enumerate(node)
             ]
         }
     if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
-        data = np.asarray(jax.random.key_data(node))
         return {
-            "key": _encode_array(data, place, tensors),
+            "key": put(jax.random.key_data(node), place),
             "implementation": str(jax.random.key_impl(node)),
         }
     if isinstance(node, jax.Array | np.ndarray | np.generic):
-        return _encode_array(np.asarray(node), place, tensors)
+        return put(node, place)
     raise TypeError(
         f"Cannot save the {type(node).__name__} at {place!r}: a tree consists of dicts, lists and "
         "tuples of arrays, MackoMatrix and plain numbers and strings; turn an nnx model or state "
@@ -257,13 +295,10 @@ def _encode(node: Any, path: tuple, tensors: dict[str, np.ndarray]) -> dict:
     )
 
 
-def _encode_array(array: np.ndarray, place: str, tensors: dict[str, np.ndarray]) -> dict:
-    dtype = array.dtype.name
-    if dtype not in (*NATIVE_DTYPES, *BYTE_DTYPES):
-        raise TypeError(
-            f"Cannot save the array of {dtype} at {place!r}; allowed are "
-            f"{', '.join((*NATIVE_DTYPES, *BYTE_DTYPES))}"
-        )
+def _store(tensors: dict[str, np.ndarray], array: Any, place: str) -> dict:
+    """Add an array to the tensors of a file, and describe it."""
+    array = np.asarray(array)
+    dtype = _known_dtype(array, place)
     array = np.ascontiguousarray(array).reshape(array.shape)  # the former makes 0-d arrays 1-d
     stored = array.view(np.uint8) if dtype in BYTE_DTYPES else array
     name = place
@@ -273,8 +308,21 @@ def _encode_array(array: np.ndarray, place: str, tensors: dict[str, np.ndarray])
     return {"array": name, "dtype": dtype, "crc32": _crc32(_as_bytes(stored))}
 
 
-def _decode(node: dict, read) -> Any:
-    """The tree of a JSON description; `read` gives the host array of an array node."""
+def _known_dtype(array: Any, place: str) -> str:
+    dtype = array.dtype.name
+    if dtype not in (*NATIVE_DTYPES, *BYTE_DTYPES):
+        raise TypeError(
+            f"Cannot save the array of {dtype} at {place!r}; allowed are "
+            f"{', '.join((*NATIVE_DTYPES, *BYTE_DTYPES))}"
+        )
+    return dtype
+
+
+def _decode(node: dict, read: Callable[[dict], Any]) -> Any:
+    """The tree of a description; `read` gives the array of an array node, on the host or abstract.
+
+    Abstract arrays stay so; those on the host are checked and put on JAX's default device.
+    """
     if "matrix" in node:
         host = MackoMatrix(
             **{name: read(array) for name, array in node["matrix"].items()},
@@ -282,13 +330,16 @@ def _decode(node: dict, read) -> Any:
             encoding=_known_encoding(node["encoding"]),
             lanes=node["lanes"],
         )
+        if _is_abstract(host.values):
+            return host
         validate(host)
         return jax.tree.map(jnp.asarray, host)
     if "factors" in node:
         kernel = FactorizedKernel(
             **{name: _decode(factor, read) for name, factor in node["factors"].items()}
         )
-        kernel.check()
+        if not any(map(_is_abstract, jax.tree.leaves(kernel))):
+            kernel.check()
         return kernel
     if "scalar" in node:
         return node["scalar"]
@@ -299,12 +350,18 @@ def _decode(node: dict, read) -> Any:
     if "tuple" in node:
         return tuple(_decode(child, read) for child in node["tuple"])
     if "key" in node:
-        return jax.random.wrap_key_data(read(node["key"]), impl=node["implementation"])
+        data = read(node["key"])
+        wrap = functools.partial(jax.random.wrap_key_data, impl=node["implementation"])
+        return jax.eval_shape(wrap, data) if _is_abstract(data) else wrap(data)
     if "array" in node:
         host = read(node)
         shortened = jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype
-        return host if shortened else jnp.asarray(host)
+        return host if shortened or _is_abstract(host) else jnp.asarray(host)
     raise ValueError(f"its tree has a node of unknown kind, {sorted(node)}")
+
+
+def _is_abstract(array: Any) -> bool:
+    return isinstance(array, jax.ShapeDtypeStruct)
 
 
 def _known_encoding(name: str) -> str:

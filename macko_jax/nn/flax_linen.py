@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +15,23 @@ from jax import lax
 
 from macko_jax.format.factors import FactorizedKernel
 from macko_jax.format.matrix import MackoMatrix, decompress
+from macko_jax.nn.einsum import Contraction, why_no_contraction, why_no_einsum
 from macko_jax.nn.linear import as_tuple
-from macko_jax.nn.projection import as_matrices, pack_pair, pack_weights, project
-from macko_jax.nn.report import PackedLayerReport, PackingReport
-from macko_jax.nn.rules import Rule, Rules, assign_rules
+from macko_jax.nn.projection import KernelAxes, pack_pair, pack_weights, project, report_packed
+from macko_jax.nn.report import (
+    LayerReport,
+    PackedLayerReport,
+    PackingReport,
+    is_matrix,
+    report_as_it_is,
+    why_no_kernel,
+)
+from macko_jax.nn.rules import Rule, Rules, assign_rules, layer_path
 
-_RUN = (nn.Dense, nn.DenseGeneral, nn.Conv)  # the layers that run on packed kernels
+# Collections that hold no parameters.
+STATE = ("batch_stats", "cache", "intermediates")
+
+_RUN = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)  # the layers that run on packed kernels
 
 
 def substitute(
@@ -38,9 +48,10 @@ def substitute(
         y = macko_jax.flax_linen.apply(model, packed, x)
 
     The module is traced once, with abstract values, to see which parameters are kernels of
-    `nn.Dense` and `nn.DenseGeneral`; layers that this call does not reach stay dense. Scanned and
-    vmapped layers, whose kernels have leading axes, are packed as stacks, and of a
-    `FactorizedKernel` both factors are packed.
+    `nn.Dense`, `nn.DenseGeneral`, and of each `nn.Einsum` that is a plain contraction, such as
+    "BTD,DNH->BTNH"; layers that this call does not reach stay dense. Scanned and vmapped layers,
+    whose kernels have leading axes, are packed as stacks, and of a `FactorizedKernel` both factors
+    are packed.
 
     Args:
         module: a linen module; it is not changed.
@@ -103,10 +114,26 @@ def _pack(
         if packed is not None:
             new["params", *path, "kernel"] = packed
     listed = {("params", *path, "kernel") for path in kernels}
-    other_bytes = sum(
-        getattr(leaf, "nbytes", 0) for path, leaf in flat.items() if path not in listed
+    rest = {path: leaf for path, leaf in flat.items() if path not in listed}
+    others = _report_others(rest)
+    total = sum(getattr(leaf, "nbytes", 0) for leaf in rest.values())
+    other_bytes = total - sum(entry.bytes_before for entry in others)
+    packed = traverse_util.unflatten_dict(new)
+    return packed, PackingReport(tuple(reports), other_bytes, others)
+
+
+def _report_others(leaves: dict[tuple, Any]) -> tuple[LayerReport, ...]:
+    """What to report of the matrices among leaves of variables that are no kernels, by path."""
+    return tuple(
+        report_as_it_is(
+            layer_path(path[1:] if path[0] == "params" else path),
+            "parameter",
+            leaf,
+            why_no_kernel(path[-1], "an nn.Dense, DenseGeneral, Einsum or Conv"),
+        )
+        for path, leaf in leaves.items()
+        if is_matrix(path[-1], leaf) and path[0] not in STATE
     )
-    return traverse_util.unflatten_dict(new), PackingReport(tuple(reports), other_bytes)
 
 
 def _pack_kernel(
@@ -114,11 +141,11 @@ def _pack_kernel(
 ) -> tuple[MackoMatrix | FactorizedKernel | None, PackedLayerReport]:
     """One kernel packed, None where it stays as it is; and what to report."""
     if isinstance(kernel, MackoMatrix):
-        return None, _report_packed(kernel, path, call.kind)
+        return None, report_packed([kernel], path, call.kind)
     if isinstance(kernel, FactorizedKernel):
         left, right = kernel.matrices
         if isinstance(left, MackoMatrix) or isinstance(right, MackoMatrix):
-            return None, _report_packed(kernel, path, call.kind)
+            return None, report_packed(kernel.matrices, path, call.kind)
         left, right, report = pack_pair(left, right, rule, path, call.kind)
         packed = FactorizedKernel(
             kernel.left if left is None else left, kernel.right if right is None else right
@@ -133,39 +160,17 @@ def _pack_kernel(
             f"its kernel {kernel.shape} does not end in {call.kernel_shape}; only "
             "leading axes can be stacked"
         )
-    weights = as_matrices(kernel, call.contracted, max(stacked, 0))
+    weights = KernelAxes(call.contracted, max(stacked, 0), call.order).matrices(kernel)
     return pack_weights(weights, rule, path, call.kind, unsupported)
-
-
-def _report_packed(kernel: MackoMatrix | FactorizedKernel, path: str, kind: str):
-    """What to report of a kernel that was packed before."""
-    factors = kernel.matrices if isinstance(kernel, FactorizedKernel) else (kernel,)
-    stack = factors[0].values.shape[:-1] if isinstance(factors[0], MackoMatrix) else ()
-    shape = (*stack, factors[0].shape[-2], factors[-1].shape[-1])
-    packed = [factor for factor in factors if isinstance(factor, MackoMatrix)]
-    nonzeros = sum(
-        factor.nnz if isinstance(factor, MackoMatrix) else int(jnp.count_nonzero(factor))
-        for factor in factors
-    )
-    return PackedLayerReport(
-        path,
-        kind,
-        shape,
-        nonzeros,
-        math.prod(shape) * factors[0].dtype.itemsize,  # of 8-bit values that of their scales
-        sum(factor.nbytes for factor in factors),
-        "it was packed before",
-        packed[0].encoding,
-    )
 
 
 def apply(module: nn.Module, variables: dict, *args, **kwargs) -> Any:
     """`module.apply` for variables with packed kernels.
 
-    Each `nn.Dense` and `nn.DenseGeneral` whose kernel is a MackoMatrix or a FactorizedKernel
-    multiplies by it, with the layer's own dtypes and bias, and each such `nn.Conv` convolves with
-    the densified matrix; all else runs as it is. Works under jit, grad, vmap and inside
-    nn.scan, nn.remat and nn.vmap. Equals `with packed_kernels(): module.apply(...)`.
+    Each `nn.Dense`, `nn.DenseGeneral` and `nn.Einsum` whose kernel is a MackoMatrix or a
+    FactorizedKernel multiplies by it, with the layer's own dtypes and bias, and each such `nn.Conv`
+    convolves with the densified matrix; all else runs as it is. Works under jit, grad, vmap and
+    inside nn.scan, nn.remat and nn.vmap. Equals `with packed_kernels(): module.apply(...)`.
 
     Args:
         module: the linen module.
@@ -236,9 +241,10 @@ class _Call:
     Attributes:
         kind: name of the layer's class.
         kernel_shape: of its kernel in one layer, without the axes of a stack.
-        contracted: number of the kernel's leading axes that are summed.
+        contracted: number of the kernel's axes that are summed.
         unsupported: why the kernel cannot be packed, None if it can.
         is_conv: whether the layer is a convolution.
+        order: the kernel's axes with the summed ones first; None where they are.
     """
 
     kind: str
@@ -246,6 +252,7 @@ class _Call:
     contracted: int
     unsupported: str | None = None
     is_conv: bool = False
+    order: tuple[int, ...] | None = None
 
 
 _UNREACHED = _Call("?", (0, 0), 1, "the example call of the module does not reach it")
@@ -298,10 +305,14 @@ def _describe_call(layer: nn.Module) -> _Call:
     shape = getattr(layer.get_variable("params", "kernel"), "shape", ())
     name = type(layer).__name__
     if isinstance(layer, nn.Einsum):
-        return _Call(name, shape, 1, "Einsum has no packed form")
+        unsupported = _why_no_einsum(layer)
+        if why_no_contraction(layer.einsum_str):
+            return _Call(name, shape, 1, unsupported)
+        found = Contraction.of(layer.einsum_str)
+        return _Call(name, shape, len(found.summed), unsupported, order=found.order)
     base = next((kind for kind in _RUN if isinstance(layer, kind)), None)
     if base is None:
-        return _Call(name, shape, 1, f"{name} is no nn.Dense, DenseGeneral or Conv")
+        return _Call(name, shape, 1, f"{name} is no nn.Dense, DenseGeneral, Einsum or Conv")
     unsupported = None
     if type(layer).__call__ is not base.__call__:
         unsupported = f"{name} has a __call__ of its own"
@@ -318,6 +329,15 @@ def _describe_call(layer: nn.Module) -> _Call:
     return _Call(name, shape, contracted, unsupported)
 
 
+def _why_no_einsum(layer: nn.Einsum) -> str | None:
+    """Why an Einsum does not run on a packed kernel; None if it does."""
+    reason = why_no_einsum(layer)
+    if reason is None and Contraction.of(layer.einsum_str).order == (1, 0):
+        # `pack_variables` takes a kernel of two axes for [in, out]: a square one would run wrongly.
+        return f"its kernel {layer.shape} is [out, in]; of two axes only [in, out] is packed"
+    return reason
+
+
 def _run_packed(next_function: Callable, args, kwargs, context):
     """Method interceptor: a layer with a packed or factorized kernel multiplies by it."""
     layer = context.module
@@ -330,13 +350,15 @@ def _run_packed(next_function: Callable, args, kwargs, context):
     kernel = layer.get_variable("params", "kernel")
     if not isinstance(kernel, MackoMatrix | FactorizedKernel):
         return next_function(*args, **kwargs)
-    if not isinstance(layer, _RUN):
+    if reason := _why_not_run(layer, kernel):
         path = "/".join(layer.scope.path)
         raise TypeError(
-            f"{path!r} is a {type(layer).__name__} with a packed kernel; only nn.Dense, "
-            f"DenseGeneral and Conv run on one. Leave it dense with Rule({path!r}, skip=True)"
+            f"{path!r} is a {type(layer).__name__} with a packed kernel; {reason}. Leave it dense "
+            f"with Rule({path!r}, skip=True)"
         )
     bias = layer.get_variable("params", "bias") if layer.use_bias else None
+    if isinstance(layer, nn.Einsum):
+        return _run_einsum(layer, kernel, bias, *args, **kwargs)
     if isinstance(kernel, MackoMatrix):
         return _multiply(layer, kernel, *args, **kwargs, bias=bias, features=layer.features)
     left, right = kernel.matrices
@@ -344,6 +366,34 @@ def _run_packed(next_function: Callable, args, kwargs, context):
     if kernel.groups > 1:
         return _multiply_groups(layer, left, hidden, bias, kernel.groups)
     return _project(layer, left, hidden, bias, -1, layer.features)
+
+
+def _why_not_run(layer: nn.Module, kernel: MackoMatrix | FactorizedKernel) -> str | None:
+    """Why a layer does not run on such a kernel; None if it does."""
+    if not isinstance(layer, _RUN):
+        return "only nn.Dense, DenseGeneral, Einsum and Conv run on one"
+    if not isinstance(layer, nn.Einsum):
+        return None
+    return _why_no_einsum(layer) if isinstance(kernel, MackoMatrix) else why_no_einsum(layer)
+
+
+def _run_einsum(layer, kernel, bias, inputs, einsum_str=None):
+    """An Einsum with a matrix, or with two factors, in the place of its kernel."""
+    if einsum_str is not None:
+        raise TypeError(f"an Einsum with a packed kernel takes no einsum_str, got {einsum_str!r}")
+    options = {
+        "promote": lambda arrays: layer.promote_dtype(*arrays, dtype=layer.dtype),
+        "precision": layer.precision,
+    }
+    whole = Contraction.of(layer.einsum_str)
+    if isinstance(kernel, MackoMatrix):
+        return whole.apply(kernel, inputs, bias, kernel_shape=layer.shape, **options)
+    right, left = whole.pair(layer.shape, kernel.inner)
+    first, second = reversed(kernel.matrices)
+    hidden = right.contraction.apply(
+        first, inputs, None, kernel_shape=right.kernel_shape, **options
+    )
+    return left.contraction.apply(second, hidden, bias, kernel_shape=left.kernel_shape, **options)
 
 
 def _multiply(layer, matrix, inputs, *, bias, features):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
 import jax
 import numpy as np
@@ -13,14 +13,25 @@ from jax import lax
 from macko_jax.format.factors import join_groups
 from macko_jax.format.matrix import MackoMatrix
 from macko_jax.nn.conv import MackoConv
+from macko_jax.nn.einsum import Contraction, MackoEinsum, why_no_contraction, why_no_einsum
 from macko_jax.nn.linear import ARRAY_NAMES, MackoLinear, PackedLayer, as_tuple
 from macko_jax.nn.pairs import FactorPair, abstract_pair, why_no_pair
-from macko_jax.nn.projection import as_matrices, matrix_shape, pack_pair, pack_weights
-from macko_jax.nn.report import PackedLayerReport, PackingReport
-from macko_jax.nn.rules import Rule, Rules, assign_rules
+from macko_jax.nn.projection import KernelAxes, pack_pair, pack_weights, report_packed
+from macko_jax.nn.report import (
+    LayerReport,
+    PackedLayerReport,
+    PackingReport,
+    is_matrix,
+    report_as_it_is,
+    why_no_kernel,
+)
+from macko_jax.nn.rules import Rule, Rules, assign_rules, layer_path
 
 Model = TypeVar("Model")
 Layer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv
+
+# Variables that are no parameters.
+STATE = (nnx.BatchStat, nnx.Cache, nnx.Intermediate, nnx.RngState)
 
 
 def substitute(
@@ -28,13 +39,14 @@ def substitute(
 ) -> tuple[Model, PackingReport]:
     """Put a packed layer in the place of each sparse layer of a model.
 
-    `nnx.Linear` and `nnx.LinearGeneral` become `MackoLinear`, alone or as the factors of a
+    `nnx.Linear` and `nnx.LinearGeneral` become `MackoLinear`, and each `nnx.Einsum` that is a plain
+    contraction, such as "BTD,DNH->BTNH", becomes `MackoEinsum`; alone or as the factors of a
     `FactorPair`, wherever they are: as attributes, in lists, dicts, tuples and Sequential, in
     vmapped or scanned stacks (kernels with leading axes), shared between several parents (and then
     shared again), or as the model itself. The report names the layers that stay dense and why: one
     that no rule matches, whose density is at least the rule's `max_density`, or that does something
     the packed layer does not (a subclass with a `__call__` of its own, batch axes, a custom
-    `dot_general`, `nnx.Einsum`).
+    `dot_general`).
 
     Args:
         model: any NNX model, or a pytree of modules, with concrete arrays. It is left as it is.
@@ -52,34 +64,79 @@ def substitute(
     # The copy's variables are new, its arrays are still the old ones: no dense kernel is copied.
     model = nnx.clone(model)
     layers = {_join(path): layer for path, layer in _layers(model)}
-    assigned = assign_rules(rules, layers)
+    assigned = assign_rules(
+        rules, [path for path, layer in layers.items() if not _is_packed(layer)]
+    )
     before = jax.tree.leaves(nnx.state(model))
     reports, listed, fresh = [], set(), set()
     for path, layer in layers.items():
-        listed.update(id(part.kernel.get_value()) for part in _parts(layer))
+        listed.update(id(array) for part in _parts(layer) for array in _kernel_arrays(part))
+        if _is_packed(layer):
+            reports.append(report_packed(_matrices(layer), path, type(layer).__name__))
+            continue
         matrices, report = _pack_layer(layer, assigned[path], path, convolutions)
         fresh.update(map(id, jax.tree.leaves(matrices)))
         reports.append(report)
-    other_bytes = sum(getattr(leaf, "nbytes", 0) for leaf in before if id(leaf) not in listed)
+    others = _report_others(model, list(layers.values()))
+    total = sum(getattr(leaf, "nbytes", 0) for leaf in before if id(leaf) not in listed)
+    other_bytes = total - sum(entry.bytes_before for entry in others)
     state = nnx.state(model)
     nnx.update(model, jax.tree.map(lambda a: a if id(a) in fresh else _copy(a), state))
-    return model, PackingReport(tuple(reports), other_bytes)
+    return model, PackingReport(tuple(reports), other_bytes, others)
+
+
+def _report_others(model: Any, layers: Sequence[Any]) -> tuple[LayerReport, ...]:
+    """What to report of the parameter matrices of a model that belong to no layer."""
+    modules = dict(nnx.iter_modules(model))
+    parts = {id(part) for layer in layers for part in _parts(layer)}
+    others = []
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Any(*STATE)))):
+        owner, array = modules.get(path[:-1]), variable.get_value()
+        is_kernel = isinstance(owner, PackedLayer) or path[-1] == "kernel"
+        if is_matrix(path[-1], array) and not (is_kernel and id(owner) in parts):
+            kind = "parameter" if owner is None else type(owner).__name__
+            reason = why_no_kernel(path[-1], "an nnx.Linear, LinearGeneral, Einsum or Conv")
+            others.append(report_as_it_is(layer_path(path), kind, array, reason))
+    return tuple(others)
 
 
 def _layers(model: Any) -> list[tuple[tuple, Any]]:
-    """Paths and layers that may be packed, in the order of the model; a pair is one layer."""
+    """Paths and layers that may be packed, or are, in the order of the model; a pair is one."""
+    kinds = (*get_args(Layer), PackedLayer)
     modules = list(nnx.iter_modules(model))
     pairs = [
         module
         for _, module in modules
-        if isinstance(module, FactorPair) and all(isinstance(p, Layer) for p in _parts(module))
+        if isinstance(module, FactorPair) and all(isinstance(p, kinds) for p in _parts(module))
     ]
     single = {id(pair) for pair in pairs}
     parts = {id(part) for pair in pairs for part in _parts(pair)}
     return [
         (path, module)
         for path, module in modules
-        if id(module) in single or (isinstance(module, Layer) and id(module) not in parts)
+        if id(module) in single or (isinstance(module, kinds) and id(module) not in parts)
+    ]
+
+
+def _is_packed(layer: Any) -> bool:
+    """Whether a layer, or one of the two of a pair, is packed."""
+    return any(isinstance(part, PackedLayer) for part in _parts(layer))
+
+
+def _kernel_arrays(part: Any) -> list:
+    """The arrays of a layer's kernel, which are several where it is packed."""
+    names = ARRAY_NAMES if isinstance(part, PackedLayer) else ("kernel",)
+    variables = [getattr(part, name) for name in names]
+    return [variable.get_value() for variable in variables if variable is not None]
+
+
+def _matrices(layer: Any) -> list[MackoMatrix | jax.Array]:
+    """The matrices [*stack, out, in] of a layer: one, or left and right of a pair."""
+    return [
+        part.matrix
+        if isinstance(part, PackedLayer)
+        else _kernel_axes(part).matrices(part.kernel.get_value())
+        for part in _parts(layer)
     ]
 
 
@@ -99,7 +156,7 @@ def _pack_layer(
                 f"The kernel of {path!r} is abstract; substitute packs concrete arrays. To load a "
                 "packed checkpoint into an abstract model use from_pure_dict"
             )
-    weights = [as_matrices(part.kernel.get_value(), *_kernel_axes(part)) for part in parts]
+    weights: Any = _matrices(layer)
     if isinstance(layer, FactorPair):
         left, right = weights
         *matrices, report = pack_pair(left, right, rule, path, "FactorPair")
@@ -197,7 +254,7 @@ def _node(tree: Any, path: tuple) -> Any:
 
 def _become_as_stored(layer: Any, path: tuple, node: Any) -> list[str]:
     """Turn an abstract layer in place into what the tree has for it; what does not fit."""
-    if not isinstance(node, Mapping):
+    if not isinstance(node, Mapping) or _is_packed(layer):
         return []
     if {"left", "right"} <= node.keys() and not isinstance(layer, FactorPair):
         inner = _stored_inner(node["right"], getattr(layer, "feature_group_count", 1))
@@ -218,7 +275,7 @@ def _become_as_stored(layer: Any, path: tuple, node: Any) -> list[str]:
     place = f"{_join(path)}/kernel"
     if reason := _why_unsupported(layer):
         return [f"{place}: is packed, but {reason}"]
-    expected = matrix_shape(layer.kernel.get_value(), *_kernel_axes(layer))
+    expected = _kernel_axes(layer).matrix_shape(layer.kernel.get_value().shape)
     found = (*matrix.row_offsets.shape[:-1], *matrix.shape)
     if found != expected:
         return [f"{place}: the matrix [out, in] has shape {found}, the model needs {expected}"]
@@ -234,20 +291,24 @@ def _stored_inner(right: Any, groups: int) -> int | None:
     return kernel.shape[-1] // groups if getattr(kernel, "ndim", 0) > 1 else None
 
 
-def _kernel_axes(layer: Any) -> tuple[int, int]:
-    """How many axes of the layer's kernel are contracted, and how many belong to a stack."""
-    contracted, outputs = 1, 1
+def _kernel_axes(layer: Any) -> KernelAxes:
+    """What the axes of the layer's kernel are."""
+    contracted, outputs, order = 1, 1, None
     if isinstance(layer, nnx.LinearGeneral):
         contracted, outputs = len(layer.in_features), len(layer.out_features)
     elif isinstance(layer, nnx.Conv):
         contracted = len(layer.kernel_size) + 1
-    return contracted, max(layer.kernel.get_value().ndim - contracted - outputs, 0)
+    elif isinstance(layer, nnx.Einsum) and why_no_contraction(layer.einsum_str) is None:
+        found = Contraction.of(layer.einsum_str)
+        contracted, outputs, order = len(found.summed), len(found.outputs), found.order
+    stacked = max(layer.kernel.get_value().ndim - contracted - outputs, 0)
+    return KernelAxes(contracted, stacked, order)
 
 
 def _why_unsupported(layer: Any) -> str | None:
     """Why a packed layer cannot stand for the layer, None if it can."""
     if isinstance(layer, nnx.Einsum):
-        return "Einsum has no packed form"
+        return why_no_einsum(layer) or _why_not_stacked(layer, layer.kernel_shape)
     kinds = (nnx.LinearGeneral, nnx.Linear, nnx.Conv)
     base = next(kind for kind in kinds if isinstance(layer, kind))
     if type(layer).__call__ is not base.__call__:
@@ -260,10 +321,14 @@ def _why_unsupported(layer: Any) -> str | None:
         return "it has a dot_general of its own"
     if layer.preferred_element_type is not None:
         return "it sets preferred_element_type"
-    features = (*as_tuple(layer.in_features), *as_tuple(layer.out_features))
+    return _why_not_stacked(layer, (*as_tuple(layer.in_features), *as_tuple(layer.out_features)))
+
+
+def _why_not_stacked(layer: Any, own: Sequence[int]) -> str | None:
+    """Why a kernel is no stack of kernels of the shape `own`, None if it is."""
     shape = layer.kernel.get_value().shape
-    if shape[-len(features) :] != features:
-        return f"its kernel {shape} does not end in {features}; only leading axes can be stacked"
+    if shape[-len(own) :] != tuple(own):
+        return f"its kernel {shape} does not end in {tuple(own)}; only leading axes can be stacked"
     return None
 
 
@@ -271,6 +336,9 @@ def _become_packed(layer: Any, matrix: MackoMatrix) -> None:
     """Turn a layer into the packed one in place."""
     if isinstance(layer, nnx.Conv):
         become(layer, MackoConv(layer, matrix))
+        return
+    if isinstance(layer, nnx.Einsum):
+        become(layer, MackoEinsum(layer, matrix))
         return
     packed = MackoLinear(
         matrix,
@@ -299,7 +367,7 @@ def become_pair(layer: Any, left: jax.Array, right: jax.Array) -> None:
     """Turn a layer in place into a `FactorPair`, wherever and however often it is held.
 
     Args:
-        layer: `nnx.Linear`, `LinearGeneral` or `Conv`, or a stack of them.
+        layer: `nnx.Linear`, `LinearGeneral`, `Einsum` or `Conv`, or a stack of them.
         left: A, `[*stack, groups, out / groups, k]`.
         right: B, `[*stack, groups, k, in]`.
     """

@@ -53,12 +53,12 @@ class PackedLayer(nnx.Module):
     def matrix(self) -> MackoMatrix:
         """The kernel's transpose, [out, in]."""
         return MackoMatrix(
-            self.values[...],
-            *(getattr(self, name)[...] for name in INDEX_NAMES),
+            self.values.get_value(),
+            *(getattr(self, name).get_value() for name in INDEX_NAMES),
             shape=self.shape,
             encoding=self.encoding,
             lanes=self.lanes,
-            scales=None if self.scales is None else self.scales[...],
+            scales=None if self.scales is None else self.scales.get_value(),
         )
 
 

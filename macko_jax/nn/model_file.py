@@ -1,4 +1,7 @@
-"""Files of compressed models: what `pack` and `substitute` gave, loaded by `macko_jax` alone."""
+"""Files of compressed models: what `pack` and `substitute` gave, loaded by `macko_jax` alone.
+
+`describe` and `abstract_model` are for checkpoints that another library writes, such as Orbax.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 from flax import nnx
 
+from macko_jax.io import checkpoint
 from macko_jax.io.checkpoint import load, save
 from macko_jax.nn import flax_nnx
 
@@ -71,6 +75,51 @@ def load_model(path: str | os.PathLike, make_model: Callable[[], nnx.Module] | N
             )
         return tree
 
+    try:
+        return flax_nnx.from_pure_dict(_abstract_dense(make_model), tree)
+    except ValueError as error:
+        raise ValueError(f"Cannot load {path}: {error}") from error
+
+
+def describe(model: nnx.Module) -> dict:
+    """What each layer of a packed or factorized NNX model has become, ready for JSON.
+
+    Args:
+        model: as for `save_model`; no array is read.
+
+    Returns:
+        Dicts, lists and strings, for `abstract_model`.
+    """
+    return checkpoint.describe(flax_nnx.to_pure_dict(model))
+
+
+def abstract_model(make_model: Callable[[], nnx.Module], description: dict) -> nnx.Module:
+    """A packed or factorized NNX model without its numbers, for libraries that restore them.
+
+        description = macko_jax.flax_nnx.describe(packed)  # saved beside nnx.state(packed)
+
+        abstract = macko_jax.flax_nnx.abstract_model(make_model, description)
+        nnx.update(abstract, restored)  # a state that was restored into nnx.state(abstract)
+
+    Args:
+        make_model: makes the dense model, with the configuration that it had when it was
+            compressed.
+        description: what `describe` gave, also after it has been through JSON.
+
+    Returns:
+        The model, with `jax.ShapeDtypeStruct` in the place of every array.
+
+    Raises:
+        ValueError: if the description makes no sense, or does not fit the model: the message names
+            each layer that does not, what it needs and what the description has.
+        TypeError: if `make_model` makes no NNX model.
+    """
+    return flax_nnx.from_pure_dict(_abstract_dense(make_model), checkpoint.abstract(description))
+
+
+def _abstract_dense(make_model: Callable[[], nnx.Module]) -> nnx.Module:
+    """The dense model with `jax.ShapeDtypeStruct` in the place of every array."""
+
     def make_checked() -> nnx.Module:
         model = make_model()
         if not isinstance(model, nnx.Module):
@@ -80,7 +129,4 @@ def load_model(path: str | os.PathLike, make_model: Callable[[], nnx.Module] | N
             )
         return model
 
-    try:
-        return flax_nnx.from_pure_dict(nnx.eval_shape(make_checked), tree)
-    except ValueError as error:
-        raise ValueError(f"Cannot load {path}: {error}") from error
+    return nnx.eval_shape(make_checked)

@@ -12,10 +12,8 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from macko_jax.format.factors import FactorizedKernel
+from macko_jax.nn.einsum import Contraction, why_no_einsum
 from macko_jax.nn.linear import as_tuple
-
-__all__ = ["FactorPair", "FactorizedKernel", "abstract_pair", "why_no_pair"]
 
 
 class FactorPair(nnx.Module):
@@ -47,7 +45,8 @@ class FactorPair(nnx.Module):
 
 def why_no_pair(layer) -> str | None:
     """Why a pair of factors cannot stand for a Flax layer; None if it can."""
-    kinds = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nn.Dense, nn.DenseGeneral, nn.Conv)
+    kinds = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv)
+    kinds += (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)
     base = next((kind for kind in kinds if isinstance(layer, kind)), None)
     name = type(layer).__name__
     if layer is None:
@@ -56,6 +55,8 @@ def why_no_pair(layer) -> str | None:
         return f"{name} has no form with two factors"
     if type(layer).__call__ is not base.__call__:
         return f"{name} has a __call__ of its own"
+    if isinstance(layer, nnx.Einsum | nn.Einsum):
+        return why_no_einsum(layer)
     if getattr(layer, "batch_axis", None) or getattr(layer, "batch_dims", None):
         return f"{name} with batch axes has no form with two factors"
     if getattr(layer, "mask", None) is not None:
@@ -63,21 +64,28 @@ def why_no_pair(layer) -> str | None:
     return None
 
 
-def abstract_pair(layer: nnx.Linear | nnx.LinearGeneral | nnx.Conv, inner: int) -> FactorPair:
+def abstract_pair(
+    layer: nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv, inner: int
+) -> FactorPair:
     """The pair that can stand for an NNX layer, with shapes in the place of its kernels.
 
     Args:
-        layer: an `nnx.Linear`, `LinearGeneral` or `Conv`, concrete or abstract, or a stack of them.
+        layer: an `nnx.Linear`, `LinearGeneral`, `Einsum` or `Conv`, concrete or abstract, or a
+            stack of them.
         inner: the inner dimension k, for a grouped convolution that of each group.
 
     Returns:
-        A `FactorPair` with the layer's own bias. A convolution becomes one to k channels with the
-        layer's geometry, then one with window 1, which is a Linear unless there are groups.
+        A `FactorPair` with the layer's own bias. An Einsum becomes two. A convolution becomes one
+        to k channels with the layer's geometry, then one with window 1, which is a Linear unless
+        there are groups.
     """
     # Built abstractly: no kernel is drawn only to be replaced.
     pair = nnx.eval_shape(functools.partial(_new_pair, layer, inner))
     kernel = layer.kernel.get_value()
-    own = len(pair.right.kernel.get_value().shape) - 1 + len(as_tuple(layer.out_features))
+    if isinstance(layer, nnx.Einsum):
+        own = len(layer.kernel_shape)
+    else:
+        own = pair.right.kernel.get_value().ndim - 1 + len(as_tuple(layer.out_features))
     stack = kernel.shape[: kernel.ndim - own]
     for factor in (pair.right, pair.left):
         shape = factor.kernel.get_value().shape
@@ -89,6 +97,13 @@ def abstract_pair(layer: nnx.Linear | nnx.LinearGeneral | nnx.Conv, inner: int) 
 def _new_pair(layer, inner):
     names = ("dtype", "param_dtype", "precision", "promote_dtype")
     shared = {name: getattr(layer, name) for name in names}
+    if isinstance(layer, nnx.Einsum):
+        right, left = Contraction.of(layer.einsum_str).pair(layer.kernel_shape, inner)
+        shared["rngs"] = nnx.Rngs(0)
+        return FactorPair(
+            nnx.Einsum(str(right.contraction), right.kernel_shape, **shared),
+            nnx.Einsum(str(left.contraction), left.kernel_shape, layer.bias_shape, **shared),
+        )
     right_options = shared | {"use_bias": False, "rngs": nnx.Rngs(0)}
     left_options = shared | {"use_bias": layer.bias is not None, "rngs": nnx.Rngs(0)}
     if isinstance(layer, nnx.LinearGeneral):

@@ -7,6 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +21,38 @@ from macko_jax.nn.rules import VALUE_DTYPES, Rule
 from macko_jax.ops.fused import fused_spmv
 
 
-def as_matrices(kernel: jax.Array, contracted: int, stacked: int) -> jax.Array:
-    """A Flax kernel [*stack, *in, *out] as matrices [*stack, out, in].
+class KernelAxes(NamedTuple):
+    """What the axes of a Flax kernel are.
 
-    Args:
-        kernel: as Flax holds it.
-        contracted: number of axes in `in`.
-        stacked: number of axes in `stack`, which hold the layers of a vmapped or scanned stack.
+    Attributes:
+        contracted: number of axes that are summed with the input.
+        stacked: number of leading axes that hold the layers of a vmapped or scanned stack.
+        order: the axes of one layer with the summed ones first; None where they are.
     """
-    *stack, rows, cols = matrix_shape(kernel, contracted, stacked)
-    return jnp.asarray(kernel).reshape(*stack, cols, rows).swapaxes(-1, -2)
 
+    contracted: int
+    stacked: int
+    order: tuple[int, ...] | None = None
 
-def matrix_shape(kernel: jax.Array, contracted: int, stacked: int) -> tuple[int, ...]:
-    """The shape [*stack, out, in] of `as_matrices` of a kernel, which may be abstract."""
-    shape = kernel.shape
-    inputs, outputs = shape[stacked : stacked + contracted], shape[stacked + contracted :]
-    return (*shape[:stacked], math.prod(outputs), math.prod(inputs))
+    def matrix_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape [*stack, out, in] of what a kernel of this shape packs into."""
+        shape = [shape[axis] for axis in self._permutation(len(shape))]
+        first_output = self.stacked + self.contracted
+        inputs, outputs = shape[self.stacked : first_output], shape[first_output:]
+        return (*shape[: self.stacked], math.prod(outputs), math.prod(inputs))
+
+    def matrices(self, kernel: jax.Array) -> jax.Array:
+        """A kernel as matrices [*stack, out, in]."""
+        *stack, rows, cols = self.matrix_shape(kernel.shape)
+        kernel = jnp.asarray(kernel)
+        if self.order is not None:
+            kernel = kernel.transpose(self._permutation(kernel.ndim))
+        return kernel.reshape(*stack, cols, rows).swapaxes(-1, -2)
+
+    def _permutation(self, ndim: int) -> tuple[int, ...]:
+        """The axes of a kernel in the order [*stack, *in, *out]."""
+        order = range(ndim - self.stacked) if self.order is None else self.order
+        return (*range(self.stacked), *(self.stacked + axis for axis in order))
 
 
 def pack_weights(
@@ -144,6 +160,36 @@ def pack_pair(
             f"two factors via {left.shape[-1]}, {notes}",
             " and ".join(found) or None,
         ),
+    )
+
+
+def report_packed(
+    matrices: Sequence[MackoMatrix | jax.Array], path: str, kind: str
+) -> PackedLayerReport:
+    """What to report of a layer that was packed before.
+
+    Args:
+        matrices: its matrix, or left and right of a pair, [*stack, out, in].
+        path: path of the layer.
+        kind: what to call the layer.
+    """
+    first, last = matrices[0], matrices[-1]
+    stack = first.values.shape[:-1] if isinstance(first, MackoMatrix) else first.shape[:-2]
+    shape = (*stack, first.shape[-2], last.shape[-1])
+    nonzeros = sum(
+        matrix.nnz if isinstance(matrix, MackoMatrix) else int(jnp.count_nonzero(matrix))
+        for matrix in matrices
+    )
+    encodings = [matrix.encoding for matrix in matrices if isinstance(matrix, MackoMatrix)]
+    return PackedLayerReport(
+        path,
+        kind,
+        shape,
+        nonzeros,
+        math.prod(shape) * first.dtype.itemsize,  # of 8-bit values that of their scales
+        sum(matrix.nbytes for matrix in matrices),
+        "it was packed before",
+        " and ".join(dict.fromkeys(encodings)),
     )
 
 

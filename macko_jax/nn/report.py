@@ -1,4 +1,4 @@
-"""Reports of what became of each layer of a model, as a table, JSON or CSV.
+"""Reports of what became of each parameter matrix of a model, as a table, JSON or CSV.
 
 `Report` and `LayerReport` are what all reports have in common. `PackingReport` is the one of
 packing; `dsf_jax.Report`, of pruning and factorization, derives from the same base.
@@ -14,17 +14,24 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 NUMBERS = frozenset(["density", "before", "after", "inner", "non-zeros", "error", "time"])
+
+VECTORS = frozenset(["bias", "scale"])  # what Flax calls them, whatever their axes
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer.
+    """What became of one layer, or of a parameter that is no layer's kernel.
 
     Attributes:
         path: where the layer is in the model.
         kind: what the layer is, such as the name of its class.
-        shape: [out, in] of its matrix, with leading axes for a stack or for groups.
+        shape: [out, in] of its matrix, with leading axes for a stack or for groups; of a parameter
+            that is no layer's kernel its own shape.
         nonzeros: non-zeros that were kept; of two factors, those of both.
         bytes_before: bytes of the kernel in the dense model that the user had.
         bytes_after: bytes of what stands in its place.
@@ -75,15 +82,33 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of each layer of a model; `print(report)` shows it as a table.
+    """What became of each parameter matrix of a model; `print(report)` shows it as a table.
 
     Attributes:
         layers: one entry for each layer, in the order of the model.
-        other_bytes: bytes of everything else in the model.
+        other_bytes: bytes of what is no matrix: biases, norms, statistics.
+        others: one entry for each other parameter with two axes or more, which stays as it is; its
+            `note` says why.
     """
 
     layers: tuple[LayerReport, ...]
     other_bytes: int = 0
+    others: tuple[LayerReport, ...] = ()
+
+    @property
+    def matrices(self) -> tuple[LayerReport, ...]:
+        """Every parameter matrix: the layers and the others."""
+        return (*self.layers, *self.others)
+
+    @property
+    def dense(self) -> tuple[LayerReport, ...]:
+        """The matrices that stay as they are."""
+        return self.others
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """By the path of each matrix that stays as it is, the reason."""
+        return {entry.path: entry.note for entry in self.dense}
 
     @property
     def nonzeros(self) -> int:
@@ -93,27 +118,43 @@ class Report:
     @property
     def density(self) -> float:
         """Non-zeros kept over the dense size of all layers."""
-        return self.nonzeros / max(sum(math.prod(layer.shape) for layer in self.layers), 1)
+        return self.nonzeros / max(_entries(self.layers), 1)
+
+    @property
+    def model_density(self) -> float:
+        """Non-zeros over the dense size of all matrices, also of those that stay as they are."""
+        nonzeros = sum(entry.nonzeros for entry in self.matrices)
+        return nonzeros / max(_entries(self.matrices), 1)
+
+    @property
+    def dense_share(self) -> float:
+        """The share of the matrices' entries that is in those which stay as they are."""
+        return _entries(self.dense) / max(_entries(self.matrices), 1)
 
     @property
     def bytes_before(self) -> int:
         """Bytes of the whole dense model that the user had."""
-        return self.other_bytes + sum(layer.bytes_before for layer in self.layers)
+        return self.other_bytes + sum(entry.bytes_before for entry in self.matrices)
 
     @property
     def bytes_after(self) -> int:
         """Bytes of the whole model now."""
-        return self.other_bytes + sum(layer.bytes_after for layer in self.layers)
+        return self.other_bytes + sum(entry.bytes_after for entry in self.matrices)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes now over those of the dense model."""
+        return self.bytes_after / max(self.bytes_before, 1)
 
     def to_dict(self) -> dict:
         """The report as nested dicts and lists, ready for JSON."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        totals = ("nonzeros", "density", "model_density", "dense_share", "skipped")
+        totals += ("bytes_before", "bytes_after", "ratio")
         return own | {
             "layers": [layer.to_dict() for layer in self.layers],
-            "nonzeros": self.nonzeros,
-            "density": self.density,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
+            "others": [entry.to_dict() for entry in self.others],
+            **{name: getattr(self, name) for name in totals},
         }
 
     def to_json(self) -> str:
@@ -121,22 +162,33 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def to_csv(self) -> str:
-        """The layers as CSV, a line for each below a line of names; shapes as "rows x cols"."""
-        rows = [layer.to_dict() | {"shape": format_shape(layer.shape)} for layer in self.layers]
+        """The matrices as CSV, a line for each below a line of names; shapes as "rows x cols".
+
+        The last line has the bytes of everything else, so that non-zeros and bytes add up to the
+        totals.
+        """
+        rows = [entry.to_dict() | {"shape": format_shape(entry.shape)} for entry in self.matrices]
+        rest = {"path": "everything else", "nonzeros": 0}
+        rest |= dict.fromkeys(("bytes_before", "bytes_after"), self.other_bytes)
         text = io.StringIO()
-        if rows:
-            writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        names = dict.fromkeys(name for row in (*rows, rest) for name in row)
+        writer = csv.DictWriter(text, list(names), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*rows, rest])
         return text.getvalue()
 
+    def rows(self) -> list[dict[str, str]]:
+        """The rows of the table, one for each matrix, by the names of the columns."""
+        return [entry.cells() for entry in self.matrices]
+
     def totals(self) -> list[dict[str, str]]:
-        """The rows below the layers, by the names of the columns."""
+        """The rows below the matrices, by the names of the columns."""
         other = format_bytes(self.other_bytes)
         return [
             {"path": "everything else", "before": other, "after": other},
             {
                 "path": "total",
+                "density": f"{self.model_density:.3f}",
                 "before": format_bytes(self.bytes_before),
                 "after": format_bytes(self.bytes_after),
                 "note": self.summary(),
@@ -145,11 +197,40 @@ class Report:
 
     def summary(self) -> str:
         """The totals in a few words."""
-        share = self.bytes_after / max(self.bytes_before, 1)
-        return f"{len(self.layers)} layers, {share:.0%} of the bytes"
+        return (
+            f"{self.ratio:.0%} of the bytes of the dense model, {self.dense_share:.0%} of the "
+            "parameters stay dense"
+        )
 
     def __str__(self) -> str:
-        return format_table([layer.cells() for layer in self.layers], self.totals())
+        return format_table(self.rows(), self.totals())
+
+
+def _entries(matrices: Sequence[LayerReport]) -> int:
+    """The dense size of some matrices."""
+    return sum(math.prod(entry.shape) for entry in matrices)
+
+
+def report_as_it_is(
+    path: str, kind: str, array: jax.Array | np.ndarray, reason: str
+) -> LayerReport:
+    """What to report of a parameter that stays as it is."""
+    nonzeros = int(jnp.count_nonzero(array))
+    return LayerReport(path, kind, array.shape, nonzeros, array.nbytes, array.nbytes, reason)
+
+
+def why_no_kernel(name: object, kinds: str) -> str:
+    """Why a parameter of that name is not packed: it is no kernel of a layer of these kinds."""
+    return "an embedding" if name == "embedding" else f"no kernel of {kinds}"
+
+
+def is_matrix(name: object, array: Any) -> bool:
+    """Whether a parameter of that name is one of floats with two axes or more.
+
+    What Flax calls a bias or a scale is none: it has the axes of a layer's output, or of a stack.
+    """
+    shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", jnp.dtype(bool))
+    return len(shape) > 1 and name not in VECTORS and jnp.issubdtype(dtype, jnp.floating)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,19 +252,18 @@ class PackingReport(Report):
     layers: tuple[PackedLayerReport, ...]
 
     @property
+    def dense(self) -> tuple[LayerReport, ...]:
+        """The layers that were not packed, and the other matrices."""
+        return (*(layer for layer in self.layers if layer.encoding is None), *self.others)
+
+    @property
     def packed(self) -> tuple[PackedLayerReport, ...]:
         """The layers that were packed."""
         return tuple(layer for layer in self.layers if layer.encoding is not None)
 
-    @property
-    def skipped(self) -> dict[str, str]:
-        """By the path of each layer that stays dense, the reason."""
-        return {layer.path: layer.note for layer in self.layers if layer.encoding is None}
-
     def summary(self) -> str:
         """The totals in a few words."""
-        share = self.bytes_after / max(self.bytes_before, 1)
-        return f"{len(self.packed)} of {len(self.layers)} layers packed, {share:.0%} of the bytes"
+        return f"{len(self.packed)} of {len(self.layers)} layers packed, {super().summary()}"
 
 
 def format_table(rows: Sequence[Mapping[str, str]], totals: Sequence[Mapping[str, str]]) -> str:

@@ -18,6 +18,12 @@ BREAK_EVEN_DENSITY = 0.8
 VALUE_DTYPES = ("float16", "bfloat16", "float32")
 
 
+def layer_path(names: Sequence[object]) -> str:
+    """Path of the layer whose kernel or embedding a parameter is; of other parameters their own."""
+    own = names[:-1] if names and names[-1] in ("kernel", "embedding") else names
+    return "/".join(map(str, own))
+
+
 @dataclasses.dataclass(frozen=True)
 class PathRule:
     """The layers whose path matches a regular expression; what happens to them is in subclasses.
