@@ -27,8 +27,11 @@ from dsf_jax import (
 )
 from dsf_jax.pipeline.allocation import allocate_densities
 from dsf_jax.pipeline.pace import Pace, Task
+from dsf_jax.pipeline.plan import plan_layers
 from dsf_jax.pipeline.report import format_seconds
-from dsf_jax.pipeline.solve import METHODS
+from dsf_jax.pipeline.solve import METHODS, Assignment
+from dsf_jax.trace.calibration import CalibrationPass
+from dsf_jax.trace.network import read_network
 from macko_jax import decompress
 
 # Factorizations compile for seconds per shape, so the tests have them of 16 x 32 matrices only, and
@@ -594,29 +597,40 @@ class Heads(nnx.Module):
         return self.down(jnp.stack([x, x * x], 1))
 
 
-def test_layers_without_two_factors_get_the_best_single_matrix():
-    rules = [Rule("embed"), Rule("up/.*", skip=True)]
-    new, report = compress_model(Heads(), [np.arange(16)], density=0.5, rules=rules, **PAIR)
-    found = {layer.path: layer for layer in report.layers}
-    assert {path: layer.method for path, layer in found.items()} == {
-        "embed": "admm",
-        "per_head": "admm",
-        "up": "admm",
-        "down": "dsf-published",
+NO_PAIR = {
+    "embed": "its parameter embed/embedding is no kernel of a Flax layer",
+    "per_head": "its einsum 'bnd,ndf->bnf' has a matrix for each entry of axis 'n'",
+    "up": "LoRALinear has a __call__ of its own",
+}
+HEADS_RULES = [Rule("embed"), Rule("up/.*", skip=True)]
+
+
+def test_layers_without_two_factors_are_known_before_anything_is_solved():
+    dense = CalibrationPass(read_network(Heads()), [np.arange(16)])
+    asked = Assignment("dsf", 0.5, {"seed": 1, "precision": "highest"})
+    plan = plan_layers(dense, HEADS_RULES, asked)
+    assert plan.singles == {
+        path: f"{reason}: one matrix in place of two" for path, reason in NO_PAIR.items()
     }
-    assert found["down"].note == "" and isinstance(new.down, FactorPair)
+    single = Assignment("admm", 0.5, {"precision": "highest"})
+    assert plan.assignments == {**dict.fromkeys(NO_PAIR, single), "down": asked}
+    assert [(entry.path, entry.note) for entry in plan.others] == [
+        (f"up/lora/lora_{c}", "rule 'up/.*'") for c in "ab"
+    ]
+
+
+@pytest.mark.slow
+def test_layers_without_two_factors_get_the_best_single_matrix():
+    new, report = compress_model(Heads(), [np.arange(16)], density=0.5, rules=HEADS_RULES, **PAIR)
+    found = {layer.path: layer for layer in report.layers}
+    assert found.pop("down").method == "dsf-published" and isinstance(new.down, FactorPair)
     product = jnp.einsum("ndk,kf->fnd", new.down.right.kernel[...], new.down.left.kernel[...])
     kernel = Heads().down.kernel[...]
     assert jnp.linalg.norm(product - kernel) < 0.9 * jnp.linalg.norm(kernel)
-    for path, reason in [
-        ("embed", "is no kernel of a Flax layer"),
-        ("per_head", "has a matrix for each entry of axis 'n'"),
-        ("up", "LoRALinear has a __call__ of its own"),
-    ]:
-        assert reason in found[path].note and "one matrix in place of two" in found[path].note
-        assert found[path].nonzeros == found[path].bytes_before / 8
-        assert found[path].note in str(report)
-    assert report.skipped == {f"up/lora/lora_{c}": "rule 'up/.*'" for c in "ab"}
+    assert found.keys() == NO_PAIR.keys()
+    for path, layer in found.items():
+        assert layer.method == "admm" and NO_PAIR[path] in layer.note
+        assert layer.nonzeros == layer.bytes_before / 8 and layer.note in str(report)
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])

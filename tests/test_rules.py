@@ -153,8 +153,8 @@ def test_both_packages_print_alike():
     assert lines[2].endswith("1.25e-02  3 min 20 s")
     assert lines[3].split()[0] == "head" and lines[3].endswith("the output head")
     assert lines[-1].endswith(
-        "4.20 MB before, 4.20 MB now: 100% of the bytes of the dense model, 0% of the parameters "
-        "stay dense"
+        "4.20 MB before, 4.20 MB now with zeros stored: 100% of the bytes of the dense model, 0% "
+        "of the parameters stay dense"
     )
     assert isinstance(COMPRESSED, reports.Report) and isinstance(REPORT, reports.Report)
 

@@ -109,7 +109,7 @@ class Report(base.Report):
 
     def summary(self):
         before, after = map(format_bytes, (self.bytes_before, self.bytes_after))
-        return f"{before} before, {after} now: {super().summary()}"
+        return f"{before} before, {after} now with zeros stored: {super().summary()}"
 
 
 def format_seconds(seconds: float) -> str:

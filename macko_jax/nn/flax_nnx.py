@@ -64,9 +64,7 @@ def substitute(
     # The copy's variables are new, its arrays are still the old ones: no dense kernel is copied.
     model = nnx.clone(model)
     layers = {_join(path): layer for path, layer in _layers(model)}
-    assigned = assign_rules(
-        rules, [path for path, layer in layers.items() if not _is_packed(layer)]
-    )
+    assigned = assign_rules(rules, layers)
     before = jax.tree.leaves(nnx.state(model))
     reports, listed, fresh = [], set(), set()
     for path, layer in layers.items():

@@ -286,7 +286,7 @@ def format_table(rows: Sequence[Mapping[str, str]], totals: Sequence[Mapping[str
         ).rstrip()
         for row in cells
     ]
-    rule = "-" * max(map(len, lines))
+    rule = "-" * min(max(map(len, lines)), 100)  # a note may be longer
     body = 1 + len(rows)
     return "\n".join([lines[0], rule, *lines[1:body], rule, *lines[body:]])
 
