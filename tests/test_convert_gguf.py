@@ -1,6 +1,9 @@
 """Converting GGUF files: names, the order of rotary pairs, quantized tensors, the tokenizer."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from examples.llama import checkpoint, from_gguf, tokenizer
 
 gguf = pytest.importorskip("gguf")
 
+ROOT = pathlib.Path(__file__).parent.parent
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 64, 4, 2, 16, 96, 2
 
 
@@ -123,3 +127,22 @@ def test_other_models_are_refused(tmp_path, stored):
     with pytest.raises(ValueError, match="ssm_in"):
         from_gguf.stored_name("blk.0.ssm_in.weight")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.slow
+def test_llm_goes_from_the_file_to_a_packed_model_beside_dense(stored, tmp_path):
+    write(tmp_path / "small.gguf", stored)
+    out = tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "examples.llm", f"--gguf={tmp_path / 'small.gguf'}"),
+        *(f"--out={out}", "--length=32", "--windows=2", "--eval_windows=2", "--new_tokens=4"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    dense, packed = json.loads((out / "results.json").read_text())["rows"]
+    assert (packed["method"], packed["density"]) == ("wanda", 0.5)
+    assert packed["bytes"] < dense["bytes"] and packed["perplexity"] != dense["perplexity"]
+    assert (
+        checkpoint.load_packed(out / "wanda-0.5-int8").layers[0].mlp.down.matrix.scales is not None
+    )
+    assert "of dense" in done.stdout and "wanda" in done.stdout.splitlines()[-3]
