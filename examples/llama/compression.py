@@ -15,6 +15,7 @@ import os
 import pathlib
 import shutil
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from dsf_jax import export
 from dsf_jax.pipeline.solve import check_method
 from dsf_jax.solvers.problem import check_density
 from examples.llama import checkpoint
+from examples.llama.digests import checkpoint_digests, file_digest
 from examples.llama.json_file import read_json
 from examples.llama.rope import rotation
 from examples.records import write_json
@@ -110,7 +112,7 @@ def compress_checkpoint(
         hidden = [np.asarray(embed(part)) for part in np.split(windows, _batches(windows, batch))]
         del embed
         for i, abstract in enumerate(model.layers):
-            if checkpoint.part_file(out, i).is_file():
+            if record.has(checkpoint.part_file(out, i), i):
                 for layer in record.block(i):
                     progress.add(layer)
             else:
@@ -151,14 +153,9 @@ def _open_source(source, out):
 
 def _inputs(stored, windows, dtype):
     """What a run reads, for the record: a run that goes on must read the same."""
-    sizes = {
-        path.name: path.stat().st_size
-        for path in sorted(stored.directory.iterdir())
-        if path.suffix in (".safetensors", ".json")
-    }
     return {
         "checkpoint": str(stored.directory),
-        "files": sizes,
+        "files": checkpoint_digests(stored),
         "dtype": jnp.dtype(dtype).name,
         "calibration": hashlib.sha256(windows.tobytes()).hexdigest(),
         "windows": list(windows.shape),
@@ -199,11 +196,10 @@ def _batches(windows, most):
 
 
 def _save_part(out, stored, model, name):
-    """Reads a dense part of the checkpoint, writes it unless it is there, and returns it."""
+    """Reads a dense part of the checkpoint, writes it, over a damaged one too, and returns it."""
     part = nnx.clone(getattr(model, name))
     stored.fill(part, (name,))
-    if not checkpoint.part_file(out, name).is_file():
-        macko_jax.save(checkpoint.part_file(out, name), nnx.to_pure_dict(nnx.state(part)))
+    macko_jax.save(checkpoint.part_file(out, name), nnx.to_pure_dict(nnx.state(part)))
     return part
 
 
@@ -229,6 +225,7 @@ def _compress_block(out, stored, abstract, index, hidden, record, progress, *, e
     record.add(index, [_renamed(layer, prefix) for layer in compressed.report.layers])
     packed, _ = export.pack(compressed.model, rules=macko_jax.Rule(encoding=encoding))
     macko_jax.save(checkpoint.part_file(out, index), macko_jax.flax_nnx.to_pure_dict(packed))
+    record.written(checkpoint.part_file(out, index))
     shutil.rmtree(out / "work" / str(index))
 
 
@@ -252,11 +249,11 @@ def _run_block(graph, state, config, hidden):
 
 
 class _Record:
-    """report.json: the settings, and what became of each finished layer."""
+    """report.json: the settings, what became of each layer, and what each packed block holds."""
 
     def __init__(self, path, settings):
         self.path, self.settings = path, settings
-        self.blocks = {}
+        self.blocks, self.parts = {}, {}
         if path.is_file():
             self._read()
         self._check_parts()
@@ -264,7 +261,7 @@ class _Record:
     def _read(self):
         try:
             found = read_json(self.path)
-            earlier = dict(found["settings"])
+            earlier, self.parts = dict(found["settings"]), dict(found.get("parts", {}))
             for layer in found["layers"]:
                 report = dsf_jax.LayerReport.from_dict(layer)
                 self.blocks.setdefault(int(report.path.split("/")[1]), []).append(report)
@@ -273,6 +270,12 @@ class _Record:
                 f"{self.path} is not the report of a run, or was cut off ({error!r}). Give another "
                 "directory, or remove this one"
             ) from error
+        short = [i for i, layers in self.blocks.items() if not _is_whole(layers)]
+        if short:
+            raise ValueError(
+                f"{self.path} does not have {LAYERS_OF_BLOCK} layers of block {min(short)}: it was "
+                "cut short. Give another directory, or remove this one"
+            )
         other = sorted(key for key in self.settings if earlier.get(key) != self.settings[key])
         if other:
             raise ValueError(
@@ -292,25 +295,57 @@ class _Record:
                 f"{directory} holds {min(parts)} and no {self.path.name} that says which run wrote "
                 "it. Give another directory, or remove this one"
             )
+        if not self.path.is_file():
+            models = ("*.safetensors", "*.safetensors.index.json", "config.json", "work")
+            there = sorted(path.name for pattern in models for path in directory.glob(pattern))
+            if there:
+                raise ValueError(
+                    f"{directory} holds {there[0]} and no {self.path.name}: it is the directory of "
+                    "something else. Give another one for the packed model"
+                )
 
     def begin(self):
         """Writes the settings before any part, so that those of another run are never taken."""
         if not self.path.is_file():
             write_json(self.path, {"settings": self.settings, "layers": []})
 
+    def has(self, path, index):
+        """Whether a block is there as it was written; one that was damaged is solved again."""
+        known = self.parts.get(path.name)
+        if index not in self.blocks or known is None or not path.is_file():
+            return False
+        if file_digest(path) == known:
+            return True
+        warnings.warn(f"{path} is damaged and its block is solved again", stacklevel=2)
+        return False
+
+    def written(self, path):
+        """Notes what a block's file holds, once it is there."""
+        self.parts[path.name] = file_digest(path)
+        self._write()
+
     def block(self, index):
         return [dataclasses.replace(layer, resumed=True) for layer in self.blocks[index]]
 
     def add(self, index, layers):
         self.blocks[index] = layers
+        self._write()
+
+    def _write(self):
         seconds = sum(layer.seconds for block in self.blocks.values() for layer in block)
-        write_json(self.path, {"settings": self.settings} | self.report(seconds).to_dict())
+        described = {"settings": self.settings, "parts": self.parts}
+        write_json(self.path, described | self.report(seconds).to_dict())
 
     def report(self, seconds):
         layers = tuple(layer for index in sorted(self.blocks) for layer in self.blocks[index])
         skipped = {"embed": "an embedding", "head": "the output head"}
         stages = LAYERS_OF_BLOCK * len(self.blocks)  # each of one layer
         return dsf_jax.Report(layers=layers, skipped=skipped, stages=stages, seconds=seconds)
+
+
+def _is_whole(layers):
+    """Whether these are the reports of all layers of a block."""
+    return len({layer.path for layer in layers}) == len(layers) == LAYERS_OF_BLOCK
 
 
 class _Progress:
