@@ -14,6 +14,7 @@ from dsf_jax.solvers.problem import Problem
 from dsf_jax.solvers.solution import Factorization
 from dsf_jax.trace.dataflow import Layer
 from dsf_jax.trace.jaxprs import Device
+from macko_jax.format.promotion import own_promotion
 
 __all__ = [
     "METHODS",
@@ -84,6 +85,7 @@ def stack_limit(assignment: Assignment, layer: Layer, device: Device) -> int:
     return max(1, STACKED_WEIGHTS // layer.size)
 
 
+@own_promotion()
 def solve(
     weights: Mapping[str, jax.Array],
     grams: Mapping[str, jax.Array],

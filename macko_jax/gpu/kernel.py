@@ -56,7 +56,7 @@ class Problem:
       product: one of `PRODUCTS`.
       platform: what it is lowered for, "cpu" or "cuda", or "any" for every other.
       layout: that of the matrix.
-      batch: the number of vectors.
+      batch: the number of vectors; None where it is symbolic, in what `jax.export` makes.
       dtypes: the types of the two operands, in the product's order: of (values, x), (values, y),
         (x, y), or of the values alone.
       out_dtype: the type of the result.
@@ -66,7 +66,7 @@ class Problem:
     product: str
     platform: str
     layout: Layout
-    batch: int
+    batch: int | None
     dtypes: tuple
     out_dtype: Any
     fusion: Fusion = Fusion()

@@ -35,6 +35,8 @@ def why_not(problem: Problem) -> str | None:
         allowed = FLOATS + quantization.NAMES * (values_first and i == 0)
         if jnp.dtype(dtype).name not in allowed:
             return f"the kernels take {', '.join(allowed)} here, not {jnp.dtype(dtype).name}"
+    if batch is None:
+        return "the number of vectors is symbolic, and a kernel is made for one number of them"
     if layout.stored == 0 or 0 in layout.shape or batch == 0:
         return "the matrix or the batch is empty"
     rows, cols = layout.shape
