@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 from macko_jax import _compatibility  # noqa: F401 (first: it warns before an import fails)
 from macko_jax._version import __version__ as __version__
 from macko_jax.format.matrix import MackoMatrix, compress, decompress, validate
+from macko_jax.io import exported
 from macko_jax.io.checkpoint import load, save
 from macko_jax.io.macko_spmv import from_macko_spmv, to_macko_spmv
 from macko_jax.nn.rules import Rule
 from macko_jax.ops.api import spmv
 from macko_jax.ops.explain import Explanation, explain
+
+exported.register()
 
 __all__ = [
     "Explanation",

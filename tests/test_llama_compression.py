@@ -1,6 +1,7 @@
 """Compression of checkpoints block by block: like the whole model, resumed, in little memory."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -232,6 +233,44 @@ def test_directories_of_something_else_are_refused(dense, packed, windows, tmp_p
     refuse(dense[0], other, "other/report.json is not the report of a run, or was cut off")
     (other / "report.json").unlink()
     refuse(dense[0], other, "packed-00000.safetensors and no report.json .* Give another directory")
+
+
+def test_a_run_goes_on_with_nothing_damaged_and_of_no_other_model(dense, packed, windows, tmp_path):
+    source, out = tmp_path / "dense", tmp_path / "out"
+    shutil.copytree(dense[0], source)
+    shutil.copytree(packed[0], out)
+    report = json.loads((out / "report.json").read_text())
+    report["settings"]["checkpoint"] = str(source)
+    (out / "report.json").write_text(json.dumps(report))
+    before = contents(out)
+    again = functools.partial(
+        compression.compress_checkpoint, source, out, windows, batch=2, **SETTINGS
+    )
+    resumed = []
+    # Damaged parts of the model are written again, and blocks that have changed places.
+    embed = out / "packed-embed.safetensors"
+    embed.write_bytes(embed.read_bytes()[:-3])
+    (out / "packed-00001.safetensors").write_bytes((out / "packed-00002.safetensors").read_bytes())
+    with pytest.warns(UserWarning, match="packed-00001.safetensors is damaged"):
+        again(callback=lambda progress: resumed.append(progress.layer.resumed))
+    assert resumed == [True] * 4 + [False] * 4 + [True] * 4
+    assert contents(out) == before
+
+    short = json.loads((out / "report.json").read_text())
+    whole = (out / "report.json").read_text()
+    (out / "report.json").write_text(json.dumps(short | {"layers": short["layers"][:-2]}))
+    with pytest.raises(ValueError, match="does not have 4 layers of block 2: it was cut short"):
+        again()
+    (out / "report.json").write_text(whole)
+
+    weights = source / "model.safetensors"
+    other = bytearray(weights.read_bytes())
+    other[-1] ^= 1  # another model, of the same shapes and sizes
+    weights.write_bytes(other)
+    with pytest.raises(ValueError, match="holds a run with another files"):
+        again()
+    with pytest.raises(ValueError, match="dense holds config.json and no report.json"):
+        compression.compress_checkpoint(dense[0], source, windows, **SETTINGS)
 
 
 @pytest.mark.slow

@@ -404,6 +404,11 @@ def test_damaged_file_is_solved_again_and_foreign_results_are_refused(tmp_path):
         new, report = compress_model(model, batches, **call)
     assert [layer.resumed for layer in report.layers].count(False) == 1
     assert_same(new, expected)
+    flipped = bytearray(victim.read_bytes())
+    flipped[-1] ^= 1
+    victim.write_bytes(flipped)
+    with pytest.warns(UserWarning, match="does not match its checksum"):
+        assert_same(compress_model(model, batches, **call).model, expected)
     for change in (
         dict(density=0.6),
         dict(method="magnitude"),

@@ -34,8 +34,9 @@ def fingerprint(settings: Mapping[str, Any], *trees: Any) -> str:
 class WorkDirectory:
     """A directory with one safetensors file per finished layer.
 
-    A file which exists is whole (`macko_jax.io.atomic.replacing`). Each carries the fingerprint of
-    the run; results of another model, other batches or other settings are refused, never mixed in.
+    A file which exists is whole (`macko_jax.io.atomic.replacing`). Each carries a checksum of what
+    it holds, and the fingerprint of the run: results of another model, other batches or other
+    settings are refused, never mixed in.
 
     Args:
       path: The directory; it is made if there is none.
@@ -69,7 +70,15 @@ class WorkDirectory:
         metadata = _metadata(file) if file.exists() else None
         if metadata is None:
             return None
-        values = load_file(file)
+        try:
+            values = load_file(file)
+        except (SafetensorError, OSError) as error:
+            _warn_of_damage(file, error)
+            return None
+        found = metadata.pop("checksum", None)
+        if metadata.get("layer") != layer or found != fingerprint(metadata, values):
+            _warn_of_damage(file, "it does not match its checksum")
+            return None
         return LayerSolution(
             product=values["product"],
             left=values.get("left"),
@@ -92,6 +101,7 @@ class WorkDirectory:
             "error": repr(solution.error),
             "seconds": repr(solution.seconds),
         }
+        metadata["checksum"] = fingerprint(metadata, arrays)
         with replacing(self.file(layer)) as temporary:
             save_file(arrays, temporary, metadata)
 
@@ -102,5 +112,9 @@ def _metadata(file: pathlib.Path) -> dict[str, str] | None:
         with safe_open(file, framework="numpy") as arrays:
             return arrays.metadata() or {}
     except (SafetensorError, OSError) as error:
-        warnings.warn(f"{file} is damaged and its layer is solved again: {error}", stacklevel=3)
+        _warn_of_damage(file, error)
         return None
+
+
+def _warn_of_damage(file: pathlib.Path, problem: object) -> None:
+    warnings.warn(f"{file} is damaged and its layer is solved again: {problem}", stacklevel=4)

@@ -15,6 +15,7 @@ from dsf_jax.solvers.rounding import round_solution
 from dsf_jax.solvers.solution import Factorization
 from dsf_jax.trace.dataflow import Layer
 from dsf_jax.trace.jaxprs import Device
+from macko_jax.format.promotion import own_promotion
 
 __all__ = [
     "METHODS",
@@ -93,6 +94,7 @@ def stack_limit(assignment: Assignment, layer: Layer, device: Device) -> int:
     return max(1, STACKED_WEIGHTS // layer.size)
 
 
+@own_promotion()
 def solve(
     weights: Mapping[str, jax.Array],
     grams: Mapping[str, jax.Array],

@@ -27,6 +27,7 @@ from dsf_jax.solvers.masks import top_k_mask
 from dsf_jax.solvers.problem import NormalizedProblem, Problem, check_density, normalize
 from dsf_jax.solvers.pruners import PRUNERS
 from dsf_jax.solvers.solution import Factorization, best_solution
+from macko_jax.format.promotion import own_promotion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,7 @@ PRESETS = {
 }
 
 
+@own_promotion()
 def factorize(
     weight: ArrayLike,
     gram: ArrayLike | None = None,

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from macko_jax.format.promotion import own_promotion
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -146,6 +148,7 @@ def _relative_output_error(
     return jnp.where(error == 0, 0.0, error / norm)
 
 
+@own_promotion()
 def relative_output_error(
     weight: ArrayLike, approximation: ArrayLike, gram: ArrayLike | None = None
 ) -> jax.Array:

@@ -16,6 +16,7 @@ from dsf_jax.solvers import masks
 from dsf_jax.solvers.admm import COMPILER_OPTIONS, refit_rows
 from dsf_jax.solvers.budget import count_nonzeros
 from dsf_jax.solvers.problem import Problem, check_density, is_finite, layer_prefix, normalize
+from macko_jax.format.promotion import own_promotion
 
 SPARSEGPT_BLOCK = 128
 SPARSEGPT_DAMPING = 0.01
@@ -25,6 +26,7 @@ ADMM_MASK_SHARE = 0.75  # of the steps; after them the mask stays and only value
 REFIT_STEPS = 20
 
 
+@own_promotion()
 def prune(
     weight: ArrayLike,
     gram: ArrayLike | None = None,

@@ -17,6 +17,7 @@ import os
 import pathlib
 import shutil
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from dsf_jax.pipeline.allocation import allocate_densities, probe_errors
 from dsf_jax.pipeline.pace import Pace, Task
 from dsf_jax.solvers.methods import METHODS
 from examples.llama import checkpoint
+from examples.llama.digests import checkpoint_digests, file_digest
 from examples.llama.json_file import read_json
 from examples.llama.recipe import GIVEN, LAYERS, Recipe
 from examples.llama.rope import rotation
@@ -128,14 +130,9 @@ def _open_source(source, out):
 
 def _inputs(stored, windows, dtype):
     """What a run reads, for the record: a run that goes on must read the same."""
-    sizes = {
-        path.name: path.stat().st_size
-        for path in sorted(stored.directory.iterdir())
-        if path.suffix in (".safetensors", ".json")
-    }
     return {
         "checkpoint": str(stored.directory),
-        "files": sizes,
+        "files": checkpoint_digests(stored),
         "dtype": jnp.dtype(dtype).name,
         "calibration": windows is not None and hashlib.sha256(windows.tobytes()).hexdigest(),
         "windows": windows is not None and list(windows.shape),
@@ -222,7 +219,7 @@ class _Run:
         densities = self._shared(hidden) if self.recipe.budget == "sensitivity" else self.densities
         written = []
         for i, abstract in enumerate(self.model.layers):
-            if checkpoint.part_file(self.out, i).is_file():
+            if self.record.has(i):
                 for layer in self.record.block(i):
                     self.progress.add(layer)
             else:
@@ -237,7 +234,7 @@ class _Run:
         """Packs every block as it is."""
         self.save_part("embed")
         for i in range(len(self.model.layers)):
-            if checkpoint.part_file(self.out, i).is_file():
+            if self.record.has(i):
                 for layer in self.record.block(i):
                     self.progress.add(layer)
             else:
@@ -252,12 +249,10 @@ class _Run:
             )
 
     def save_part(self, name):
-        """Reads a dense part of the checkpoint, writes it unless it is there, and returns it."""
+        """Reads a dense part of the checkpoint, writes it, also over a damaged one, returns it."""
         part = nnx.clone(getattr(self.model, name))
         self.stored.fill(part, (name,))
-        file = checkpoint.part_file(self.out, name)
-        if not file.is_file():
-            macko_jax.save(file, nnx.to_pure_dict(nnx.state(part)))
+        macko_jax.save(checkpoint.part_file(self.out, name), nnx.to_pure_dict(nnx.state(part)))
         return part
 
     def _read(self, index):
@@ -352,6 +347,7 @@ class _Run:
         macko_jax.save(
             checkpoint.part_file(self.out, index), macko_jax.flax_nnx.to_pure_dict(packed)
         )
+        self.record.written(index)
         if self.recipe.method == GIVEN:
             for layer in layers:
                 self.progress.add(layer)
@@ -440,16 +436,17 @@ def _kept(path, shape, dtype, reason):
 
 
 class _Record:
-    """report.json: the settings, and what became of each finished layer.
+    """report.json: the settings, what became of each finished layer, and what each block holds.
 
     Attributes:
+      parts: digests of the blocks' files by name.
       blocks: the reports of finished layers by block.
       shares: densities by path that a sensitivity budget has found; None before it has.
     """
 
     def __init__(self, path, settings, others):
         self.path, self.settings, self.others = path, settings, others
-        self.blocks, self.shares = {}, None
+        self.blocks, self.parts, self.shares = {}, {}, None
         if path.is_file():
             self._read()
         self._check_parts()
@@ -461,6 +458,7 @@ class _Record:
             earlier = dict(found["settings"])
             if version == VERSION:
                 self.shares = found["shares"] and dict(found["shares"])
+                self.parts = dict(found["parts"])
                 for layer in found["layers"]:
                     report = dsf_jax.LayerReport.from_dict(layer)
                     self.blocks.setdefault(int(report.path.split("/")[1]), []).append(report)
@@ -474,6 +472,12 @@ class _Record:
                 f"{self.path} was written by another version of this program (its report has "
                 f"version {version or 1}, this program's {VERSION}), whose runs cannot be "
                 "continued. Give another directory, or remove this one"
+            )
+        short = [i for i in self.blocks if not self._is_whole(i)]
+        if short:
+            raise ValueError(
+                f"{self.path} does not have all layers of block {min(short)}: it was cut short. "
+                "Give another directory, or remove this one"
             )
         # As it will be read: tuples are lists in JSON.
         now = json.loads(json.dumps(self.settings))
@@ -491,11 +495,20 @@ class _Record:
         if self.path.is_file():
             known = ("embed", "norm", "head", *self.blocks)
             parts -= {checkpoint.part_file(directory, name).name for name in known}
+            parts -= self.parts.keys()
         if parts:
             raise ValueError(
                 f"{directory} holds {min(parts)} and no {self.path.name} that says which run wrote "
                 "it. Give another directory, or remove this one"
             )
+        if not self.path.is_file():
+            models = ("*.safetensors", "*.safetensors.index.json", "config.json", "work")
+            there = sorted(path.name for pattern in models for path in directory.glob(pattern))
+            if there:
+                raise ValueError(
+                    f"{directory} holds {there[0]} and no {self.path.name}: it is the directory of "
+                    "something else. Give another one for the packed model"
+                )
 
     def begin(self):
         """Writes the settings before any part, so that those of another run are never taken."""
@@ -505,8 +518,32 @@ class _Record:
     def write(self):
         """Writes what is known so far."""
         seconds = sum(layer.seconds for block in self.blocks.values() for layer in block)
-        head = {"version": VERSION, "settings": self.settings, "shares": self.shares}
+        head = {"version": VERSION, "settings": self.settings}
+        head |= {"shares": self.shares, "parts": self.parts}
         write_json(self.path, head | self.report(seconds).to_dict())
+
+    def _is_whole(self, index):
+        """Whether there are reports of all layers of a block, once each."""
+        paths = [entry.path for entry in (*self.blocks.get(index, ()), *self.others)]
+        here = [path for path in paths if path.startswith(f"layers/{index}/")]
+        return len(set(here)) == len(here) == len(LAYERS)
+
+    def has(self, index):
+        """Whether a block is there as it was written; one that was damaged is solved again."""
+        path = checkpoint.part_file(self.path.parent, index)
+        known = self.parts.get(path.name)
+        if known is None or not path.is_file() or not self._is_whole(index):
+            return False
+        if file_digest(path) == known:
+            return True
+        warnings.warn(f"{path} is damaged and its block is solved again", stacklevel=2)
+        return False
+
+    def written(self, index):
+        """Notes what a block's file holds, once it is there."""
+        path = checkpoint.part_file(self.path.parent, index)
+        self.parts[path.name] = file_digest(path)
+        self.write()
 
     def block(self, index):
         """The reports of a block's layers, as those of layers that were read back."""

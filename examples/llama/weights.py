@@ -195,6 +195,11 @@ class Checkpoint:
             )
         self._stored[name] = Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
 
+    @property
+    def files(self):
+        """The safetensors files that hold its tensors."""
+        return sorted({stored.path for stored in self._stored.values()})
+
     def fill(self, module, prefix=()):
         """Gives an abstract module its parameters.
 

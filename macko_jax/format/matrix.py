@@ -12,6 +12,8 @@ from macko_jax.format import quantization
 from macko_jax.format.codes import ENCODINGS
 from macko_jax.format.layout import MAX_COLS, Layout, Positions
 from macko_jax.format.pack import Capacity, pack
+from macko_jax.format.promotion import own_promotion
+from macko_jax.format.rows import take_rows
 from macko_jax.format.unpack import densify
 from macko_jax.format.validate import DTYPES, QUANTIZED, check_lanes, name_dtypes, validate
 
@@ -23,7 +25,7 @@ __all__ = ["DTYPES", "QUANTIZED", "MackoMatrix", "compress", "decompress", "vali
     data_fields=("values", "codes", "row_offsets", "starts", "scales"),
     meta_fields=("shape", "encoding", "lanes"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class MackoMatrix:
     """A sparse matrix [rows, cols] in a MACKO layout for GPUs; a pytree, made by `compress`.
 
@@ -129,12 +131,64 @@ class MackoMatrix:
         stack = int(np.prod(self.values.shape[:-1], dtype=np.int64))
         return self.nnz / max(1, stack * self.shape[0] * self.shape[1])
 
+    # The one import upward: operators belong to the class, and products to macko_jax.ops.
+
     def __matmul__(self, x) -> jax.Array:
         """The product with x [cols] or [..., cols, n], shaped as by `jnp.matmul`."""
-        # The one import upward: operators belong to the class, and products to macko_jax.ops.
         from macko_jax.ops import api
 
         return api.matmul(self, x)
+
+    def __rmatmul__(self, x) -> jax.Array:
+        """The product x @ A of x [rows] or [..., rows], shaped as by `jnp.matmul`."""
+        from macko_jax.ops import api
+
+        return api.matmul_from_left(x, self)
+
+    __array_ufunc__ = None  # NumPy's arrays leave `x @ matrix` to the matrix
+
+    def __getitem__(self, index) -> "MackoMatrix":
+        """Rows `matrix[start:stop]`, as a matrix; outside of JAX's transformations."""
+        if not isinstance(index, slice) or index.step not in (None, 1):
+            raise TypeError(
+                f"a MackoMatrix gives rows matrix[start:stop], got {index!r}; for anything else "
+                "take macko_jax.decompress(matrix)[...]"
+            )
+        if self.values.ndim > 1:
+            raise TypeError(
+                "this MackoMatrix is a stack; take one with jax.tree.map(lambda a: a[i], matrix)"
+            )
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self)):
+            raise TypeError(
+                "the size of matrix[start:stop] depends on where the zeros are, which is not known "
+                "while tracing (jit, vmap, grad); slice outside and pass the MackoMatrix in"
+            )
+        start, stop, _ = index.indices(self.shape[0])
+        return take_rows(self, start, max(start, stop))
+
+    def __eq__(self, other):
+        if self is other:
+            return True
+        if isinstance(other, (MackoMatrix, jax.Array, np.ndarray)):
+            raise TypeError(
+                "== of a MackoMatrix could mean its elements or all of it; write "
+                "macko_jax.decompress(a) == macko_jax.decompress(b), or jnp.array_equal of the two"
+            )
+        return NotImplemented
+
+    @property
+    def T(self):
+        """There is no transpose: `x @ matrix` is the product with it."""
+        raise AttributeError(
+            "a MackoMatrix has no T: for A^T x write x @ matrix, and to pack the transpose "
+            "macko_jax.compress(macko_jax.decompress(matrix).T)"
+        )
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError(
+            "a MackoMatrix is not made dense unasked; write macko_jax.decompress(matrix), or "
+            "macko_jax.spmv(matrix, x) for a product"
+        )
 
     def __repr__(self) -> str:
         kind = getattr(self.values, "dtype", type(self.values).__name__)
@@ -158,7 +212,8 @@ def compress(
     -0.0 are zeros; NaN, infinities and subnormals are elements.
 
     Args:
-      weight: [rows, cols], float16, bfloat16 or float32; anything that `numpy.asarray` takes.
+      weight: [rows, cols], float16, bfloat16 or float32; anything that `numpy.asarray` takes, or
+        a sparse matrix of SciPy or of `jax.experimental.sparse`, which is made dense first.
       dtype: in which the values are stored; None keeps the weight's. int8 and float8_e4m3fn are
         scaled row by row, see `quantization.quantize`. What it rounds to zero is dropped.
       encoding: one of those of `MackoMatrix`; None chooses by measured rules, see
@@ -179,6 +234,8 @@ def compress(
     References:
       arXiv 2511.13061, section 3 (the storage format).
     """
+    if hasattr(weight, "todense"):
+        weight = weight.todense()
     if isinstance(weight, Tracer):
         raise TypeError(
             "compress needs a concrete array: the sizes of the result depend on where the zeros "
@@ -220,6 +277,7 @@ def compress(
 
 
 @jax.jit
+@own_promotion()
 def decompress(matrix: MackoMatrix) -> jax.Array:
     """The dense matrix, exactly.
 

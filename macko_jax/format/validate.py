@@ -41,7 +41,7 @@ def validate(matrix) -> None:
 
     | invariant | who relies on it | who checks it |
     |---|---|---|
-    | allowed shape, encoding, lanes; lanes an int | compilation | `_check_metadata` |
+    | allowed shape, encoding, lanes; lanes an int | compilation | `check_metadata` |
     | equal leading axes of all arrays | vmap, scan | `_check_stack` |
     | types and sizes of arrays, fewer than 2**31 slots | addresses | `_check_arrays` |
     | finite scales, for 8-bit values alone | scaled products | `_check_scales` |
@@ -62,7 +62,7 @@ def validate(matrix) -> None:
     Raises:
       ValueError: says what is wrong.
     """
-    _check_metadata(matrix)
+    check_metadata(matrix.shape, matrix.encoding, matrix.lanes)
     leading = _check_stack(matrix)
     matrix = jax.tree.map(np.asarray, matrix)
     for index in np.ndindex(*leading):
@@ -80,8 +80,8 @@ def name_dtypes(dtypes) -> str:
     return ", ".join(d.name for d in dtypes[:-1]) + f" or {dtypes[-1].name}"
 
 
-def _check_metadata(matrix) -> None:
-    shape = matrix.shape
+def check_metadata(shape, encoding, lanes) -> None:
+    """Raises a ValueError unless a matrix may have this shape, encoding and number of lanes."""
     if (
         not isinstance(shape, tuple)
         or len(shape) != 2
@@ -89,9 +89,9 @@ def _check_metadata(matrix) -> None:
         or shape[1] > MAX_COLS
     ):
         raise ValueError(f"shape must be two sizes, with at most {MAX_COLS} columns; got {shape!r}")
-    if matrix.encoding not in ENCODINGS:
-        raise ValueError(f"encoding must be one of {list(ENCODINGS)}, got {matrix.encoding!r}")
-    check_lanes(matrix.lanes)
+    if encoding not in ENCODINGS:
+        raise ValueError(f"encoding must be one of {list(ENCODINGS)}, got {encoding!r}")
+    check_lanes(lanes)
 
 
 def _check_stack(matrix) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ class GatherPlan:
             self.problem.x_dtype,
             length=self.layout.shape[1],
             count=self.settings.vectors,
-            batch=self.problem.batch,
+            batch=self.problem.known_batch,
             before=self.problem.fusion.before,
             two_copies=self.settings.two_copies,
             narrow=self.settings.narrow,
@@ -79,7 +79,7 @@ class GatherPlan:
 def settle(problem: Problem) -> Settings | None:
     """The settings for a product; None where shared memory has no room for one vector."""
     layout, x_dtype = problem.layout, problem.x_dtype
-    vectors = min(tuning.VECTORS[x_dtype.itemsize], 1 << (problem.batch - 1).bit_length())
+    vectors = min(tuning.VECTORS[x_dtype.itemsize], 1 << (problem.known_batch - 1).bit_length())
     while vectors > 1 and not _fits(problem, vectors):
         vectors //= 2
     narrow = not _fits(problem, vectors)

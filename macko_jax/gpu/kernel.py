@@ -56,7 +56,7 @@ class Problem:
       product: one of `PRODUCTS`.
       platform: what it is lowered for, "cpu" or "cuda", or "any" for every other.
       layout: that of the matrix.
-      batch: the number of vectors.
+      batch: the number of vectors; None where it is symbolic, in what `jax.export` makes.
       dtypes: the types of the two operands, in the product's order: of (values, x), (values, y),
         (x, y), or of the values alone.
       out_dtype: the type of the result.
@@ -66,7 +66,7 @@ class Problem:
     product: str
     platform: str
     layout: Layout
-    batch: int
+    batch: int | None
     dtypes: tuple
     out_dtype: Any
     fusion: Fusion = Fusion()
@@ -75,6 +75,12 @@ class Problem:
     def dtype(self) -> jnp.dtype:
         """The type of the values, which are an operand or, of "sddmm", the result."""
         return jnp.dtype(self.out_dtype if self.product == "sddmm" else self.dtypes[0])
+
+    @property
+    def known_batch(self) -> int:
+        """The number of vectors, for what is reached only where it is known."""
+        assert self.batch is not None, "no kernel is made for a symbolic number of vectors"
+        return self.batch
 
     @property
     def x_dtype(self) -> jnp.dtype:

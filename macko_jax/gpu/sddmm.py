@@ -36,7 +36,7 @@ class Plan(gather.GatherPlan):
             rows=self.layout.shape[0],
             blocks=self.settings.blocks,
             count=self.settings.vectors,
-            batch=self.problem.batch,
+            batch=self.problem.known_batch,
         )
 
     @property
@@ -47,7 +47,7 @@ class Plan(gather.GatherPlan):
 def why_not(problem: Problem) -> str | None:
     """None if the kernel serves the problem, or the reason why it does not."""
     if _fitting(problem) is None:
-        return f"{problem.batch} vectors do not fit in one pass"
+        return f"{problem.known_batch} vectors do not fit in one pass"
     return None
 
 
@@ -64,7 +64,7 @@ def plan(problem: Problem) -> Plan:
 
 def _fitting(problem: Problem) -> Plan | None:
     settings = gather.settle(problem)
-    if settings is None or problem.batch > settings.vectors:
+    if settings is None or problem.known_batch > settings.vectors:
         return None
     fitting = Plan(problem, settings)
     return fitting if 4 * fitting.shared_slots <= device.shared_bytes() else None

@@ -38,6 +38,8 @@ def why_not(problem: Problem) -> str | None:
         allowed = FLOATS + quantization.NAMES * (values_first and i == 0)
         if jnp.dtype(dtype).name not in allowed:
             return f"the kernels take {', '.join(allowed)} here, not {jnp.dtype(dtype).name}"
+    if batch is None:
+        return "the number of vectors is symbolic, and a kernel is made for one number of them"
     if layout.stored == 0 or 0 in layout.shape or batch == 0:
         return "the matrix or the batch is empty"
     rows, cols = layout.shape
@@ -72,7 +74,7 @@ def fastest_method(problem: Problem) -> str:
     dtype = densified(problem).out_dtype
     bits = 16 if dtype.itemsize == 2 and dtype == problem.x_dtype else 32
     faster = tuning.passes_are_faster(
-        problem.product, problem.layout, bits, problem.batch, passes.vectors, idle
+        problem.product, problem.layout, bits, problem.known_batch, passes.vectors, idle
     )
     return "passes" if faster else "densify"
 

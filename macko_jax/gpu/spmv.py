@@ -47,7 +47,7 @@ class Plan(gather.GatherPlan):
     @property
     def passes(self) -> int:
         """How often the matrix is read: each time for `settings.vectors` vectors."""
-        return -(-self.problem.batch // self.settings.vectors)
+        return -(-self.problem.known_batch // self.settings.vectors)
 
     @property
     def blocks(self) -> int:
@@ -121,7 +121,7 @@ def program(ops: Lanes, plan: Plan) -> None:
                 total = total * inverse
             if fusion.add:
                 total = total + added.at(row, inside)[number]
-            mine = (walk.lane == 0) & inside & (vector < plan.problem.batch)
+            mine = (walk.lane == 0) & inside & (vector < plan.problem.known_batch)
             ops.store_real("y", vector * rows + row, total, mine)
 
     # All loads that depend on nothing come first: the start of a kernel is a chain of latencies.
@@ -181,7 +181,7 @@ def run(plan: Plan, *operands) -> jax.Array:
         lambda ops: program(ops, plan),
         names,
         operands,
-        jax.ShapeDtypeStruct((problem.batch, plan.layout.shape[0]), problem.out_dtype),
+        jax.ShapeDtypeStruct((problem.known_batch, plan.layout.shape[0]), problem.out_dtype),
         blocks=plan.blocks,
         warps=plan.settings.warps,
         shared_slots=plan.shared_slots,

@@ -49,12 +49,12 @@ class Plan:
     @property
     def blocks(self) -> int:
         """Blocks of the grid: `share` for every vector."""
-        return self.share * self.problem.batch
+        return self.share * self.problem.known_batch
 
     @property
     def y(self) -> Share:
         """The block's share of y."""
-        rows, batch = self.layout.shape[0], self.problem.batch
+        rows, batch = self.layout.shape[0], self.problem.known_batch
         return Share(rows=rows, blocks=self.share, count=1, batch=batch)
 
     @property
@@ -102,7 +102,7 @@ def program(ops: Lanes, plan: Plan) -> None:
     dtype, cols = plan.problem.dtype, plan.layout.shape[1]
     threads = occupancy.block_warps(plan.warps) * WARP
     thread = ops.thread()
-    block, vector = deal_blocks(ops, plan.problem.batch, 1)
+    block, vector = deal_blocks(ops, plan.problem.known_batch, 1)
     walk = row_walk.RowWalk(
         ops,
         plan.layout,
@@ -173,7 +173,7 @@ def program(ops: Lanes, plan: Plan) -> None:
 
 def run(plan: Plan, *operands) -> jax.Array:
     """Partial sums [batch, share, cols] from values, codes, row_offsets, starts and y."""
-    shape = plan.problem.batch, plan.share, plan.layout.shape[1]
+    shape = plan.problem.known_batch, plan.share, plan.layout.shape[1]
     return mosaic.run(
         "macko_spmv_transposed",
         lambda ops: program(ops, plan),

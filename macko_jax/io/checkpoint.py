@@ -124,7 +124,7 @@ def load(path: str | os.PathLike) -> Any:
             f"{path} is not a whole safetensors file ({error}). It was cut off or is something "
             "else; save it again with macko_jax.save"
         ) from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # the latter of a device or a file of the system
         raise ValueError(f"Cannot load {path}: {error}") from error
 
 
@@ -233,7 +233,7 @@ def _decode_file(file) -> Any:
 
     try:
         tree = _decode(described, read)
-    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+    except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"the description of its tree makes no sense ({error!r}); load reads what "
             "macko_jax.save wrote"
@@ -342,6 +342,8 @@ def _decode(node: dict, read: Callable[[dict], Any]) -> Any:
             kernel.check()
         return kernel
     if "scalar" in node:
+        if not isinstance(node["scalar"], bool | int | float | str | None):
+            raise ValueError(f"its tree has a scalar that is a {type(node['scalar']).__name__}")
         return node["scalar"]
     if "dict" in node:
         return {key: _decode(child, read) for key, child in node["dict"]}

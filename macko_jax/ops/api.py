@@ -39,22 +39,14 @@ def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Ar
             "macko_jax.compress(weight)"
         )
     dispatch.check_name(implementation)
-    x = jnp.asarray(x)
+    x = _real(x)
     rows, cols = matrix.shape
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise TypeError(
-            f"spmv takes a real x, got {x.dtype}; multiply x.real and x.imag one by one"
-        )
     if x.ndim == 0 or x.shape[-1] != cols:
         raise ValueError(
             f"spmv of a [{rows}, {cols}] matrix takes x of shape [..., {cols}], got "
             f"{list(x.shape)}; for x [..., {cols}, n] use matrix @ x"
         )
-    if matrix.values.ndim != 1:
-        raise ValueError(
-            f"this MackoMatrix is a stack, its values have shape {list(matrix.values.shape)}; use "
-            "jax.vmap(macko_jax.spmv) or jax.lax.scan over it"
-        )
+    _check_single(matrix)
     if matrix.scales is not None and implementation is None:
         # The primitive is linear in the values and knows no scales: another kernel would multiply
         # by them, where that of a fused product does it as it goes, for one vector.
@@ -74,3 +66,34 @@ def matmul(matrix: MackoMatrix, x) -> jax.Array:
             "along the last axis use macko_jax.spmv(matrix, x)"
         )
     return jnp.swapaxes(spmv(matrix, jnp.swapaxes(x, -1, -2)), -1, -2)
+
+
+def matmul_from_left(x, matrix: MackoMatrix) -> jax.Array:
+    """The product `x @ matrix`, the transposed one: x [..., rows] gives [..., cols]."""
+    x = _real(x)
+    rows, cols = matrix.shape
+    if x.ndim == 0 or x.shape[-1] != rows:
+        raise ValueError(
+            f"x @ a [{rows}, {cols}] matrix takes x of shape [..., {rows}], got {list(x.shape)}; "
+            "for vectors [..., cols] use macko_jax.spmv(matrix, x)"
+        )
+    _check_single(matrix)
+    return primitive.multiply_transposed(matrix, x)
+
+
+def _real(x) -> jax.Array:
+    """x as an array; refuses complex ones."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"spmv takes a real x, got {x.dtype}; multiply x.real and x.imag one by one"
+        )
+    return x
+
+
+def _check_single(matrix: MackoMatrix) -> None:
+    if matrix.values.ndim != 1:
+        raise ValueError(
+            f"this MackoMatrix is a stack, its values have shape {list(matrix.values.shape)}; use "
+            "jax.vmap(macko_jax.spmv) or jax.lax.scan over it"
+        )

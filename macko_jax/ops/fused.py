@@ -18,8 +18,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from macko_jax.format.matrix import MackoMatrix
+from macko_jax.format.promotion import own_promotion
 from macko_jax.gpu.kernel import Fusion, Problem, problem_of
-from macko_jax.ops.primitive import multiply, vary_alike
+from macko_jax.ops.mesh import spread, vary_alike
+from macko_jax.ops.primitive import define_impl, multiply
 
 
 class Step(NamedTuple):
@@ -131,6 +133,7 @@ def in_turn(x, steps, apply) -> list:
     return [result for step, result in zip(steps[:-1], results) if step.kept] + [x]
 
 
+@own_promotion()
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (arXiv 1910.07467)."""
     wide = x.astype(jnp.float32)
@@ -180,7 +183,9 @@ def _fits(step, x) -> bool:
     one = math.prod(x.shape[:-1]) == 1
     whole = add is None or isinstance(add, int) or add.size == matrix.shape[0]
     stack = matrix.values.ndim > 1
-    return one and whole and not stack and jnp.issubdtype(x.dtype, jnp.floating)
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    # On a mesh every device has a product of its own, which the primitive `spmv` sees to.
+    return one and whole and not stack and floating and not spread([x, *jax.tree.leaves(matrix)])
 
 
 def _extras(step) -> dict[str, jax.Array]:
@@ -204,7 +209,10 @@ def _compose(x, step):
     if step.gated:
         x = swiglu(x)
     y = multiply(step.linear, x)
-    return y if step.add is None else (step.add + y).astype(y.dtype)
+    if step.add is None:
+        return y
+    with own_promotion():
+        return (step.add + y).astype(y.dtype)
 
 
 def _one_vector(x, steps, blank=None):
@@ -327,7 +335,7 @@ def _abstract(*operands, fusions, tree):
 
 _fused_p = Primitive("macko_fused_spmv")
 _fused_p.multiple_results = True
-_fused_p.def_impl(jax.jit(_fused_p.bind, static_argnames=("fusions", "tree")))
+define_impl(_fused_p, ("fusions", "tree"))
 _fused_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[_fused_p] = _batch
 ad.primitive_transposes[_fused_p] = _transpose

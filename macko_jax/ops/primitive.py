@@ -1,6 +1,7 @@
 """The JAX primitives of a MACKO matrix: three products that are each other's derivatives.
 
-With s over the stored slots and k over a batch of vectors, the trilinear form
+With s over the stored slots and k over a batch of vectors, of any number of axes, the trilinear
+form
 
     T(values, x, y) = sum_k sum_s values[s] x[k, column(s)] y[k, row(s)]
 
@@ -17,17 +18,21 @@ import functools
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from macko_jax.format.layout import Positions, masked
+from macko_jax.format.promotion import own_promotion
 from macko_jax.gpu.kernel import Problem
-from macko_jax.ops import dispatch
+from macko_jax.ops import dispatch, mesh
+from macko_jax.ops.reference import accumulator
 
-# Result role -> (name, roles of the two linear operands). Four arrays follow the operands: codes,
-# row_offsets, starts, pattern.
+# Result role -> (name, roles of the two linear operands, the second of which are vectors). Four
+# arrays follow the operands: codes, row_offsets, starts, pattern.
 PRODUCTS = {
     "y": ("spmv", ("values", "x")),
     "x": ("spmv_transposed", ("values", "y")),
@@ -37,84 +42,118 @@ STATIC = ("layout", "out_dtype", "own", "implementation")
 
 
 def contract(result: str, operands: dict, structure, *, out_dtype, **static) -> jax.Array:
-    """The product whose result has the role `result`, from a dict of its two operands by role."""
+    """The product whose result has the role `result`, from a dict of its two operands by role.
+
+    Vectors are [*batch, cols] in the role x and [*batch, rows] in the role y.
+    """
     _, roles = PRODUCTS[result]
-    arrays = vary_alike(*(operands[role] for role in roles), *structure)
-    return PRIMITIVES[result].bind(*arrays, out_dtype=np.dtype(out_dtype), **static)
+    arrays = mesh.vary_alike(*(operands[role] for role in roles), *structure)
+    operands, structure = dict(zip(roles, arrays)), arrays[2:]
+    mesh.check_replicated(dict(zip((*Positions._fields, "values"), structure)))
+    batch_spec = None  # that of the first vectors, which two of them have in common
+    for role in roles:
+        if role == "values":
+            mesh.check_replicated({role: operands[role]})
+        else:
+            operands[role] = mesh.whole_vectors(operands[role], batch_spec)
+            batch_spec = tuple(jax.typeof(operands[role]).sharding.spec)[:-1]
+    primitive = PRIMITIVES[result]
+    return primitive.bind(*operands.values(), *structure, out_dtype=np.dtype(out_dtype), **static)
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def multiply(matrix, x: jax.Array, implementation: str | None = None) -> jax.Array:
     """y = x A^T, [..., cols] -> [..., rows], of a MackoMatrix and a real x that fit."""
     out_dtype = jnp.promote_types(matrix.dtype, x.dtype)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        x = x.astype(out_dtype)
-    values = matrix.values
+    if matrix.scales is None:
+        return _multiply("y", matrix, {"x": x}, out_dtype, implementation)
+    y = _multiply("y", matrix, {"x": x}, accumulator(out_dtype), implementation)
+    with own_promotion():
+        return (y * matrix.scales.astype(y.dtype)).astype(out_dtype)
+
+
+@functools.partial(jax.jit, inline=True)
+def multiply_transposed(matrix, y: jax.Array) -> jax.Array:
+    """x = y A, [..., rows] -> [..., cols], of a MackoMatrix and a real y that fit."""
+    out_dtype = jnp.promote_types(matrix.dtype, y.dtype)
+    if matrix.scales is not None:
+        exact = accumulator(out_dtype)
+        with own_promotion():
+            y = y.astype(exact) * matrix.scales.astype(exact)
+    return _multiply("x", matrix, {"y": y}, out_dtype, None)
+
+
+def _multiply(result, matrix, vectors: dict, out_dtype, implementation) -> jax.Array:
+    """A product by the values of a matrix, without its scales."""
+    values = matrix.values if matrix.scales is None else jax.lax.stop_gradient(matrix.values)
     # Without a bitmask a slot is known to be padding by its value, and it must stay zero.
     tells = matrix.encoding == "bitmask" or matrix.scales is not None
     pattern = jnp.zeros(0, values.dtype) if tells else jax.lax.stop_gradient(values)
-    batch, (rows, cols) = x.shape[:-1], matrix.shape
-    product_dtype = out_dtype
-    if matrix.scales is not None:
-        values = jax.lax.stop_gradient(values)
-        product_dtype = jnp.promote_types(out_dtype, "float32")
-    y = contract(
-        "y",
-        {"values": values, "x": x.reshape(math.prod(batch), cols)},
+    [(role, array)] = vectors.items()
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(out_dtype)
+    return contract(
+        result,
+        {"values": values, role: array},
         (*matrix.positions, pattern),
         own=True,
         layout=matrix.layout,
-        out_dtype=product_dtype,
+        out_dtype=out_dtype,
         implementation=implementation,
     )
-    if matrix.scales is not None:
-        y = (y * matrix.scales.astype(product_dtype)).astype(out_dtype)
-    return y.reshape(*batch, rows)
-
-
-def vary_alike(*arrays):
-    """Inside shard_map: marks every operand as varying over the mesh axes that any varies over.
-
-    The transpose of that mark is the sum over devices that a replicated matrix's gradient needs.
-    """
-    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    union = frozenset().union(*varying)
-    return [
-        jax.lax.pcast(a, tuple(sorted(union - v)), to="varying") if union - v else a
-        for a, v in zip(arrays, varying)
-    ]
 
 
 def _abstract(result, *avals, layout, out_dtype, **_):
     rows, cols = layout.shape
-    batch = next(a.shape[0] for a, role in zip(avals, PRODUCTS[result][1]) if role != "values")
-    out = {"y": (batch, rows), "x": (batch, cols), "values": (layout.stored,)}[result]
-    return avals[0].update(shape=out, dtype=out_dtype, weak_type=False)
+    batch, batch_spec = avals[1].shape[:-1], tuple(avals[1].sharding.spec)[:-1]
+    shape, spec = {
+        "y": ((*batch, rows), (*batch_spec, None)),
+        "x": ((*batch, cols), (*batch_spec, None)),
+        "values": ((layout.stored,), (None,)),
+    }[result]
+    sharding = NamedSharding(mesh.mesh_of(avals), PartitionSpec(*spec))
+    return avals[0].update(shape=shape, dtype=out_dtype, weak_type=False, sharding=sharding)
 
 
-def _lower(result, platform, ctx, *operands, layout, out_dtype, own, implementation):
+def _lower(result, platform, ctx, *operands, **params):
+    batch_spec = tuple(ctx.avals_in[1].sharding.spec)[:-1]
+    function = mesh.on_each_device(
+        functools.partial(_compute, result, platform, **params),
+        ctx.avals_in,
+        ctx.avals_out[0].sharding.spec,
+        sum_over=batch_spec if result == "values" else (),
+    )
+    return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
+
+
+@own_promotion()
+def _compute(result, platform, *operands, layout, out_dtype, own, implementation):
+    """One product on one device, by the implementation that serves it."""
     name, roles = PRODUCTS[result]
-    avals = dict(zip(roles, ctx.avals_in))
+    by_role = dict(zip(roles, operands))
+    batch = operands[1].shape[:-1]
+    count = math.prod(batch)
+    for role in roles:
+        if role != "values":
+            by_role[role] = by_role[role].reshape(count, by_role[role].shape[-1])
     problem = Problem(
         product=name,
         platform=platform,
         layout=layout,
-        batch=avals["x" if "x" in avals else "y"].shape[0],
-        dtypes=tuple(a.dtype for a in avals.values()),
+        batch=None if jax.export.is_symbolic_dim(count) else count,
+        dtypes=tuple(a.dtype for a in by_role.values()),
         out_dtype=out_dtype,
     )
     product = functools.partial(
         dispatch.implement(problem, implementation), layout, out_dtype=out_dtype
     )
-
-    def function(first, second, *structure):
-        *arrays, pattern = structure
-        positions = Positions(*arrays)
-        if result == "values":
-            return product(positions, first, second, pattern)
-        return product(first if own else masked(first, pattern), positions, second)
-
-    return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
+    first, second = by_role.values()
+    *arrays, pattern = operands[2:]
+    positions = Positions(*arrays)
+    if result == "values":
+        return product(positions, first, second, pattern)
+    out = product(first if own else masked(first, pattern), positions, second)
+    return out.reshape(*batch, out.shape[-1])
 
 
 def _tangent(result, role, tangent, *primals, out_dtype, own, **static):
@@ -147,29 +186,42 @@ def _transpose(result, cotangent, *operands, out_dtype, own, **static):
 
 
 def _batch(result, operands, dims, **params):
-    batched = [i for i, d in enumerate(dims) if d is not None]
+    mapped = [i for i, d in enumerate(dims) if d is not None]
     moved = [o if d is None else jnp.moveaxis(o, d, 0) for o, d in zip(operands, dims)]
-    primitive = PRIMITIVES[result]
-    if result != "values" and batched == [1]:  # more vectors for one matrix: one larger batch
-        vectors = moved[1]
-        size, batch, length = vectors.shape
-        moved[1] = vectors.reshape(size * batch, length)
-        out = primitive.bind(*moved, **params)
-        return out.reshape(size, batch, out.shape[-1]), 0
+    product = functools.partial(PRIMITIVES[result].bind, **params)
+    if result != "values" and mapped == [1]:  # more vectors for one matrix: one larger batch
+        return product(*moved), 0
 
-    def one(arrays):  # matrices that differ: one after the other, which bounds the memory
-        full = list(moved)
-        for i, a in zip(batched, arrays):
-            full[i] = a
-        return primitive.bind(*full, **params)
+    def every(*arrays):  # matrices that differ: one after the other, which bounds the memory
+        def one(parts):
+            full = list(arrays)
+            for i, part in zip(mapped, parts):
+                full[i] = part
+            return product(*full)
 
-    return jax.lax.map(one, [moved[i] for i in batched]), 0
+        return jax.lax.map(one, [arrays[i] for i in mapped])
+
+    entry = jax.typeof(moved[mapped[0]]).sharding.spec[0]
+    if entry is not None:  # every device has matrices of its own
+        avals = [jax.typeof(a) for a in moved]
+        every = mesh.on_each_device(every, avals, (entry,), axes=frozenset(mesh.axes_of(entry)))
+    return every(*moved), 0
+
+
+def define_impl(primitive: Primitive, static_argnames) -> None:
+    """Makes a primitive compute what it is lowered to, also where `jax.disable_jit` holds."""
+    compiled = jax.jit(primitive.bind, static_argnames=static_argnames)
+
+    @primitive.def_impl
+    def _(*operands, **params):
+        with jax.disable_jit(False):
+            return compiled(*operands, **params)
 
 
 def _define(result) -> Primitive:
     name, roles = PRODUCTS[result]
     primitive = Primitive(f"macko_{name}")
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=STATIC))
+    define_impl(primitive, STATIC)
     primitive.def_abstract_eval(functools.partial(_abstract, result))
     ad.defjvp(
         primitive,

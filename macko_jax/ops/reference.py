@@ -14,7 +14,7 @@ from macko_jax.format.layout import Layout, Positions, masked
 
 def accumulator(out_dtype) -> jnp.dtype:
     """The type in which products are summed."""
-    return jnp.promote_types(out_dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if out_dtype == jnp.float64 else jnp.float32)
 
 
 def spmv(layout: Layout, values, positions: Positions, x, *, out_dtype) -> jax.Array:

@@ -280,7 +280,8 @@ def _try_sddmm(plan: sddmm.Plan) -> Trial:
     problem, rows = plan.problem, _rows()
     matrix, _ = _matrix(problem, (rows, COLS))
     x, y = (
-        _vectors((problem.batch, n), dtype, n) for n, dtype in zip((COLS, rows), problem.dtypes)
+        _vectors((problem.known_batch, n), dtype, n)
+        for n, dtype in zip((COLS, rows), problem.dtypes)
     )
     small = sddmm.Plan(
         dataclasses.replace(problem, layout=matrix.layout),

@@ -9,6 +9,7 @@ address.
 """
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 
@@ -52,7 +53,8 @@ def spmv(layout: Layout, values, positions: Positions, x, *, out_dtype) -> jax.A
 
         y = lax.map(product, _blocks(codes, row_offsets, layout.shape))
         return y.reshape(-1, batch)[:rows].T.astype(out_dtype)
-    if layout.encoding in DELTA_BITS and batch <= FEW:
+    few = not jax.export.is_symbolic_dim(batch) and batch <= FEW
+    if layout.encoding in DELTA_BITS and few:
         return _gather_slots(layout, values, positions, x.astype(acc)).astype(out_dtype)
     return reference.spmv(layout, values, positions, x, out_dtype=out_dtype)
 
