@@ -493,9 +493,8 @@ class _Record:
         directory = self.path.parent
         parts = {path.name for path in directory.glob("packed-*.safetensors")}
         if self.path.is_file():
-            known = ("embed", "norm", "head", *self.blocks)
+            known = ("embed", "norm", "head", *filter(self._is_whole, range(len(parts))))
             parts -= {checkpoint.part_file(directory, name).name for name in known}
-            parts -= self.parts.keys()
         if parts:
             raise ValueError(
                 f"{directory} holds {min(parts)} and no {self.path.name} that says which run wrote "
