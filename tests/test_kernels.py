@@ -396,6 +396,10 @@ def test_on_gpu(encoding, dtype, shape, batch):
     dense = sparse(rows, cols, density, dtype)
     matrix = macko_jax.compress(dense, encoding=encoding)
     x = vectors(batch, cols)
+    reason = dispatch.explain(ask("spmv", matrix, x))["mosaic_gpu"] or ""
+    if "does not fit into shared memory" in reason:
+        assert cols > 23_000 and x.itemsize == 4, reason
+        pytest.skip(reason)
     product = jax.jit(lambda m, x: macko_jax.spmv(m, x, implementation="mosaic_gpu"))
     y = np.asarray(product(matrix, x))
     assert_product(y, dense, x)
@@ -412,6 +416,7 @@ def test_on_gpu(encoding, dtype, shape, batch):
         (37, 300, 0.5, 5),
         (300, 2051, 0.3, 16),
         (33, 55000, 0.02, 3),
+        (33, 70000, 0.02, 3),
         (1500, 4096, 0.5, 16),
         (257, 11008, 0.5, 8),
         (140, 1000, 0.02, 19),

@@ -91,11 +91,9 @@ def test_every_kernel_runs_once_before_its_first_use(gpu, monkeypatch):
         assert "mosaic_gpu" in lowered(*call)
     before = ["macko_densify", "macko_spmv", "macko_chain"]
     assert gpu.ran[3:] == before
-    for call in calls:
-        lowered(*call)
+    lowered(*calls[1])
     monkeypatch.setattr(self_check, "_failures", {})  # as in another process
-    for call in calls:
-        lowered(*call)
+    lowered(*calls[1])
     assert gpu.ran[3:] == before
     gpu.card = cards.Card("another GPU", (12, 0), 3, 99 * 1024)
     monkeypatch.setattr(self_check, "_failures", {})
