@@ -102,14 +102,28 @@ def packed_trees():
         }
 
 
-def rebuilt(data: bytes, edit) -> bytes:
+def described(text: str, version: int) -> dict[str, str]:
+    """The metadata of a packed file of version 1 or 2, for the JSON text of its tree."""
+    if version == 1:
+        return {"format": "macko_jax", "version": "1", "tree": text, "crc32": checksum(text)}
+    try:
+        plain = json.dumps(json.loads(text), separators=(",", ":"))
+    except RecursionError:
+        plain = text
+    return {"macko_jax": f'{{"version":"2","crc32":"{checksum(plain)}","tree":{text}}}'}
+
+
+def checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def rebuilt(data: bytes, edit, version) -> bytes:
     """A packed file whose tree or tensors are edited, with every checksum made right."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     body = bytearray(data[8 + length :])
-    metadata = header["__metadata__"]
-    metadata["tree"] = edit(metadata["tree"], header, body)
-    metadata["crc32"] = f"{zlib.crc32(metadata['tree'].encode()):08x}"
+    tree = json.dumps(json.loads(header["__metadata__"]["macko_jax"])["tree"])
+    header["__metadata__"] = described(edit(tree, header, body), version)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + bytes(body)
@@ -145,7 +159,7 @@ def packed_mutants(rng, count, folder):
     for i in range(count):
         data = whole[i % len(whole)]
         edit = (None, edit_tree, edit_tensor)[i // len(whole) % 3]
-        yield mutate_bytes(rng, data) if edit is None else rebuilt(data, edit(rng))
+        yield mutate_bytes(rng, data) if edit is None else rebuilt(data, edit(rng), 1 + i % 5 % 2)
 
 
 def fuzz_packed(count, folder, seed):

@@ -307,6 +307,7 @@ def packed_bytes(directory):
     return sum(path.stat().st_size for path in directory.glob("packed-*"))
 
 
+@pytest.mark.slow
 def test_rules_8_bit_values_and_what_somebody_else_pruned(dense, windows, tmp_path):
     rules = (
         dsf_jax.Rule("layers/0/.*", skip=True),
@@ -352,6 +353,7 @@ def test_rules_8_bit_values_and_what_somebody_else_pruned(dense, windows, tmp_pa
     assert not (tmp_path / "full" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_target_and_budget_are_met_and_resumed(dense, windows, tmp_path):
     dense_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(dense[1])))
     target = int(0.75 * dense_bytes)
@@ -437,6 +439,7 @@ def test_scripts_compress_and_evaluate(tmp_path):
     assert abs(packed / pruned - 1) < 1e-4 < abs(dense / pruned - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argument, message",
     [

@@ -231,6 +231,7 @@ def test_where_activations_wait_does_not_matter(keep):
         np.testing.assert_allclose(kernels(found)[path], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_are_calibrated_together():
     model, batches = Net(), token_batches()
     rules = dict(method="sparsegpt", density=0.5)

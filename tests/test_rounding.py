@@ -27,6 +27,7 @@ def nearly_factored():
     return problem, Factorization(left, right, "dsf", problem.error(left @ right), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", ["float16", "bfloat16"])
 def test_second_factor_makes_up_for_the_rounding_of_the_first(held):
     problem, pair = nearly_factored()

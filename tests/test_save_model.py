@@ -182,6 +182,7 @@ def test_what_is_not_packed_loads_as_well(nnx_model, variables, x, tmp_path):
     np.testing.assert_array_equal(run(loaded, x), run(variables, x))
 
 
+@pytest.mark.slow
 def test_linen_variables_alone_pack_what_is_known(variables, x):
     packed, report = dsf_jax.pack(variables, rules=RULES)
     assert {layer.path for layer in report.packed} == set(PAIRS)
