@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -182,6 +183,8 @@ def test_explains_what_runs_on_a_gpu(gpu, monkeypatch):
     assert "with the scales" in macko_jax.explain(packed(dtype="int8"), one).how
     by_bitmask = macko_jax.explain(packed(encoding="bitmask"), one)
     assert by_bitmask.implementation == "xla" and "'bitmask'" in str(by_bitmask)
-    gpu.card, text = cards.Card("RTX 2080", (7, 5), 46, 64 * 1024), str(None)
+    some = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), 16), jnp.float16)
+    assert "the number of vectors is symbolic" in str(macko_jax.explain(packed(), some))
+    gpu.card = cards.Card("RTX 2080", (7, 5), 46, 64 * 1024)
     text = str(macko_jax.explain(packed(), one))
     assert "xla on RTX 2080" in text and "8.0 and later, not 7.5" in text

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
@@ -84,11 +85,11 @@ def _problem(matrix: MackoMatrix, x, platform: str) -> Problem:
     """What a kernel would be asked for, with the result in the type that `spmv` gives."""
     out_dtype = jnp.promote_types(matrix.dtype, x.dtype)
     floating = jnp.issubdtype(x.dtype, jnp.floating)
-    vectors = jax.ShapeDtypeStruct(
-        (math.prod(x.shape[:-1]), x.shape[-1]), x.dtype if floating else out_dtype
-    )
+    count = math.prod(x.shape[:-1])
+    batch = None if jax.export.is_symbolic_dim(count) else count
+    vectors = jax.ShapeDtypeStruct((count, x.shape[-1]), x.dtype if floating else out_dtype)
     problem = problem_of("spmv", matrix.layout, matrix.values, vectors, out_dtype)
-    return dataclasses.replace(problem, platform=platform)
+    return dataclasses.replace(problem, platform=platform, batch=batch)
 
 
 def _is_fused(matrix: MackoMatrix, x) -> bool:
