@@ -226,6 +226,8 @@ def test_benchmark_decode(tmp_path):
         "--repeats=2",
         "--prompt_tokens=16",
         "--dtype=float32",
+        "--pairs",
+        "--values=int8",
         f"--out={out}",
     )
     record = json.loads(out.read_text())

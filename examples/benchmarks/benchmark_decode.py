@@ -2,14 +2,17 @@
 
     python -m examples.benchmarks.benchmark_decode --config=llama2_7b
     python -m examples.benchmarks.benchmark_decode --config=tiny --new_tokens=32
+    python -m examples.benchmarks.benchmark_decode --config=llama2_7b --density=1 --density=0.5 \
+        --pairs --values=int8
     python -m examples.benchmarks.benchmark_decode --checkpoint=DENSE --checkpoint=PACKED
 
 Without checkpoints, weights are random and made on the device, layer by layer: the speed of a
-product depends on where the non-zeros are, not on what they are. Masks are random. Embedding and
-output head stay dense. A time per token is that of one call of --chunk tokens, divided by --chunk;
-percentiles are over the calls, not over single tokens. Memory is what the compiled programs of
-prefill and decode take: arguments, results and temporaries, all weights and the whole cache
-included.
+product depends on where the non-zeros are, not on what they are. Masks are random. With --pairs
+every layer is two factors, whose sizes and densities are those that the factorization would choose
+for the density. Embedding and output head stay dense. A time per token is that of one call of
+--chunk tokens, divided by --chunk; percentiles are over the calls, not over single tokens. Memory
+is what the compiled programs of prefill and decode take: arguments, results and temporaries, all
+weights and the whole cache included.
 """
 
 import dataclasses
@@ -18,6 +21,7 @@ import functools
 import gzip
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 import sys
@@ -30,8 +34,10 @@ import numpy as np
 from absl import flags
 from flax import nnx, traverse_util
 
+import dsf_jax
 import macko_jax
 import macko_jax.flax_nnx
+from dsf_jax.solvers.budget import choose_width, count_nonzeros, split_nonzeros
 from examples import cli, llama
 from examples.llama import checkpoint, generation
 from examples.llama.cache import Cache, final_slots, widen
@@ -75,6 +81,7 @@ flags.DEFINE_enum(
     "Store values of random packed matrices in 8 bits, and round those of checkpoints; by default "
     "they are of --dtype, or as they are stored.",
 )
+flags.DEFINE_bool("pairs", False, "Make random packed layers of two factors each.")
 flags.DEFINE_integer("prompt_tokens", 512, "Tokens of the prompt.", lower_bound=1)
 flags.DEFINE_integer("new_tokens", 128, "Tokens per generation.", lower_bound=1)
 flags.DEFINE_integer("chunk", 32, "Tokens per call of the device.", lower_bound=1)
@@ -101,6 +108,7 @@ class Settings:
     dtype: str | None
     encoding: str | None
     values: str | None
+    pairs: bool
     prompt_tokens: int
     new_tokens: int
     chunk: int
@@ -155,24 +163,42 @@ def pack(weight, layouts, encoding, values):
     return macko_jax.compress(weight, **layouts[weight.shape])
 
 
-def random_model(config, density, dtype, seed, encoding=None, values=None):
+def factors_of(density, rows, cols):
+    """(shape, density) of the left and of the right factor of a layer, as DSF would choose them."""
+    shape, split = (rows, cols), dsf_jax.Options().split
+    inner = round(choose_width(density, shape) * min(shape))
+    counts = split_nonzeros(count_nonzeros(density, shape), shape, inner, split)
+    shapes = (rows, inner), (inner, cols)
+    return [(shape, count / math.prod(shape)) for shape, count in zip(shapes, counts)]
+
+
+def random_model(config, density, dtype, seed, encoding=None, values=None, pairs=False):
     """A model of random weights whose decoder layers are packed if the density is below 1."""
     began = time.perf_counter()
     abstract = checkpoint.abstract_model(config, dtype=dtype, param_dtype=dtype)
     flat = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(abstract)))
     key = jax.random.key(seed)
     tree, layouts = {}, {}
+
+    def draw(name, shape, density):
+        return random_weight(jax.random.fold_in(key, name), density, *shape, dtype)
+
     for i, (path, leaf) in enumerate(flat.items()):
+        *layer, name = path
+        sparse = layer[0] == "layers" and density < 1
         if leaf.ndim == 1:
-            tree[path] = jnp.ones(leaf.shape, dtype)
-            continue
-        sparse = path[0] == "layers" and density < 1
-        rows, cols = leaf.shape[::-1]
-        weight = random_weight(
-            jax.random.fold_in(key, i), density if sparse else 1.0, rows, cols, dtype
-        )
-        tree[path] = pack(weight, layouts, encoding, values) if sparse else weight.T
-        jax.block_until_ready(tree[path])
+            of_pair = sparse and pairs and (*layer, "kernel") in flat
+            tree[(*layer, "left", name) if of_pair else path] = jnp.ones(leaf.shape, dtype)
+        elif not sparse:
+            tree[path] = draw(i, leaf.shape[::-1], 1.0).T
+        elif not pairs:
+            tree[path] = pack(draw(i, leaf.shape[::-1], density), layouts, encoding, values)
+        else:
+            factors = factors_of(density, *leaf.shape[::-1])
+            for j, (side, factor) in enumerate(zip(("left", "right"), factors)):
+                weight = draw(i + j * len(flat), *factor)
+                tree[(*layer, side, name)] = pack(weight, layouts, encoding, values)
+        jax.block_until_ready(tree)
         if sys.stdout.isatty():
             print(f"\r  built {i + 1} of {len(flat)} arrays", end="", flush=True)
     print(f"\r  built {len(flat)} arrays on the device in {time.perf_counter() - began:.1f} s")
@@ -340,6 +366,7 @@ def models(settings):
                 settings.seed,
                 settings.encoding,
                 settings.values,
+                settings.pairs,
             )
             yield f"density {density:g}", density, make
     for directory in settings.checkpoint:
@@ -447,6 +474,7 @@ def describe(settings, records):
         "chunk": settings.chunk,
         "encoding": settings.encoding,
         "values": settings.values,
+        "pairs": settings.pairs,
         "repeats": settings.repeats,
         "seed": settings.seed,
         "device": jax.devices()[0].device_kind,
