@@ -55,6 +55,8 @@ MAKERS = {
 }
 
 
+TORCH = ("torch", "torch_csr")  # dense by cuBLAS, compressed sparse rows by cuSPARSE
+
 # product name -> from the forward product, a function of (matrix, x, y)
 PRODUCTS = {
     "forward": lambda product: lambda m, x, y: product(m, x),
@@ -91,9 +93,9 @@ flags.DEFINE_multi_integer("batch", [1], "Vectors at a time; repeatable.", lower
 flags.DEFINE_multi_enum(
     "implementation",
     ["macko", "dense"],
-    [*MAKERS, "torch"],
-    "What to time; repeatable. macko may end in an encoding and a type; torch is cuBLAS, where "
-    "torch is installed.",
+    [*MAKERS, *TORCH],
+    "What to time; repeatable. macko may end in an encoding and a type; torch is cuBLAS and "
+    "torch_csr cuSPARSE on compressed rows, where torch is installed.",
 )
 flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)
 flags.DEFINE_bool("read_floor", True, "Time a plain read of the same bytes (GPU).")
@@ -131,13 +133,19 @@ def error_of(product, result, dense, x, y, matrix) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(exact))
 
 
-def time_torch(dense, x, repeats):
-    """(bytes, result, timing) of cuBLAS through torch, in a CUDA graph."""
+def time_torch(name, dense, x, repeats):
+    """(bytes, result, timing) of cuBLAS or cuSPARSE through torch, in a CUDA graph."""
     import torch
 
     kind = getattr(torch, x.dtype.name)
     as_torch = lambda a: torch.tensor(np.asarray(a, np.float32), device="cuda").to(kind)
-    matrices = [as_torch(dense) for _ in range(benchmark.copies(dense.nbytes))]
+    matrix, size = as_torch(dense), dense.nbytes
+    if name == "torch_csr":
+        rows = matrix.to_sparse_csr()
+        parts = rows.crow_indices().int(), rows.col_indices().int(), rows.values()
+        matrix = torch.sparse_csr_tensor(*parts, size=dense.shape)
+        size = sum(part.numel() * part.element_size() for part in parts)
+    matrices = [matrix.clone() for _ in range(benchmark.copies(size))]
     vectors = as_torch(x).T.contiguous() if x.ndim > 1 else as_torch(x)
     result = (matrices[0] @ vectors).float().cpu().numpy()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -157,7 +165,7 @@ def time_torch(dense, x, repeats):
         seconds.append(start.elapsed_time(end) / 1e3 / len(matrices))
     del kept
     timing = benchmark.Timing(*np.percentile(seconds[1:], [10, 50, 90]).tolist())
-    return dense.nbytes, result.T if x.ndim > 1 else result, timing
+    return size, result.T if x.ndim > 1 else result, timing
 
 
 def time_read(count: int, repeats: int) -> float:
@@ -172,8 +180,8 @@ def time_read(count: int, repeats: int) -> float:
 
 def measure(name, dense, x, y, settings) -> dict:
     """Checks one implementation, then times it."""
-    if name == "torch":
-        matrix, (size, result, timing) = None, time_torch(dense, x, settings.repeats)
+    if name in TORCH:
+        matrix, (size, result, timing) = None, time_torch(name, dense, x, settings.repeats)
     else:
         matrix, product = MAKERS[name](dense)
         product = PRODUCTS[settings.product](product)
@@ -201,7 +209,7 @@ def measure(name, dense, x, y, settings) -> dict:
 def save(settings, records: list) -> None:
     """Writes all records so far, as JSON with the environment and as a table."""
     environment = benchmark.environment()
-    if "torch" in settings.implementation:
+    if set(TORCH) & set(settings.implementation):
         environment["versions"]["torch"] = importlib.metadata.version("torch")
     command = cli.command("benchmarks.benchmark_spmv")
     write_json(f"{settings.out}.json", {"command": command, **environment, "records": records})
@@ -246,8 +254,9 @@ def measure_case(shape, density, dtype, batch, settings) -> list[dict]:
 
 def main(_):
     settings = cli.settings(Settings)
-    if "torch" in settings.implementation and importlib.util.find_spec("torch") is None:
-        raise ValueError("torch is not installed; leave it out of --implementation")
+    asked = sorted(set(TORCH) & set(settings.implementation))
+    if asked and importlib.util.find_spec("torch") is None:
+        raise ValueError(f"torch is not installed; leave {asked} out of --implementation")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     header = (
         f"{'rows x cols':>15} {'density':>7} {'dtype':>9} {'batch':>5} {'':14} "
