@@ -613,12 +613,12 @@ HEADS_RULES = [Rule("embed"), Rule("up/.*", skip=True)]
 
 def test_layers_without_two_factors_are_known_before_anything_is_solved():
     dense = CalibrationPass(read_network(Heads()), [np.arange(16)])
-    asked = Assignment("dsf", 0.5, {"seed": 1, "precision": "highest"})
+    asked = Assignment("dsf", 0.5, {"seed": 1, "precision": "highest"}, "int8")
     plan = plan_layers(dense, HEADS_RULES, asked)
     assert plan.singles == {
         path: f"{reason}: one matrix in place of two" for path, reason in NO_PAIR.items()
     }
-    single = Assignment("admm", 0.5, {"precision": "highest"})
+    single = Assignment("admm", 0.5, {"precision": "highest"}, "int8")
     assert plan.assignments == {**dict.fromkeys(NO_PAIR, single), "down": asked}
     assert [(entry.path, entry.note) for entry in plan.others] == [
         (f"up/lora/lora_{c}", "rule 'up/.*'") for c in "ab"

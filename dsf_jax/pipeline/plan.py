@@ -156,7 +156,7 @@ def _best_single(asked: Assignment) -> Assignment:
     """What is asked of a layer that was to become a pair and gets one matrix."""
     method = METHODS["admm"]
     options = {name: asked.options[name] for name in method.option_names if name in asked.options}
-    return Assignment(method.name, asked.density, options)
+    return dataclasses.replace(asked, method=method.name, options=options)
 
 
 def _why_no_pair(network: Network, layer: Layer) -> str | None:
