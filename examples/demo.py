@@ -29,7 +29,7 @@ from dsf_jax.pipeline.solve import METHODS
 from examples import cli, llama, stdlib_text
 from examples.llama import checkpoint, compression, evaluation
 from examples.records import write_json
-from macko_jax.format.choose import CPU
+from macko_jax.format.choose import layout_here
 from macko_jax.format.quantization import NAMES
 from macko_jax.nn.rules import Rule
 
@@ -180,7 +180,6 @@ def run_method(model, method, density, batches, grams, bench):
         show(f"    pruned {progress.index} of {progress.total} layers", done=False)
 
     settings = bench.settings
-    layout = CPU if jax.default_backend() == "cpu" else {}
     began = time.perf_counter()
     pruned = dsf_jax.compress_model(
         model,
@@ -193,7 +192,7 @@ def run_method(model, method, density, batches, grams, bench):
         callback=report,
     )
     pruned_at = time.perf_counter()
-    packed, packing = export.pack(pruned.model, settings.values, Rule(**layout))
+    packed, packing = export.pack(pruned.model, settings.values, Rule(**layout_here()))
     packed_at = time.perf_counter()
     show(
         f"    pruned in {pruned_at - began:.1f} s, packed {len(packing.packed)} of "

@@ -51,6 +51,26 @@ def choose_width(density: float, shape: tuple[int, int]) -> float:
     return (1 + density) * 2 * max(shape) / sum(shape)
 
 
+def plan_pair(
+    density: float,
+    shape: tuple[int, int],
+    *,
+    width: float | None,
+    split: float | Literal["published"],
+) -> tuple[int, int, int]:
+    """The inner dimension of a pair A B, and the non-zeros of A and of B.
+
+    Args:
+      density: Non-zeros of both factors over out * in.
+      shape: (out, in).
+      width: Inner dimension over min(out, in); None has it chosen.
+      split: As for `split_nonzeros`.
+    """
+    width = choose_width(density, shape) if width is None else width
+    inner = max(min(shape), round(width * min(shape)))
+    return inner, *split_nonzeros(count_nonzeros(density, shape), shape, inner, split)
+
+
 def packed_nbytes(factor: ArrayLike, value_bytes: int = 2) -> int:
     """Bytes of a packed sparse matrix: values, index and row offsets.
 

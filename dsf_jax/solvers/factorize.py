@@ -22,7 +22,7 @@ from dsf_jax.solvers.admm import (
     refit_coupled,
     refit_rows,
 )
-from dsf_jax.solvers.budget import choose_width, count_nonzeros, split_nonzeros
+from dsf_jax.solvers.budget import plan_pair
 from dsf_jax.solvers.masks import top_k_mask
 from dsf_jax.solvers.problem import NormalizedProblem, Problem, check_density, normalize
 from dsf_jax.solvers.pruners import PRUNERS
@@ -276,11 +276,9 @@ class _Plan(NamedTuple):
 
 
 def _plan(shape: tuple[int, int], density: float, options: Options) -> _Plan:
-    width = choose_width(density, shape) if options.width is None else options.width
-    inner = max(min(shape), round(width * min(shape)))
-    nonzeros = split_nonzeros(count_nonzeros(density, shape), shape, inner, options.split)
+    inner, left, right = plan_pair(density, shape, width=options.width, split=options.split)
     rho = choose_rho(density) if options.refine_rho is None else options.refine_rho
-    return _Plan(_Numbers(*nonzeros, rho, options.seed), inner)
+    return _Plan(_Numbers(left, right, rho, options.seed), inner)
 
 
 class _Pair(NamedTuple):

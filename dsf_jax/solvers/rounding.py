@@ -1,9 +1,9 @@
 """Solutions of one layer for 8-bit values: rounded, and the second factor refitted to the first.
 
-A matrix with 8-bit values has a scale for every row; rounding to them is
-`macko_jax.format.quantization`. One
-matrix is rounded, and that is all. Of a pair W ~ A B first B is rounded, to B'. The output error of
-A B' is then larger than it need be, since A was fitted to B. On its fixed mask M, A is fitted anew,
+A matrix with 8-bit values has a scale for every row; `macko_jax.format.quantization` rounds to
+them. One matrix is rounded, and that is all. Of a pair W ~ A B first B is rounded, to B'. The
+output error of A B' is then larger than it need be, since A was fitted to B. On its fixed mask M, A
+is fitted anew,
 
     A* = argmin tr((W - X B') G (W - X B')^T)   over X that are zero outside M,
 

@@ -37,13 +37,13 @@ from flax import nnx, traverse_util
 import dsf_jax
 import macko_jax
 import macko_jax.flax_nnx
-from dsf_jax.solvers.budget import choose_width, count_nonzeros, split_nonzeros
+from dsf_jax.solvers.budget import plan_pair
 from examples import cli, llama
 from examples.llama import checkpoint, generation
 from examples.llama.cache import Cache, final_slots, widen
 from examples.llama.split import SplitModel
 from examples.records import write_json
-from macko_jax.format.choose import CPU
+from macko_jax.format.choose import layout_here
 from macko_jax.format.codes import ENCODINGS
 from macko_jax.format.quantization import NAMES
 
@@ -151,8 +151,8 @@ def pack(weight, layouts, encoding, values):
     shape then share compiled kernels. The room is never read.
     """
     if weight.shape not in layouts:
-        on_cpu = CPU if encoding is None and jax.default_backend() == "cpu" else {}
-        packed = macko_jax.compress(weight, **({"encoding": encoding, "dtype": values} | on_cpu))
+        layout = layout_here() if encoding is None else {"encoding": encoding}
+        packed = macko_jax.compress(weight, dtype=values, **layout)
         groups = packed.stored // 8
         layouts[weight.shape] = {
             "dtype": values,
@@ -165,9 +165,8 @@ def pack(weight, layouts, encoding, values):
 
 def factors_of(density, rows, cols):
     """(shape, density) of the left and of the right factor of a layer, as DSF would choose them."""
-    shape, split = (rows, cols), dsf_jax.Options().split
-    inner = round(choose_width(density, shape) * min(shape))
-    counts = split_nonzeros(count_nonzeros(density, shape), shape, inner, split)
+    options = dsf_jax.Options()
+    inner, *counts = plan_pair(density, (rows, cols), width=options.width, split=options.split)
     shapes = (rows, inner), (inner, cols)
     return [(shape, count / math.prod(shape)) for shape, count in zip(shapes, counts)]
 
@@ -188,17 +187,21 @@ def random_model(config, density, dtype, seed, encoding=None, values=None, pairs
         sparse = layer[0] == "layers" and density < 1
         if leaf.ndim == 1:
             of_pair = sparse and pairs and (*layer, "kernel") in flat
-            tree[(*layer, "left", name) if of_pair else path] = jnp.ones(leaf.shape, dtype)
+            made = {(*layer, "left", name) if of_pair else path: jnp.ones(leaf.shape, dtype)}
         elif not sparse:
-            tree[path] = draw(i, leaf.shape[::-1], 1.0).T
+            made = {path: draw(i, leaf.shape[::-1], 1.0).T}
         elif not pairs:
-            tree[path] = pack(draw(i, leaf.shape[::-1], density), layouts, encoding, values)
+            weight = draw(i, leaf.shape[::-1], density)
+            made = {path: pack(weight, layouts, encoding, values)}
         else:
-            factors = factors_of(density, *leaf.shape[::-1])
-            for j, (side, factor) in enumerate(zip(("left", "right"), factors)):
-                weight = draw(i + j * len(flat), *factor)
-                tree[(*layer, side, name)] = pack(weight, layouts, encoding, values)
-        jax.block_until_ready(tree)
+            sides = zip(("left", "right"), factors_of(density, *leaf.shape[::-1]))
+            made = {
+                (*layer, side, name): pack(
+                    draw(i + j * len(flat), *factor), layouts, encoding, values
+                )
+                for j, (side, factor) in enumerate(sides)
+            }
+        tree |= jax.block_until_ready(made)
         if sys.stdout.isatty():
             print(f"\r  built {i + 1} of {len(flat)} arrays", end="", flush=True)
     print(f"\r  built {len(flat)} arrays on the device in {time.perf_counter() - began:.1f} s")

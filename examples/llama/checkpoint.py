@@ -25,7 +25,7 @@ from examples.llama.weights import (
     load,
     save,
 )
-from macko_jax.format.choose import CPU
+from macko_jax.format.choose import layout_here
 
 __all__ = [
     "INDEX",
@@ -59,8 +59,7 @@ def load_any(directory, *, dtype=jnp.float32, param_dtype=None, values=None):
     model = load(directory, dtype=dtype, param_dtype=param_dtype)
     if values is None:
         return model
-    layout = CPU if jax.default_backend() == "cpu" else {}
-    rule = macko_jax.Rule("layers/.*", dtype=values, **layout)
+    rule = macko_jax.Rule("layers/.*", dtype=values, **layout_here())
     return macko_jax.flax_nnx.substitute(model, rule)[0]
 
 

@@ -195,7 +195,8 @@ class _Run:
     def __init__(self, out, stored, model, recipe, assigned, record, devices, callback):
         self.out, self.stored, self.model, self.recipe = out, stored, model, recipe
         self.assigned, self.record, self.devices = assigned, record, devices
-        self.progress = _Progress(self._layers(), callback)
+        self.layers = self._layers()
+        self.progress = _Progress(self.layers, callback)
         self.densities = None if recipe.method == GIVEN else self._uniform()
 
     def _layers(self):
@@ -262,7 +263,7 @@ class _Run:
 
     def _uniform(self):
         """The `Densities` of the layers before a budget is shared out."""
-        recipe, layers = self.recipe, self._layers()
+        recipe, layers = self.recipe, self.layers
         asked = {path: self.assigned[path] for block in layers for path, _, _ in block}
         fixed = {path: rule.density for path, rule in asked.items() if rule and rule.density}
         shares = dict.fromkeys(asked, recipe.density) | fixed
@@ -354,7 +355,7 @@ class _Run:
 
     def _as_given(self, index, block, packed, sizes, seconds):
         """Reports of layers that were packed as they are; their error is that of 8-bit values."""
-        here = [path.split("/", 2)[2] for path, _, _ in self._layers()[index]]
+        here = [path.split("/", 2)[2] for path, _, _ in self.layers[index]]
         layers = []
         for layer in here:
             weight = _kernel(block, layer).T

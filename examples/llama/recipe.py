@@ -5,15 +5,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 import dsf_jax
 import macko_jax
 from dsf_jax.pipeline.settings import check_choice
 from dsf_jax.solvers.methods import METHODS, check_method
 from dsf_jax.solvers.problem import check_density
 from dsf_jax.solvers.rounding import check_values
-from macko_jax.format.choose import CPU
+from macko_jax.format.choose import layout_here
 
 GIVEN = "given"  # the method that packs what somebody else has pruned
 LAYERS = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")  # of a block
@@ -144,9 +142,7 @@ class Recipe:
 
     def layout(self):
         """Encoding and lanes of the packed matrices; by default those of the device at hand."""
-        if self.encoding is None and jax.default_backend() == "cpu":
-            return CPU
-        return {"encoding": self.encoding}
+        return layout_here() if self.encoding is None else {"encoding": self.encoding}
 
     def settings(self):
         """The recipe as a JSON object, for the record of a run."""

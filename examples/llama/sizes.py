@@ -8,7 +8,7 @@ from collections.abc import Container, Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from dsf_jax.solvers.budget import choose_width, count_nonzeros, split_nonzeros
+from dsf_jax.solvers.budget import count_nonzeros, plan_pair
 from dsf_jax.solvers.factorize import choose_options
 from dsf_jax.solvers.methods import METHODS
 from macko_jax.format.choose import choose_lanes, shared_capacity
@@ -48,14 +48,11 @@ class PackedSizes:
 
     def _matrices(self, shape, method, density):
         """(rows, cols, non-zeros) of what a layer is stored as."""
-        nonzeros = count_nonzeros(density, shape)
         solver = METHODS[method]
         if not solver.gives_pairs:
-            return [(*shape, nonzeros)]
+            return [(*shape, count_nonzeros(density, shape))]
         options = choose_options(solver.preset, self.recipe.options_of(method))
-        width = choose_width(density, shape) if options.width is None else options.width
-        inner = max(min(shape), round(width * min(shape)))
-        left, right = split_nonzeros(nonzeros, shape, inner, options.split)
+        inner, left, right = plan_pair(density, shape, width=options.width, split=options.split)
         return [(shape[0], inner, left), (inner, shape[1], right)]
 
     def _matrix(self, rows, cols, nonzeros):
@@ -126,13 +123,13 @@ class Densities:
 
     def _expect(self, blocks, factor):
         """Bytes of some blocks with shares multiplied by a factor."""
-        return sum(
-            self.dense_bytes[i]
-            + sum(
-                self.sizes.layer(shape, method, self._density(path, factor))
-                for path, shape, method in self.layers[i]
-            )
-            for i in blocks
+        return sum(self._block(i, lambda path: self._density(path, factor)) for i in blocks)
+
+    def _block(self, index, density_of):
+        """Bytes of a block, whose layers have densities by path."""
+        return self.dense_bytes[index] + sum(
+            self.sizes.layer(shape, method, density_of(path))
+            for path, shape, method in self.layers[index]
         )
 
     def common(self):
@@ -157,11 +154,7 @@ class Densities:
         if self.target is None:
             return {path: self.shares[path] for path in here}
         spent = sum(size for _, size in written)
-        expected = sum(
-            self.dense_bytes[i]
-            + sum(self.sizes.layer(shape, m, given[path]) for path, shape, m in self.layers[i])
-            for i, (given, _) in enumerate(written)
-        )
+        expected = sum(self._block(i, given.__getitem__) for i, (given, _) in enumerate(written))
         larger = spent / expected if written else 1.0
         # Two thousandths are kept for the last block's difference from what is expected of it.
         room = 0.998 * (self.target - spent) / larger

@@ -7,7 +7,9 @@ is the faster with `CPU`, which nothing takes by itself: files go from CPUs to G
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from macko_jax.format import cards, two_bank
@@ -16,7 +18,7 @@ from macko_jax.format.layout import GROUP, LANES, WARP
 
 # The fastest on CPUs, for one vector and for many: 4096 x 4096 float32 at 0.5 takes 2.6 times as
 # long in "delta4" for one vector, and 6 times for 64 (docs/notebook/2026-11-30.md).
-CPU = {"encoding": "bitmask", "lanes": 1}
+CPU: dict[str, Any] = {"encoding": "bitmask", "lanes": 1}
 # "delta5" is not looked at from this density on. It is the faster one up to the given share of the
 # bytes of "delta4", which is below a density of 0.12 (tuning_h200.json).
 SPARSE = 0.15
@@ -29,6 +31,11 @@ TWO_BANK_WORTH = {1: 1.06, 2: 1.02}
 # more than fit beside so many bytes of slack.
 TWO_BANK_COLS = 18_000
 TWO_BANK_SLACK = 1024
+
+
+def layout_here() -> dict[str, Any]:
+    """The layout of what is packed to run here: on a CPU `CPU`, elsewhere what is chosen."""
+    return CPU if jax.default_backend() == "cpu" else {}
 
 
 def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
