@@ -185,9 +185,11 @@ def test_time_left_is_by_the_pace_of_what_was_solved():
     solved = dsf_jax.LayerReport(
         "", "linear", (32, 32), 512, 4096, 4096, method="wanda", inner=None, error=0.1, seconds=10.0
     )
-    for i, seconds in enumerate([1e6, 60.0, 10.0, 10.0]):  # the second compiles
-        progress.add(dataclasses.replace(solved, path=f"0/{i}", seconds=seconds, resumed=i == 0))
+    for i, times in enumerate([(1e6, 0.0), (60.0, 50.0), (10.0, 0.0), (10.0, 0.0)]):
+        seconds = dict(zip(("seconds", "compile_seconds"), times))
+        progress.add(dataclasses.replace(solved, path=f"0/{i}", resumed=i == 0, **seconds))
     assert seen[0].seconds_left is None
+    np.testing.assert_allclose(seen[1].seconds_left, 10 * 10, rtol=0.01)
     np.testing.assert_allclose(seen[3].seconds_left, 8 * 10, rtol=0.01)
 
 

@@ -1,5 +1,6 @@
 """Whole models: order, budgets, resume, devices and processes, errors."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -26,7 +27,7 @@ from dsf_jax import (
     relative_output_error,
 )
 from dsf_jax.pipeline.allocation import allocate_densities
-from dsf_jax.pipeline.pace import Pace, Task
+from dsf_jax.pipeline.pace import Pace, Task, compile_seconds
 from dsf_jax.pipeline.plan import plan_layers
 from dsf_jax.pipeline.report import format_seconds
 from dsf_jax.pipeline.solve import METHODS, Assignment
@@ -654,7 +655,7 @@ def test_a_layer_that_no_input_reaches_is_pruned_by_magnitude_and_the_report_say
 
 
 def run_of_blocks(blocks, *, compile_seconds, rate):
-    """For each layer of a transformer its path, task and seconds, stage by stage."""
+    """For each layer of a transformer its path, task and two times, stage by stage."""
     shapes = [["q", "k", "v"], ["out"], ["gate", "up"], ["down"]]
     sizes = dict(q=(64, 64), k=(16, 64), v=(16, 64), out=(64, 64), gate=(160, 64), up=(160, 64))
     sizes["down"] = (64, 160)
@@ -665,9 +666,10 @@ def run_of_blocks(blocks, *, compile_seconds, rate):
             for name in names:
                 size = sizes[name]
                 work = METHODS["admm"].work(size)
-                seconds = rate * work + (0 if size in known else compile_seconds)
+                compiling = 0 if size in known else compile_seconds
                 known.add(size)
-                stage[f"{block}/{name}"] = Task("admm", size, work, "cpu"), seconds
+                times = rate * work + compiling, compiling
+                stage[f"{block}/{name}"] = Task("admm", size, work, "cpu"), times
             stages.append(stage)
     return stages
 
@@ -678,19 +680,20 @@ def test_time_left_is_right_within_a_factor_of_two_from_the_third_layer_on(compi
     stages = run_of_blocks(blocks, compile_seconds=compile_seconds, rate=1e-6)
     passes = [(0.5 + 3.0 * (i < 4), 3.0 * (i < 4)) for i in range(len(stages))]
     pace = Pace([{path: task for path, (task, _) in stage.items()} for stage in stages])
-    left = sum(seconds for stage in stages for _, seconds in stage.values())
+    left = sum(seconds for stage in stages for _, (seconds, _) in stage.values())
     left += sum(seconds for seconds, _ in passes)
     solved = 0
     assert pace.seconds_left() is None
     for stage, (seconds, compiling) in zip(stages, passes):
         pace.calibrated(seconds, compiling)
         left -= seconds
-        for path, (_, seconds) in stage.items():
-            pace.solved(path, seconds)
-            left -= seconds
+        for path, (_, times) in stage.items():
+            pace.solved(path, *times)
+            left -= times[0]
             solved += 1
             if solved >= 3 and left > 1e-6:
                 assert left / 2 <= pace.seconds_left() <= 2 * left
+            assert pace.seconds_left() is not None
     assert pace.seconds_left() == 0
 
 
@@ -707,15 +710,16 @@ def test_devices_work_side_by_side_and_resumed_layers_take_no_time():
     assert pace.seconds_left() == pytest.approx(6.0)
 
 
-def test_layers_that_are_compiled_together_are_first_together():
-    pace = Pace([{path: Task("dsf", "shape", 10.0, "gpu") for path in "qkvo"}] * 2)
-    pace.calibrated(1.0, 1.0)
-    for path in "qk":
-        pace.solved(path, 30.0, leader="q")
-    assert pace.seconds_left() is None
-    for path in "vo":
-        pace.solved(path, 2.0, leader="v")
-    assert pace.seconds_left() == pytest.approx(4 * 2.0)
+def test_compilation_is_known_of_every_solution_and_counted_by_thread():
+    before = compile_seconds()
+    model = nnx.Linear(8, 24, rngs=nnx.Rngs(0))
+    _, report = compress_model(model, [draw(0, 4, 8)], method="wanda", density=0.4)
+    (layer,) = report.layers
+    assert 0 < layer.compile_seconds < layer.seconds
+    assert compile_seconds() - before > layer.compile_seconds
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(compile_seconds).result() == 0
+    assert compile_seconds(all_threads=True) >= compile_seconds()
 
 
 def test_durations_read_well():

@@ -1,7 +1,29 @@
 """How long a run will still take, told from the layers solved so far."""
 
-from collections.abc import Hashable, Mapping, Sequence
+import threading
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+import jax
+
+_compiled: dict[int, float] = {}  # seconds by thread
+
+
+def _count(event: str, seconds: float, **_: object) -> None:
+    # Tracing is not among them: one trace's duration holds those of the traces inside it.
+    if event.startswith("/jax/core/compile/") and "trace" not in event:
+        thread = threading.get_ident()
+        _compiled[thread] = _compiled.get(thread, 0.0) + seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def compile_seconds(all_threads: bool = False) -> float:
+    """Seconds that the present thread, or all of them, has spent on compilation so far."""
+    if all_threads:
+        return sum(_compiled.values())
+    return _compiled.get(threading.get_ident(), 0.0)
 
 
 class Task(NamedTuple):
@@ -20,20 +42,12 @@ class Task(NamedTuple):
     device: Hashable
 
 
-class _First(NamedTuple):
-    """The layers with which a program was compiled, and their seconds."""
-
-    leader: str
-    layers: list[tuple[Task, float]]
-
-
 class Pace:
-    """The time that layers have taken, with what compilation took apart from it.
+    """The time that layers and passes have taken, with what compilation took apart from it.
 
-    The first layer of a program compiles it, which takes far longer than a small layer itself. Its
-    seconds are therefore not taken for those of the layers to come: a layer of a program that has
-    run before takes what it took then, one of a new program what its work takes at the rate of the
-    others, and the seconds by which the first layers of programs exceeded that rate.
+    A layer of a program that has run before takes what that took; one of a new program what its
+    work takes at the rate of its method, or of all, and the compilation of a program. So does the
+    calibration pass before a stage.
 
     Args:
       stages: For each stage its layers' tasks by path.
@@ -42,28 +56,23 @@ class Pace:
     def __init__(self, stages: Sequence[Mapping[str, Task]]):
         self._left = [dict(stage) for stage in stages]
         self._kinds = [frozenset(task.program for task in stage.values()) for stage in stages]
-        self._first: dict[Hashable, _First] = {}
-        self._later: list[tuple[Task, float]] = []
+        self._solved: dict[Hashable, list[tuple[Task, float]]] = {}
+        self._programs: dict[Hashable, float] = {}  # seconds that each took to compile
         self._passes: list[float] = []
-        self._compiled: dict[frozenset, float] = {}
+        self._pass_programs: dict[Hashable, float] = {}
 
-    def calibrated(self, seconds: float, compile_seconds: float) -> None:
-        """Records that the calibration of the next stage took `seconds`, compilation included."""
+    def calibrated(self, seconds: float, compiling: float = 0.0) -> None:
+        """Records that the pass before the next stage took `seconds`, and `compiling` of them."""
         kind = self._kinds[len(self._passes)]
-        self._passes.append(max(seconds - compile_seconds, 0.0))
-        self._compiled.setdefault(kind, compile_seconds)
+        self._passes.append(max(seconds - compiling, 0.0))
+        self._pass_programs[kind] = self._pass_programs.get(kind, 0.0) + compiling
 
-    def solved(self, path: str, seconds: float, leader: str | None = None) -> None:
-        """Records that a layer took `seconds`.
-
-        Args:
-          path: The layer.
-          seconds: Its share of the time, where several layers went through a program together.
-          leader: The first of those; None where the layer was alone.
-        """
-        task, leader = self._take(path), leader or path
-        first = self._first.setdefault(task.program, _First(leader, []))
-        (first.layers if first.leader == leader else self._later).append((task, seconds))
+    def solved(self, path: str, seconds: float, compiling: float = 0.0) -> None:
+        """Records that a layer took `seconds`, and `compiling` of them."""
+        task = self._take(path)
+        net = max(seconds - compiling, 0.0)
+        self._solved.setdefault(task.program, []).append((task, net))
+        self._programs[task.program] = self._programs.get(task.program, 0.0) + compiling
 
     def resumed(self, path: str) -> None:
         """Records that a layer need not be solved."""
@@ -77,51 +86,50 @@ class Pace:
         """An estimate of the time left; None before there is one."""
         if not any(self._left):
             return 0.0
-        solving = self._solving()
-        return None if solving is None else solving + self._calibrating()
+        if not self._solved:
+            return None
+        return self._solving() + self._calibrating()
 
     def _calibrating(self) -> float:
         left = self._kinds[len(self._passes) :]
-        # The first pass has small programs to compile that are not counted as compilation.
-        passes = self._passes[1:] or self._passes
-        seconds = len(left) * sum(passes) / max(len(passes), 1)
-        new = set(left) - self._compiled.keys()
-        return seconds + len(new) * sum(self._compiled.values()) / max(len(self._compiled), 1)
+        passes = self._passes[1:] or self._passes  # the first is slowed by what is new
+        new = set(left) - self._pass_programs.keys()
+        return len(left) * _mean(passes) + len(new) * _mean(self._pass_programs.values())
+
+    def _solving(self) -> float:
+        rates, compiling = self._rates(), _mean(self._programs.values())
+        known, total = set(self._programs), 0.0
+        for stage in self._left:
+            loads: dict[Hashable, float] = {}
+            for task in stage.values():
+                if task.program in self._solved:
+                    load = _mean(_usual(self._solved[task.program]))
+                else:
+                    load = rates.get(task.method, rates[None]) * task.work
+                if task.program not in known:
+                    known.add(task.program)
+                    load += compiling
+                loads[task.device] = loads.get(task.device, 0.0) + load
+            total += max(loads.values(), default=0.0)
+        return total
 
     def _rates(self) -> dict[str | None, float]:
-        """Seconds per unit of work, of each method and (None) of all, without compilation."""
+        """Seconds per unit of work, of each method and (None) of all."""
         spent: dict[str | None, tuple[float, float]] = {}
-        for task, seconds in self._later:
+        for solved in self._solved.values():
+            task, seconds = solved[0][0], _mean(_usual(solved))
             for method in (task.method, None):
                 total, work = spent.get(method, (0.0, 0.0))
                 spent[method] = total + seconds, work + task.work
         return {method: seconds / work for method, (seconds, work) in spent.items()}
 
-    def _solving(self) -> float | None:
-        if not self._first:
-            return None
-        rates = self._rates()
 
-        def at_rate(task: Task) -> float:
-            # Without a rate, all that a first layer took is taken for compilation.
-            return rates.get(task.method, rates.get(None, 0.0)) * task.work
+def _usual(solved: Sequence[tuple[Task, float]]) -> list[float]:
+    """Seconds of a program's layers, without the first where there are others: it warms up."""
+    seconds = [seconds for _, seconds in solved]
+    return seconds[1:] or seconds
 
-        excess = [
-            max(sum(seconds - at_rate(task) for task, seconds in first.layers), 0.0)
-            for first in self._first.values()
-        ]
-        compilation = sum(excess) / len(excess)
-        known, total = set(self._first), 0.0
-        for stage in self._left:
-            loads: dict[Hashable, float] = {}
-            for task in stage.values():
-                same = [seconds for other, seconds in self._later if other.program == task.program]
-                if not same and task.program in self._first and not rates:
-                    return None
-                load = sum(same) / len(same) if same else at_rate(task)
-                if task.program not in known:
-                    known.add(task.program)
-                    load += compilation
-                loads[task.device] = loads.get(task.device, 0.0) + load
-            total += max(loads.values(), default=0.0)
-        return total
+
+def _mean(numbers: Iterable[float]) -> float:
+    numbers = list(numbers)
+    return sum(numbers) / max(len(numbers), 1)

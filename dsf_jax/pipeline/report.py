@@ -18,6 +18,7 @@ class LayerReport(base.LayerReport):
       inner: Inner dimension k of a factor pair; None for one matrix.
       error: Relative output error on the calibration inputs that the layer saw.
       seconds: Time to solve it, compilation included; of the first run if it was resumed.
+      compile_seconds: What compilation took of it.
       resumed: Whether the result was read back from the work directory.
     """
 
@@ -25,6 +26,7 @@ class LayerReport(base.LayerReport):
     inner: int | None
     error: float
     seconds: float
+    compile_seconds: float = 0.0
     resumed: bool = False
 
     def cells(self):

@@ -87,6 +87,7 @@ class WorkDirectory:
             nonzeros=int(metadata["nonzeros"]),
             error=float(metadata["error"]),
             seconds=float(metadata["seconds"]),
+            compile_seconds=float(metadata.get("compile_seconds", 0)),
         )
 
     def save(self, layer: str, solution: LayerSolution) -> None:
@@ -100,6 +101,7 @@ class WorkDirectory:
             "nonzeros": str(solution.nonzeros),
             "error": repr(solution.error),
             "seconds": repr(solution.seconds),
+            "compile_seconds": repr(solution.compile_seconds),
         }
         metadata["checksum"] = fingerprint(metadata, arrays)
         with replacing(self.file(layer)) as temporary:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from dsf_jax.pipeline.pace import Pace, Task
+from dsf_jax.pipeline.pace import Pace, Task, compile_seconds
 from dsf_jax.pipeline.plan import Plan, check_grams, order_stages, plan_layers, share_budget
 from dsf_jax.pipeline.processes import all_agree, share
 from dsf_jax.pipeline.report import LayerReport, Progress, Report
@@ -191,7 +191,6 @@ class _Run:
         self.leaves = list(present.network.leaves)
         self.pairs: dict[str, LayerSolution] = {}
         self.reports: list[LayerReport] = []
-        self.leaders: dict[str, str] = {}  # the first of the layers that a program solves together
         self.pace = Pace([self._tasks(paths) for paths in stages])
 
     def solve_stage(self, paths: Sequence[str], done: int | None) -> None:
@@ -201,7 +200,7 @@ class _Run:
           paths: The layers.
           done: How many stages are done, for the passes to advance to; None for one pass only.
         """
-        began, compiled = time.perf_counter(), self._compile_seconds()
+        began, compiled = time.perf_counter(), compile_seconds()
         if done is not None:
             self.present.advance(done, self.leaves)
             if self.dense is not None:
@@ -217,12 +216,9 @@ class _Run:
             else:
                 self._take(path, solution, resumed=True)
         grams, cross = self._inputs(missing)
-        self.pace.calibrated(time.perf_counter() - began, self._compile_seconds() - compiled)
+        self.pace.calibrated(time.perf_counter() - began, compile_seconds() - compiled)
         for path, solution in self._solve(missing, grams, cross):
             self._take(path, solution, resumed=False)
-
-    def _compile_seconds(self) -> float:
-        return sum(each.compile_seconds for each in (self.present, self.dense) if each)
 
     def _inputs(self, paths: Sequence[str]) -> tuple[dict, dict]:
         """Gram matrices of layers' inputs and, for a dense target, their cross products."""
@@ -258,7 +254,6 @@ class _Run:
             return solutions.items()
 
         every = self._alike(paths, owner)
-        self.leaders.update((path, alike[0]) for alike in every for path in alike)
         here = jax.process_index()
         stacks = [alike for alike in every if owner[alike[0]].process_index == here]
         if len(self.devices) == 1:
@@ -330,13 +325,14 @@ class _Run:
                 inner=None if solution.left is None else solution.left.shape[-1],
                 error=solution.error,
                 seconds=solution.seconds,
+                compile_seconds=solution.compile_seconds,
                 resumed=resumed,
             )
         )
         if resumed:
             self.pace.resumed(path)
         else:
-            self.pace.solved(path, solution.seconds, self.leaders[path])
+            self.pace.solved(path, solution.seconds, solution.compile_seconds)
         if self.callback is not None:
             total = len(self.assignments)
             self.callback(

@@ -22,10 +22,6 @@ from jax.typing import ArrayLike
 
 from dsf_jax.solvers.masks import top_k_mask
 
-# On a GPU, XLA would compile and time dozens of Triton kernels for each distinct matrix product,
-# which made `published` take 71 s to compile on an H200; cuBLAS is as fast at these sizes.
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-
 
 class Schedule(NamedTuple):
     """How one factor is improved once; the integers are static, the rest may be traced.

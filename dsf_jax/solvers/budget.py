@@ -6,6 +6,9 @@ from typing import Literal
 import numpy as np
 from jax.typing import ArrayLike
 
+# Chains of products read vectors by so many elements, see docs/kernel.md.
+INNER_MULTIPLE = 8
+
 
 def count_nonzeros(density: float, shape: tuple[int, int]) -> int:
     """Non-zeros that `density` allows a matrix of `shape`: rounded down, never one over."""
@@ -63,11 +66,15 @@ def plan_pair(
     Args:
       density: Non-zeros of both factors over out * in.
       shape: (out, in).
-      width: Inner dimension over min(out, in); None has it chosen.
+      width: Inner dimension over min(out, in); None has it chosen, as a multiple of
+        `INNER_MULTIPLE`.
       split: As for `split_nonzeros`.
     """
-    width = choose_width(density, shape) if width is None else width
-    inner = max(min(shape), round(width * min(shape)))
+    if width is None:
+        inner = round(choose_width(density, shape) * min(shape) / INNER_MULTIPLE) * INNER_MULTIPLE
+    else:
+        inner = round(width * min(shape))
+    inner = max(min(shape), inner)
     return inner, *split_nonzeros(count_nonzeros(density, shape), shape, inner, split)
 
 

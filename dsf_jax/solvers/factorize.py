@@ -15,14 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from dsf_jax.solvers.admm import (
-    COMPILER_OPTIONS,
-    Schedule,
-    improve_factor,
-    refit_coupled,
-    refit_rows,
-)
+from dsf_jax.solvers.admm import Schedule, improve_factor, refit_coupled, refit_rows
 from dsf_jax.solvers.budget import plan_pair
+from dsf_jax.solvers.compiler import COMPILER_OPTIONS
 from dsf_jax.solvers.masks import top_k_mask
 from dsf_jax.solvers.problem import NormalizedProblem, Problem, check_density, normalize
 from dsf_jax.solvers.pruners import PRUNERS

@@ -1,6 +1,7 @@
 """The problem of one layer: a weight matrix and the Gram matrix of its inputs."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from dsf_jax.solvers.compiler import COMPILER_OPTIONS
 from macko_jax.format.promotion import own_promotion
 
 
@@ -129,7 +131,7 @@ def normalize(weight: jax.Array, gram: jax.Array, damping: float) -> NormalizedP
     return NormalizedProblem(scaled / size, correlation, scale, unit)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 def _relative_output_error(
     weight: jax.Array, approximation: jax.Array, gram: jax.Array | None
 ) -> jax.Array:

@@ -13,8 +13,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from dsf_jax.solvers import masks
-from dsf_jax.solvers.admm import COMPILER_OPTIONS, refit_rows
+from dsf_jax.solvers.admm import refit_rows
 from dsf_jax.solvers.budget import count_nonzeros
+from dsf_jax.solvers.compiler import COMPILER_OPTIONS
 from dsf_jax.solvers.problem import Problem, check_density, is_finite, layer_prefix, normalize
 from macko_jax.format.promotion import own_promotion
 

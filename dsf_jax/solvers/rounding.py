@@ -18,7 +18,8 @@ import functools
 import jax
 import numpy as np
 
-from dsf_jax.solvers.admm import COMPILER_OPTIONS, refit_rows
+from dsf_jax.solvers.admm import refit_rows
+from dsf_jax.solvers.compiler import COMPILER_OPTIONS
 from dsf_jax.solvers.problem import Problem, normalize
 from dsf_jax.solvers.solution import Factorization
 from macko_jax.format import quantization

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
+from dsf_jax.solvers.compiler import COMPILER_OPTIONS
 from dsf_jax.solvers.problem import is_finite
 from dsf_jax.trace.dataflow import Dataflow, Layer, trace
 from dsf_jax.trace.jaxprs import Device
@@ -84,7 +85,6 @@ class CalibrationPass:
     Attributes:
       layers: The model's layers, in order of first application.
       notes: As in `Dataflow`.
-      compile_seconds: Time that compilation has taken so far.
     """
 
     def __init__(
@@ -114,7 +114,6 @@ class CalibrationPass:
             for shape, batch in zip(self.shapes, batches)
         ]
         self.stages: Mapping[Hashable, Stages] = {}
-        self.compile_seconds = 0.0
 
     def layer(self, path: str) -> Layer:
         """The layer of that path."""
@@ -217,10 +216,7 @@ class CalibrationPass:
     def _run(
         self, segment: Segment, batch: int, leaves: Sequence[jax.Array], device: Device
     ) -> Any:
-        before = segment.compile_seconds
-        result = segment(self.values[batch], leaves, device)
-        self.compile_seconds += segment.compile_seconds - before
-        return result
+        return segment(self.values[batch], leaves, device)
 
     def _sum(self, of_batch: Callable[[int, Device], list[jax.Array]]) -> list[jax.Array]:
         """Adds up what each batch gives, in their order, on the first device."""
@@ -280,7 +276,7 @@ def _gram(rows: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, (_product(x, x) for x in rows))
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 def _cross(dense: list, present: list) -> list:
     return [sum(_product(x, y) for x, y in zip(*pair)) for pair in zip(dense, present)]
 

@@ -3,12 +3,12 @@
 import functools
 import hashlib
 import operator
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 
+from dsf_jax.solvers.compiler import COMPILER_OPTIONS
 from dsf_jax.trace.dataflow import Dataflow
 from dsf_jax.trace.jaxprs import Device
 
@@ -140,9 +140,6 @@ class Segment:
       sources: Names of the values given.
       targets: Names of the values wanted.
       finish: Applied to the tuple of wanted values inside the program; default: nothing.
-
-    Attributes:
-      compile_seconds: Time that compilation has taken so far.
     """
 
     _executables: ClassVar[dict[tuple, Any]] = {}
@@ -165,7 +162,6 @@ class Segment:
         self.constants = sorted(needed & flow.constants.keys())
         self.flow, self.targets, self.finish = flow, tuple(targets), finish
         self.compiled: dict[Device, Any] = {}
-        self.compile_seconds = 0.0
 
     def _run(self, given: list, leaves: list, constants: list) -> Any:
         values = dict(zip(self.sources, given)) | dict(zip(self.constants, constants))
@@ -189,9 +185,7 @@ class Segment:
             device,
         )
         if device not in self.compiled:
-            began = time.perf_counter()
             self.compiled[device] = self._compile(arguments, device)
-            self.compile_seconds += time.perf_counter() - began
         return self.compiled[device](*arguments)
 
     def _compile(self, arguments: tuple, device: Device) -> Any:
@@ -199,5 +193,5 @@ class Segment:
         text = hashlib.sha256(lowered.as_text().encode()).digest()
         key = (text, device, jax.tree.structure(lowered.out_info))
         if key not in self._executables:
-            self._executables[key] = lowered.compile()
+            self._executables[key] = lowered.compile(COMPILER_OPTIONS)
         return self._executables[key]

@@ -29,7 +29,8 @@ import macko_jax
 import macko_jax.flax_nnx
 from dsf_jax import export
 from dsf_jax.pipeline.allocation import allocate_densities, probe_errors
-from dsf_jax.pipeline.pace import Pace, Task
+from dsf_jax.pipeline.pace import Pace, Task, compile_seconds
+from dsf_jax.solvers.compiler import COMPILER_OPTIONS
 from dsf_jax.solvers.methods import METHODS
 from examples.llama import checkpoint
 from examples.llama.digests import checkpoint_digests, file_digest
@@ -215,7 +216,9 @@ class _Run:
     def solved(self, windows, batch):
         """Compresses every block on what the packed ones before it give."""
         embed = self.save_part("embed")
-        hidden = [np.asarray(embed(part)) for part in np.split(windows, _batches(windows, batch))]
+        keep = self._where_to_keep(windows, embed)
+        held = np.asarray if keep == "host" else lambda array: array
+        hidden = [held(embed(part)) for part in np.split(windows, _batches(windows, batch))]
         del embed
         densities = self._shared(hidden) if self.recipe.budget == "sensitivity" else self.densities
         written = []
@@ -224,12 +227,26 @@ class _Run:
                 for layer in self.record.block(i):
                     self.progress.add(layer)
             else:
-                self._compress(i, self._read(i), hidden, densities.of_block(i, written))
+                block, wanted = self._read(i), densities.of_block(i, written)
+                self._compress(i, block, hidden, wanted, keep)
             given = {layer.path: layer.density for layer in self.record.block(i)}
             written.append((given, checkpoint.part_file(self.out, i).stat().st_size))
             if i + 1 < len(self.model.layers):
                 block = checkpoint.load_block(self.out, i, abstract, unpack=True)
-                hidden = [_advance(block, self.stored.config, part) for part in hidden]
+                hidden = [held(_advance(block, self.stored.config, part)) for part in hidden]
+
+    def _where_to_keep(self, windows, embed):
+        """Where activations wait: on the device if a quarter of its memory holds them, or here.
+
+        At most what waits is the stream and the results of the two widest projections.
+        """
+        device = self.devices[0] if self.devices else jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+        config = self.stored.config
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        widths = 3 * config.hidden_size + heads * config.head_dim + 2 * config.intermediate_size
+        needed = windows.size * widths * jnp.dtype(embed.dtype).itemsize
+        return "device" if needed < limit / 4 else "host"
 
     def given(self):
         """Packs every block as it is."""
@@ -302,10 +319,10 @@ class _Run:
                     weights = _kernel(block, layer).T[None]
                     curves[path] = probe_errors(weights, grams[layer][None], density, path)
                     sizes[path] = weights.size
-            hidden = [_advance(block, self.stored.config, part) for part in hidden]
+            hidden = [np.asarray(_advance(block, self.stored.config, part)) for part in hidden]
         return allocate_densities(curves, sizes, density)
 
-    def _compress(self, index, block, hidden, densities):
+    def _compress(self, index, block, hidden, densities, keep):
         """Compresses one block and writes it."""
         prefix = f"layers/{index}"
         began = time.perf_counter()
@@ -321,7 +338,7 @@ class _Run:
                 values=self.recipe.values,
                 forward=functools.partial(_forward, self.stored.config),
                 execution=dsf_jax.Execution(
-                    devices=self.devices, keep_activations="host", work_dir=work
+                    devices=self.devices, keep_activations=keep, work_dir=work
                 ),
                 callback=lambda step: self.progress.add(_renamed(step.layer, prefix)),
             )
@@ -404,10 +421,10 @@ def _forward(config, block, hidden):
 
 
 def _advance(block, config, hidden):
-    return np.asarray(_run_block(*nnx.split(block), config, hidden))
+    return _run_block(*nnx.split(block), config, hidden)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config"))
+@functools.partial(jax.jit, static_argnames=("graph", "config"), compiler_options=COMPILER_OPTIONS)
 def _run_block(graph, state, config, hidden):
     return _forward(config, nnx.merge(graph, state), hidden)
 
@@ -571,7 +588,7 @@ class _Progress:
     def __init__(self, blocks, callback):
         self.callback = callback
         layers = [layer for block in blocks for layer in block]
-        self.total, self.index, self.last = len(layers), 0, time.perf_counter()
+        self.total, self.index, self.last = len(layers), 0, self._now()
         # Each layer of a block sees inputs of its own, and so is a stage of its own.
         self.pace = Pace([{path: self._task(shape, method)} for path, shape, method in layers])
 
@@ -579,15 +596,20 @@ class _Progress:
         work = 1.0 if method == GIVEN else METHODS[method].work(shape)
         return Task(method, (shape, method), work, None)
 
+    @staticmethod
+    def _now():
+        return np.array([time.perf_counter(), compile_seconds(all_threads=True)])
+
     def add(self, layer):
         self.index += 1
-        now = time.perf_counter()
+        now = self._now()
         if layer.resumed:
             self.pace.resumed(layer.path)
-            self.pace.calibrated(0.0, 0.0)
+            self.pace.calibrated(0.0)
         else:
-            self.pace.calibrated(max(now - self.last - layer.seconds, 0.0), 0.0)
-            self.pace.solved(layer.path, layer.seconds)
+            own = layer.seconds, layer.compile_seconds
+            self.pace.calibrated(*np.maximum(now - self.last - own, 0.0).tolist())
+            self.pace.solved(layer.path, *own)
         self.last = now
         if self.callback is not None:
             left = self.pace.seconds_left()
