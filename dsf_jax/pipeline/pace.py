@@ -9,11 +9,11 @@ import jax
 _compiled: dict[int, float] = {}  # seconds by thread
 
 
-def _count(event: str, seconds: float, **_: object) -> None:
+def _count(event: str, duration_secs: float, **_: str | int) -> None:
     # Tracing is not among them: one trace's duration holds those of the traces inside it.
     if event.startswith("/jax/core/compile/") and "trace" not in event:
         thread = threading.get_ident()
-        _compiled[thread] = _compiled.get(thread, 0.0) + seconds
+        _compiled[thread] = _compiled.get(thread, 0.0) + duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
