@@ -219,7 +219,7 @@ def test_program_does_not_grow_with_rounds():
         (dict(width=0.5), "at least 1"),
         (dict(split="even"), "split must be"),
         (dict(refine_steps=0), "refine_steps must be at least 1"),
-        (dict(weight=np.full((3, 4), np.nan, np.float32)), "layer 'attn': weight holds 12 NaN"),
+        (dict(weight=np.full((3, 16), np.nan, np.float32)), "layer 'attn': weight holds 48 NaN"),
         (dict(gram=np.eye(5, dtype=np.float32)), r"layer 'attn': gram must be \[in, in\]"),
     ],
 )

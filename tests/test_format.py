@@ -391,3 +391,9 @@ def test_values_in_the_tail_are_refused():
     matrix = macko_jax.compress(np.ones((1, 3), np.float32), encoding="bitmask")
     with pytest.raises(ValueError, match="after its 3 elements"):
         macko_jax.validate(_with("values", 5, 1.0)(matrix))
+
+
+def test_a_matrix_lies_where_its_weight_is_bound_to():
+    device = jax.devices()[1]
+    matrix = macko_jax.compress(jax.device_put(np.eye(4, 9, dtype=np.float32), device))
+    assert {array.device for array in jax.tree.leaves(matrix)} == {device}

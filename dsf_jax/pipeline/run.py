@@ -138,7 +138,10 @@ def compress_model(
             "blocks": calibration.blocks,
             "paths": network.paths,
         }
-        mark = fingerprint(settings, network.leaves, batches, grams)
+        if execution.work_key is None:
+            mark = fingerprint(settings, network.leaves, batches, grams)
+        else:
+            mark = fingerprint(settings | {"key": execution.work_key})
         directory = WorkDirectory(execution.work_dir, mark)
     sequential = calibration.mode == "sequential"
     dense = None

@@ -78,6 +78,9 @@ class Execution:
         "nowhere", which runs every stage from the batch again: as many passes as stages.
       work_dir: Directory for finished layers. A run that was killed reads them back and goes on;
         results of another model, batches or settings are refused. None keeps nothing.
+      work_key: What the model, the batches and given Gram matrices are known by in `work_dir`, for
+        a caller who knows them by something shorter than a hash of all that they hold, which is
+        what None takes.
 
     Raises:
       ValueError: A value is not allowed.
@@ -86,6 +89,7 @@ class Execution:
     devices: Sequence[Device] | None = None
     keep_activations: Literal["device", "host", "nowhere"] = "device"
     work_dir: str | os.PathLike[str] | None = None
+    work_key: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("keep_activations", self.keep_activations, ("device", "host", "nowhere"))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -53,13 +53,23 @@ class Problem:
           ValueError: A shape is wrong, a matrix is empty or holds NaN or infinity, or the Gram
             matrix is not symmetric.
         """
-        checked = _check_weight(weight, name)
-        identity = jnp.eye(checked.shape[1], dtype=jnp.float32)
-        if gram is None:
-            return cls(checked, identity, name)
-        given = _check_gram(gram, checked.shape, name)
-        unseen = not bool(jnp.any(jnp.diagonal(given) > 0))
-        return cls(checked, identity if unseen else given, name, unseen)
+        checked, layer = _check_weight(weight, name), layer_prefix(name)
+        given = None if gram is None else _check_gram(gram, checked.shape, name)
+        # One program and one wait for all that has to be known of the values.
+        finite, gram_finite, seen, asymmetry, size = np.asarray(_inspect(checked, given))
+        if not finite:
+            _raise_infinite(checked, f"{layer}weight")
+        if given is not None and not gram_finite:
+            _raise_infinite(given, f"{layer}gram")
+        if asymmetry > 1e-2 * size:
+            raise ValueError(
+                f"{layer}gram is not symmetric: entries differ from their mirror images by up to "
+                f"{asymmetry:.3g} where the largest is {size:.3g}; give sum x x^T"
+            )
+        unseen = given is not None and not seen
+        if given is None or unseen:
+            given = jnp.eye(checked.shape[1], dtype=jnp.float32)
+        return cls(checked, given, name, unseen)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -202,9 +212,7 @@ def _check_weight(weight: ArrayLike, name: str | None) -> jax.Array:
             f"{layer}weight must be a non-empty matrix [out, in], got shape {weight.shape}"
             + (hint if weight.ndim == 4 else "")
         )
-    weight = weight.astype(jnp.float32)
-    _check_finite(weight, f"{layer}weight")
-    return weight
+    return weight.astype(jnp.float32)
 
 
 def _check_gram(gram: ArrayLike, shape: tuple[int, ...], name: str | None) -> jax.Array:
@@ -219,20 +227,19 @@ def _check_gram(gram: ArrayLike, shape: tuple[int, ...], name: str | None) -> ja
             f"{layer}gram must be [in, in] = {(inputs, inputs)} for a weight of shape "
             f"{shape}, got {gram.shape}; weights are [out, in], Flax kernels [in, out]"
         )
-    gram = gram.astype(jnp.float32)
-    _check_finite(gram, f"{layer}gram")
-    asymmetry, size = np.asarray(_asymmetry(gram))
-    if asymmetry > 1e-2 * size:
-        raise ValueError(
-            f"{layer}gram is not symmetric: entries differ from their mirror images by up to "
-            f"{asymmetry:.3g} where the largest is {size:.3g}; give sum x x^T"
-        )
-    return gram
+    return gram.astype(jnp.float32)
 
 
 @jax.jit
-def _asymmetry(gram: jax.Array) -> jax.Array:
-    return jnp.stack([jnp.max(jnp.abs(gram - gram.T)), jnp.max(jnp.abs(gram))])
+def _inspect(weight: jax.Array, gram: jax.Array | None) -> jax.Array:
+    """Whether W and G are finite and G has an input; G's asymmetry and its largest entry."""
+    finite = jnp.all(jnp.isfinite(weight))
+    of_gram = (True, False, 0.0, 0.0)
+    if gram is not None:
+        asymmetry, size = jnp.max(jnp.abs(gram - gram.T)), jnp.max(jnp.abs(gram))
+        seen = jnp.any(jnp.diagonal(gram) > 0)
+        of_gram = jnp.all(jnp.isfinite(gram)), seen, asymmetry, size
+    return jnp.stack([jnp.asarray(fact, jnp.float32) for fact in (finite, *of_gram)])
 
 
 @jax.jit
@@ -245,14 +252,13 @@ def is_finite(array: jax.Array) -> bool:
     return bool(_is_finite(array))
 
 
-def _check_finite(array: jax.Array, what: str) -> None:
-    if not is_finite(array):
-        bad = np.argwhere(~np.isfinite(np.asarray(array)))
-        first = tuple(map(int, bad[0]))
-        raise ValueError(
-            f"{what} holds {len(bad)} NaN or infinite entries, the first at {first}; "
-            "check the checkpoint or the calibration batches"
-        )
+def _raise_infinite(array: jax.Array, what: str) -> NoReturn:
+    bad = np.argwhere(~np.isfinite(np.asarray(array)))
+    first = tuple(map(int, bad[0]))
+    raise ValueError(
+        f"{what} holds {len(bad)} NaN or infinite entries, the first at {first}; "
+        "check the checkpoint or the calibration batches"
+    )
 
 
 def check_density(density: float, name: str | None = None) -> float:

@@ -1,6 +1,7 @@
 """The solution of one layer's problem: two sparse factors, or one sparse matrix."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Mapping
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsf_jax.solvers.budget import packed_nbytes
+from dsf_jax.solvers.compiler import COMPILER_OPTIONS
 from dsf_jax.solvers.problem import Problem, layer_prefix
 
 
@@ -37,7 +39,7 @@ class Factorization:
         """The dense matrix that stands for W, float32 `[out, in]`."""
         if self.right is None:
             return self.left
-        return jnp.matmul(self.left, self.right, precision="highest")
+        return _product(self.left, self.right)
 
     @property
     def kind(self) -> str:
@@ -74,6 +76,11 @@ class Factorization:
     def nbytes(self) -> int:
         """Bytes of the packed factors with 16-bit values; see `budget.packed_nbytes`."""
         return sum(packed_nbytes(factor) for factor in self.factors)
+
+
+@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.matmul(left, right, precision="highest")
 
 
 def best_solution(

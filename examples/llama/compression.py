@@ -226,13 +226,12 @@ class _Run:
             if self.record.has(i):
                 for layer in self.record.block(i):
                     self.progress.add(layer)
+                block = checkpoint.load_block(self.out, i, abstract, unpack=True)
             else:
-                block, wanted = self._read(i), densities.of_block(i, written)
-                self._compress(i, block, hidden, wanted, keep)
+                block = self._compress(i, hidden, densities.of_block(i, written), keep)
             given = {layer.path: layer.density for layer in self.record.block(i)}
             written.append((given, checkpoint.part_file(self.out, i).stat().st_size))
             if i + 1 < len(self.model.layers):
-                block = checkpoint.load_block(self.out, i, abstract, unpack=True)
                 hidden = [held(_advance(block, self.stored.config, part)) for part in hidden]
 
     def _where_to_keep(self, windows, embed):
@@ -322,13 +321,13 @@ class _Run:
             hidden = [np.asarray(_advance(block, self.stored.config, part)) for part in hidden]
         return allocate_densities(curves, sizes, density)
 
-    def _compress(self, index, block, hidden, densities, keep):
-        """Compresses one block and writes it."""
-        prefix = f"layers/{index}"
+    def _compress(self, index, hidden, densities, keep):
+        """Compresses one block and writes it; the block as it now is, dense with zeros."""
+        prefix, block = f"layers/{index}", self._read(index)
         began = time.perf_counter()
         if not densities:  # all of its layers are skipped
             self._write(index, block, [], began)
-            return
+            return block
         work = self.out / "work" / str(index)
         try:
             compressed = dsf_jax.compress_model(
@@ -338,7 +337,10 @@ class _Run:
                 values=self.recipe.values,
                 forward=functools.partial(_forward, self.stored.config),
                 execution=dsf_jax.Execution(
-                    devices=self.devices, keep_activations=keep, work_dir=work
+                    devices=self.devices,
+                    keep_activations=keep,
+                    work_dir=work,
+                    work_key=self.record.key(index),
                 ),
                 callback=lambda step: self.progress.add(_renamed(step.layer, prefix)),
             )
@@ -346,6 +348,7 @@ class _Run:
             raise ValueError(f"block {index}: {error}") from error
         self._write(index, compressed.model, compressed.report.layers, began)
         shutil.rmtree(work)
+        return compressed.model
 
     def _write(self, index, block, solved, began):
         """Packs a block and writes it; its report goes first, so that none is ever lost."""
@@ -561,6 +564,11 @@ class _Record:
         path = checkpoint.part_file(self.path.parent, index)
         self.parts[path.name] = file_digest(path)
         self.write()
+
+    def key(self, index):
+        """What a block and its inputs are known by: the settings, and the parts before it."""
+        parts = [self.parts[checkpoint.part_file("", i).name] for i in range(index)]
+        return json.dumps([self.settings, parts])
 
     def block(self, index):
         """The reports of a block's layers, as those of layers that were read back."""

@@ -208,8 +208,8 @@ def compress(
 ) -> MackoMatrix:
     """Packs a dense matrix; zeros are dropped.
 
-    NumPy arrays are packed on the host, arrays on an accelerator by jitted code there. +0.0 and
-    -0.0 are zeros; NaN, infinities and subnormals are elements.
+    NumPy arrays are packed on the host, and so are small arrays on an accelerator; large ones by
+    jitted code there. +0.0 and -0.0 are zeros; NaN, infinities and subnormals are elements.
 
     Args:
       weight: [rows, cols], float16, bfloat16 or float32; anything that `numpy.asarray` takes, or
@@ -271,9 +271,20 @@ def compress(
     elif dtype != weight.dtype:
         weight = weight.astype(dtype)
     arrays, encoding, lanes = pack(weight, encoding, lanes, capacity)
-    values, codes, row_offsets, starts = map(jnp.asarray, arrays)
+    place = _place(weight)
+    values, codes, row_offsets, starts = (
+        jnp.asarray(array) if place is None else jax.device_put(array, place) for array in arrays
+    )
     rows, cols = map(int, weight.shape)
     return MackoMatrix(values, codes, row_offsets, starts, (rows, cols), encoding, lanes, scales)
+
+
+def _place(weight):
+    """The device to which a weight is bound, also where it was packed on the host; else None."""
+    if not (isinstance(weight, jax.Array) and weight.committed and len(weight.devices()) == 1):
+        return None
+    (device,) = weight.devices()
+    return device
 
 
 @jax.jit
