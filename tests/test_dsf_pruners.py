@@ -149,7 +149,7 @@ def test_admm_values_are_least_squares():
         (dict(density=None, pattern="5:4"), "pattern must be"),
         (dict(density=None, pattern="1:3"), "divisible by 3"),
         (dict(density=0.3, pattern="2:4"), "leave density"),
-        (dict(weight=np.full((3, 4), np.nan, np.float32)), "layer 'attn': weight holds 12 NaN"),
+        (dict(weight=np.full((3, 16), np.nan, np.float32)), "layer 'attn': weight holds 48 NaN"),
         (dict(gram=np.full((16, 16), np.inf, np.float32)), "layer 'attn': gram holds"),
         (dict(gram=np.eye(5, dtype=np.float32)), r"gram must be \[in, in\]"),
         (dict(gram=np.triu(np.ones((16, 16), np.float32))), "not symmetric"),
