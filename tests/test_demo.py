@@ -156,13 +156,20 @@ def test_compare_methods(byte_model, text, tmp_path):
         "--method=magnitude",
         "--density=0.5",
         "--density=0.25",
+        "--bits=8",
+        "--bits=3",
         f"--out={out}",
     )
     record = json.loads(out.read_text())
-    assert [row["asked_density"] for row in record["rows"]] == [0.5, 0.25]
-    assert record["rows"][1]["bytes"] < record["rows"][0]["bytes"] < record["dense"]["bytes"]
+    rows = {(r["method"], r.get("bits") or r["asked_density"]): r for r in record["rows"]}
+    assert rows["magnitude", 0.25]["bytes"] < rows["magnitude", 0.5]["bytes"]
+    assert rows["rtn", 8]["bytes"] < record["dense"]["bytes"]
+    assert rows["rtn", 3]["bytes"] == rows["gptq", 3]["bytes"]
+    for bits in (8, 3):
+        error, best = (rows[method, bits]["mean_relative_error"] for method in ("rtn", "gptq"))
+        assert best < 0.8 * error < 0.1
     table = out.with_suffix(".csv").read_text().splitlines()
-    assert len(table) == 3 and table[1].startswith("magnitude,0.5,")
+    assert len(table) == 7 and table[1].startswith("magnitude,0.5,,")
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ def sparsegpt(
         blocks = -(-cols // width)
         padding = blocks * width - cols
         scale = normalize(weight, gram, 0.0).scale
-        factor = _inverse_factor(weight, gram, padding)
+        factor = inverse_factor(weight, gram, padding)
         start = jnp.pad(jnp.where(scale > 0, weight, 0), ((0, 0), (0, padding)))
         column = jnp.arange(blocks * width)
         # Each block's share of the budget, floor(nonzeros * end / cols) up to its end, in two parts
@@ -229,7 +229,7 @@ def sparsegpt(
         return lax.scan(prune_block, start, (first, shares))[0][:, :cols]
 
 
-def _inverse_factor(weight: jax.Array, gram: jax.Array, padding: int) -> jax.Array:
+def inverse_factor(weight: jax.Array, gram: jax.Array, padding: int) -> jax.Array:
     """U of (G + damping)^-1 = U^T U, upper triangular, for `padding` dead inputs more."""
     problem = normalize(weight, gram, 0.0)
     # In units of G itself, since the damping is relative to its mean diagonal.

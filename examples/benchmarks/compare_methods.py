@@ -1,10 +1,14 @@
 """Quality against stored bytes of a language model compressed in every way.
 
     python -m examples.benchmarks.compare_methods --out=runs/compare_methods.json
+    python -m examples.benchmarks.compare_methods --checkpoint=DIRECTORY --length=1024 \
+        --text=FILE --calibration=FILE --values=int8 --bits=8 --bits=4 --density=0.5
 
-For each density and method, all linear layers of the model are pruned or factorized with the same
-Gram matrices and packed into MACKO matrices; the record has the bits per byte on held-out text and
-the stored bytes. Pairs of factors cost more index bits than one matrix at equal non-zeros, so that
+For each density and method, all linear layers of the model's blocks are pruned or factorized with
+the same Gram matrices and packed into MACKO matrices; the record has the bits per byte of held-out
+text, the perplexity per token and the stored bytes. Beside them stands what a user would take
+instead, dense weights of few bits, rounded to nearest and by GPTQ (`few_bits`), with the bytes that
+they would take. Pairs of factors cost more index bits than one matrix at equal non-zeros, so that
 equal bytes is the fair axis: beside each row stands what DSF loses at that row's bytes. The record
 is rewritten after each row, and a run goes on where an earlier one stopped. --record joins records
 that are there already, of several runs; examples.benchmarks.plot_results draws what comes of it:
@@ -14,9 +18,8 @@ that are there already, of several runs; examples.benchmarks.plot_results draws 
 
 import csv
 import dataclasses
-import functools
 import importlib.metadata
-import itertools
+import math
 import pathlib
 import platform
 import time
@@ -31,16 +34,19 @@ import dsf_jax
 from dsf_jax import export
 from dsf_jax.pipeline.solve import METHODS
 from examples import cli, stdlib_text
+from examples.benchmarks.few_bits import FEW_BITS, bits_per_weight
 from examples.llama import checkpoint, compression, evaluation
+from examples.llama import tokenizer as tokenizers
 from examples.llama.json_file import read_json
 from examples.records import write_json, write_text
+from macko_jax.format.quantization import NAMES
 
 REFERENCE = "dsf"  # whose loss at equal bytes stands beside every row
 
 flags.DEFINE_string(
     "checkpoint",
     str(pathlib.Path(__file__).parents[1] / "llama" / "checkpoint"),
-    "Directory of a byte-level model.",
+    "Hugging Face directory of a Llama-family model.",
 )
 flags.DEFINE_string(
     "text", None, "Text file to evaluate on; by default held-out modules of Python's library."
@@ -56,7 +62,16 @@ flags.DEFINE_multi_float(
     lower_bound=0.0,
     upper_bound=1.0,
 )
+flags.DEFINE_multi_integer(
+    "bits", [], "Bits of dense weights, by rtn and gptq; repeatable.", lower_bound=2, upper_bound=8
+)
+flags.DEFINE_enum(
+    "values", "stored", ["stored", *NAMES], "Type of the packed values; stored: bfloat16."
+)
 flags.DEFINE_integer("windows", 32, "Windows to calibrate on.", lower_bound=1)
+flags.DEFINE_integer(
+    "length", None, "Tokens of a window; by default the model's positions, at most 2048."
+)
 flags.DEFINE_integer(
     "eval_windows", 64, "Windows to evaluate, spread over the text; 0 for all of it.", lower_bound=0
 )
@@ -75,14 +90,26 @@ class Settings:
     calibration: str | None
     method: tuple[str, ...]
     density: tuple[float, ...]
+    bits: tuple[int, ...]
+    values: str
     windows: int
+    length: int | None
     eval_windows: int
     record: tuple[str, ...]
     out: str
 
+    def asked(self):
+        """(method, density or bits) of every row."""
+        return [
+            *((method, density) for density in self.density for method in self.method),
+            *((method, bits) for bits in self.bits for method in FEW_BITS),
+        ]
+
     def described(self):
         """What must be the same in records that are joined, as they have it."""
-        return {
+        others = {"values": self.values, "length": self.length}
+        defaults = {"values": "stored", "length": None}
+        return {key: value for key, value in others.items() if value != defaults[key]} | {
             "checkpoint": pathlib.Path(self.checkpoint).name,
             "text": "a file" if self.text else "held-out modules",
             "calibration": "a file" if self.calibration else "calibration modules",
@@ -102,37 +129,68 @@ def run_all(settings):
     if record is not None and record["settings"] != settings.described():
         raise ValueError(f"{settings.out} has other settings; give another --out")
     model = checkpoint.load(settings.checkpoint, dtype=jnp.float32, param_dtype=jnp.bfloat16)
-    length = model.config.max_position_embeddings
-    tokens = stdlib_text.read_tokens(settings.text)
-    calibration = stdlib_text.read_tokens(settings.calibration, stdlib_text.CALIBRATION)
+    length = evaluation.window_length(settings.length, model.config)
+    tokens, calibration, bytes_per_token = read_texts(settings, model.config.vocab_size)
     batches = compression.calibration_batches(calibration, length, settings.windows, BATCH)
-    bits_per_byte = functools.partial(
-        evaluation.bits_per_token,
-        tokens=tokens,
-        length=length,
-        stride=length // 2,
-        batch=BATCH,
-        limit=settings.eval_windows or None,
-    )
+
+    def quality(model):
+        nats, count = evaluation.total_nats(
+            model,
+            tokens,
+            length=length,
+            stride=length // 2,
+            batch=BATCH,
+            limit=settings.eval_windows or None,
+        )
+        bits_per_byte = nats / count / math.log(2) / bytes_per_token
+        return {"bits_per_byte": bits_per_byte, "perplexity": math.exp(nats / count)}
+
     if record is None:
-        record = begin_record(settings, model, bits_per_byte(model))
-    done = {(row["method"], row["asked_density"]) for row in record["rows"]}
-    grams = dsf_jax.gram_matrices(model, batches)
-    for density, method in itertools.product(settings.density, settings.method):
-        if (method, density) in done:
+        record = begin_record(settings, model, quality(model))
+    done = {key_of(row) for row in record["rows"]}
+    grams = dsf_jax.gram_matrices(model, batches, layers="layers/.*")
+    for method, asked in settings.asked():
+        if (method, asked) in done:
             continue
-        row = run_method(model, method, density, batches, grams, bits_per_byte)
+        began = time.perf_counter()
+        if method in FEW_BITS:
+            row = round_model(model, method, asked, grams, quality)
+        else:
+            values = None if settings.values == "stored" else settings.values
+            row = run_method(model, method, asked, values, batches, grams, quality)
+        row |= {"seconds": round(time.perf_counter() - began, 1)}
         record["rows"].append(row)
         write_json(settings.out, record)
         print(
-            f"{method:14} {density:4g}  {row['bits_per_byte']:.4f} bits per byte  "
+            f"{method:14} {asked:4g}  {row['bits_per_byte']:.4f} bits per byte  "
             f"{row['bytes'] / 1e6:.2f} MB  {row['seconds']:.0f} s",
             flush=True,
         )
     return record
 
 
-def begin_record(settings, model, bits_per_byte):
+def read_texts(settings, vocab_size):
+    """Tokens to evaluate and to calibrate on, and bytes of the former's text for each of them."""
+    if vocab_size == 256:
+        calibration = stdlib_text.read_tokens(settings.calibration, stdlib_text.CALIBRATION)
+        return stdlib_text.read_tokens(settings.text), calibration, 1
+    tokenizer = tokenizers.load_tokenizer(settings.checkpoint, vocab_size)
+    text, calibration = (
+        pathlib.Path(path).read_text(encoding="utf-8")
+        if path
+        else stdlib_text.read_topics(held_out)
+        for path, held_out in ((settings.text, True), (settings.calibration, False))
+    )
+    tokens = tokenizer.encode(text)
+    return np.array(tokens), tokenizer.encode(calibration), len(text.encode()) / len(tokens)
+
+
+def key_of(row):
+    """What tells a row from others: its method, and the density or the bits."""
+    return row["method"], row.get("bits") or row["asked_density"]
+
+
+def begin_record(settings, model, quality):
     """A record that has the dense model alone."""
     return {
         "command": "python -m examples.benchmarks.compare_methods",
@@ -141,21 +199,21 @@ def begin_record(settings, model, bits_per_byte):
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
         "dense": {
-            "bits_per_byte": bits_per_byte,
+            **quality,
             "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))),
         },
         "rows": [],
     }
 
 
-def run_method(model, method, density, batches, grams, bits_per_byte):
+def run_method(model, method, density, values, batches, grams, quality):
     """Compresses, evaluates and packs the model; a row of the record."""
-    began = time.perf_counter()
     new, report = dsf_jax.compress_model(
         model,
         batches[:1],
         method=method,
         density=density,
+        values=values,
         calibration=dsf_jax.Calibration("one-pass", grams=grams),
     )
     return {
@@ -163,11 +221,33 @@ def run_method(model, method, density, batches, grams, bits_per_byte):
         "asked_density": density,
         "density": report.density,
         "nonzeros": report.nonzeros,
-        "bits_per_byte": bits_per_byte(new),
-        "bytes": export.pack(new)[1].bytes_after,
+        **quality(new),
+        "bytes": export.pack(new, values=values)[1].bytes_after,
         "mean_relative_error": float(np.mean([layer.error for layer in report.layers])),
         "single_matrices": sum(layer.inner is None for layer in report.layers),
-        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def round_model(model, method, bits, grams, quality):
+    """Rounds the layers' weights to few bits, and evaluates the model; a row of the record."""
+    graph, state = nnx.split(model)
+    flat, errors = dict(nnx.to_flat_state(state)), []
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    for path, gram in grams.items():
+        place = next(p for p in flat if "/".join(map(str, p)) == f"{path}/kernel")
+        leaf = flat[place]
+        weight = leaf.get_value().T.astype(jnp.float32)
+        rounded = FEW_BITS[method](weight, gram, bits)
+        errors.append(float(dsf_jax.relative_output_error(weight, rounded, gram)))
+        size += weight.size * bits_per_weight(bits) / 8 - leaf.get_value().nbytes
+        flat[place] = leaf.replace(rounded.T.astype(leaf.get_value().dtype))
+    new = nnx.merge(graph, nnx.from_flat_state(flat.items()))
+    return {
+        "method": method,
+        "bits": bits,
+        **quality(new),
+        "bytes": round(size),
+        "mean_relative_error": float(np.mean(errors)),
     }
 
 
@@ -177,8 +257,8 @@ def merge(records):
     for record in records:
         if record["settings"] != first["settings"]:
             raise ValueError(f"other settings: {record['settings']} and {first['settings']}")
-    rows = {(row["method"], row["asked_density"]): row for r in records for row in r["rows"]}
-    order = sorted(rows, key=lambda key: ([*METHODS].index(key[0]), -key[1]))
+    rows = {key_of(row): row for r in records for row in r["rows"]}
+    order = sorted(rows, key=lambda key: ([*METHODS, *FEW_BITS].index(key[0]), -key[1]))
     return first | {"rows": [rows[key] for key in order]}
 
 
@@ -210,9 +290,11 @@ def table(record):
     columns = [
         "method",
         "asked_density",
+        "bits",
         "nonzeros",
         "bytes",
         "bits_per_byte",
+        "perplexity",
         "lost",
         f"{REFERENCE}_loses_at_equal_bytes",
         "mean_relative_error",

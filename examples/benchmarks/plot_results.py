@@ -158,14 +158,15 @@ def draw_methods(records, pyplot):
         for x, y, row in zip(sizes, lost, kept):
             left = i % 2 and x < dense["bytes"] / 1e6
             offset, align, height = sides[1 if left else 0]
-            text, color = f"{row['asked_density']:g}", line.get_color()
-            annotate(axes, text, (x, y), offset, ha=align, va=height, fontsize=6.5, color=color)
+            asked = f"{row['bits']} bits" if "bits" in row else f"{row['asked_density']:g}"
+            color = line.get_color()
+            annotate(axes, asked, (x, y), offset, ha=align, va=height, fontsize=6.5, color=color)
     axes.axvline(dense["bytes"] / 1e6, color=GREY, linewidth=1)
     axes.set(
         xlabel="stored megabytes of the whole model",
         yscale="log",
         ylabel=f"bits per byte lost, of {dense['bits_per_byte']:.3f}",
-        title="Byte-level language model of 8 million parameters; numbers: density",
+        title=f"{only(records, 'settings')['checkpoint']}; numbers: density, or bits of a weight",
     )
     annotate(
         axes,
