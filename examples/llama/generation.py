@@ -128,28 +128,34 @@ def generate(model, prompts, new_tokens, *, sampling=GREEDY, seed=0, chunk=32):
       ValueError: no prompt, an empty one, one with a token that is not in the vocabulary, or more
         tokens than the model has positions.
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if not len(lengths) or lengths.min() < 1:
-        raise ValueError("generate needs at least one prompt, each of at least one token")
-    if new_tokens < 1:
-        raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
     split = model if isinstance(model, SplitModel) else SplitModel.of(model)
-    for prompt in prompts:
-        split.config.check_tokens(prompt)
-    longest = int(lengths.max())
-    if longest + new_tokens > split.config.max_position_embeddings:
-        raise ValueError(
-            f"the longest prompt ({longest} tokens) and {new_tokens} new tokens exceed the "
-            f"model's {split.config.max_position_embeddings} positions; shorten one of them"
-        )
-    padded = np.zeros((len(prompts), round_up(longest)), np.int32)
-    for row, prompt in zip(padded, prompts):
-        row[: len(prompt)] = prompt
+    padded, lengths = pad_prompts(split.config, prompts, new_tokens)
     calls = draw(split, padded, lengths, new_tokens, jax.random.key(seed), sampling, chunk)
     left = new_tokens
     for tokens in one_ahead(calls):
         yield jax.device_get(tokens)[:, :left]
         left -= tokens.shape[1]
+
+
+def pad_prompts(config, prompts, new_tokens):
+    """Prompts as one array [B, T], padded at the end, and their lengths [B]; see `generate`."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if not len(lengths) or lengths.min() < 1:
+        raise ValueError("generate needs at least one prompt, each of at least one token")
+    if new_tokens < 1:
+        raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
+    for prompt in prompts:
+        config.check_tokens(prompt)
+    longest = int(lengths.max())
+    if longest + new_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) and {new_tokens} new tokens exceed the "
+            f"model's {config.max_position_embeddings} positions; shorten one of them"
+        )
+    padded = np.zeros((len(prompts), round_up(longest)), np.int32)
+    for row, prompt in zip(padded, prompts):
+        row[: len(prompt)] = prompt
+    return padded, lengths
 
 
 def one_ahead(calls):

@@ -31,13 +31,17 @@ class Sampling:
         """Tokens [B] drawn from logits [B, vocab]."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jax.random.categorical(key, self.cut(logits)).astype(jnp.int32)
+
+    def cut(self, logits):
+        """Logits [..., vocab] of what is drawn from, for a temperature above 0."""
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
             logits = jnp.where(logits < least, -jnp.inf, logits)
         if self.top_p < 1:
             ranked = jnp.sort(logits, axis=-1, descending=True)
             before = jnp.cumsum(jax.nn.softmax(ranked), axis=-1) - jax.nn.softmax(ranked)
             least = jnp.min(jnp.where(before < self.top_p, ranked, jnp.inf), -1, keepdims=True)
             logits = jnp.where(logits < least, -jnp.inf, logits)
-        return jax.random.categorical(key, logits).astype(jnp.int32)
+        return logits
