@@ -19,6 +19,7 @@ FAST = dict(search_rounds=4, refine_rounds=6, width=1.5)
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("layer,density", [("l0.query", 0.5), ("l0.attn_out", 0.3)])
 def test_published_preset_reaches_the_published_error(layer, density):
     weight, gram, _ = real_layer(layer)
@@ -29,6 +30,7 @@ def test_published_preset_reaches_the_published_error(layer, density):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_quality_preset_is_several_times_better():
     """With a quarter of its rounds; docs/results/dsf_layers.json has all rounds and layers."""
     weight, gram, other = real_layer("l0.query")

@@ -15,6 +15,7 @@ METHODS = list(pruners.PRUNERS)
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("layer", ["l0.query", "l0.attn_out"])
 @pytest.mark.parametrize("method", METHODS)
 def test_reference_errors(layer, method):
