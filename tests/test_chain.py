@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import macko_jax
 from macko_jax.experimental import Step, fused_chain, fused_spmv
+from macko_jax.format import quantization
 from macko_jax.gpu import chain, occupancy
 from macko_jax.gpu.kernel import Fusion
 from macko_jax.gpu.staging import BLANK
@@ -21,12 +22,25 @@ EPS = 1e-5
 HIDDEN, WIDE, NEXT = 72, 136, 104
 
 
+def draw(i, shape, dtype):
+    return (sparse(*shape, 0.4, np.float32, seed=i) / 4).astype(dtype)
+
+
+def held(i, matrix):
+    """The i-th matrix in float64, as 8-bit values have it."""
+    dense = draw(i, matrix.shape, matrix.dtype)
+    if matrix.scales is None:
+        return dense.astype(np.float64)
+    values, scales = quantization.quantize(dense, matrix.values.dtype)
+    return values.astype(np.float64) * scales.astype(np.float64)[:, None]
+
+
 def make(hidden=HIDDEN, wide=WIDE, after=NEXT, encoding=None, dtype=np.float16, values=None):
     """Matrices, x, residual stream and norm scale of what follows attention in a transformer."""
     shapes = [(hidden, 40), (2 * wide, hidden), (hidden, wide), (after, hidden)]
-    dense = [sparse(*shape, 0.4, np.float32, seed=i) / 4 for i, shape in enumerate(shapes)]
     matrices = [
-        macko_jax.compress(jnp.asarray(d, dtype), encoding=encoding, dtype=values) for d in dense
+        macko_jax.compress(draw(i, shape, dtype), encoding=encoding, dtype=values)
+        for i, shape in enumerate(shapes)
     ]
     x, residual = (vectors(1, n, n, dtype) for n in (40, hidden))
     return matrices, x, residual, 1 + vectors(1, hidden, 2, dtype)[0]
@@ -45,7 +59,7 @@ def steps(matrices, residual, scale):
 def exact(matrices, x, residual, scale):
     """The last two results in float64, each step's input rounded as the kernel rounds it."""
     dtype = matrices[0].dtype
-    out, gate_up, down, after = (np.asarray(macko_jax.decompress(m), np.float64) for m in matrices)
+    out, gate_up, down, after = (held(i, matrix) for i, matrix in enumerate(matrices))
     x, residual, scale = (np.asarray(a, np.float64).reshape(-1) for a in (x, residual, scale))
     rounded = lambda v: v.astype(dtype).astype(np.float64)
     norm = lambda v: v / np.sqrt((v * v).mean() + EPS) * scale
@@ -124,10 +138,8 @@ def test_only_what_is_needed_is_published(kept):
     assert plan.exchanged == (2 * WIDE if kept else WIDE)
     arrays = interpret(plan, [gate_up, down], x=residual, scale0=scale)
     assert not (arrays["exchange"] == BLANK).any()
-    x, scale, gate_up, down = (
-        np.asarray(a, np.float64)
-        for a in (residual[0], scale, macko_jax.decompress(gate_up), macko_jax.decompress(down))
-    )
+    x, scale = (np.asarray(a, np.float64) for a in (residual[0], scale))
+    gate_up, down = held(1, gate_up), held(2, down)
     wide = gate_up @ (x / np.sqrt((x * x).mean() + EPS) * scale)
     gate, up = np.split(wide, 2)
     wanted = [wide] * kept + [down @ (gate / (1 + np.exp(-gate)) * up)]
@@ -187,7 +199,7 @@ def test_layers_are_one_kernel_too():
 
 @pytest.mark.parametrize("tokens", [(1,), (2, 3)], ids=str)
 def test_is_the_products_one_after_the_other(tokens):
-    matrices, x, residual, scale = make(dtype=np.float32)
+    matrices, x, residual, scale = make(encoding="bitmask", dtype=np.float32)
     x, residual = (np.broadcast_to(a[0], (*tokens, a.shape[1])) for a in (x, residual))
     found = jax.jit(lambda m, x, r, s: fused_chain(x, steps(m, r, s)))(matrices, x, residual, scale)
     assert [y.shape for y in found] == [(*tokens, HIDDEN), (*tokens, NEXT)]
@@ -198,7 +210,7 @@ def test_is_the_products_one_after_the_other(tokens):
 
 @pytest.mark.slow
 def test_derivatives_are_those_of_the_products():
-    matrices, x, residual, scale = make(dtype=np.float32)
+    matrices, x, residual, scale = make(encoding="bitmask", dtype=np.float32)
 
     def loss(x, residual, scale, separate):
         chained = steps(matrices, residual, scale)
