@@ -11,12 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 import macko_jax
 from macko_jax.experimental import Step, fused_chain, fused_spmv
-from macko_jax.format import quantization
 from macko_jax.gpu import chain, occupancy
 from macko_jax.gpu.kernel import Fusion
 from macko_jax.gpu.staging import BLANK
 from macko_jax.lanes import interpreter
-from tests.kernels import ARRAYS, STORED, ask, needs_gpu, sparse, vectors
+from tests.kernels import ARRAYS, STORED, ask, held, needs_gpu, sparse, vectors
 
 EPS = 1e-5
 HIDDEN, WIDE, NEXT = 72, 136, 104
@@ -24,15 +23,6 @@ HIDDEN, WIDE, NEXT = 72, 136, 104
 
 def draw(i, shape, dtype):
     return (sparse(*shape, 0.4, np.float32, seed=i) / 4).astype(dtype)
-
-
-def held(i, matrix):
-    """The i-th matrix in float64, as 8-bit values have it."""
-    dense = draw(i, matrix.shape, matrix.dtype)
-    if matrix.scales is None:
-        return dense.astype(np.float64)
-    values, scales = quantization.quantize(dense, matrix.values.dtype)
-    return values.astype(np.float64) * scales.astype(np.float64)[:, None]
 
 
 def make(hidden=HIDDEN, wide=WIDE, after=NEXT, encoding=None, dtype=np.float16, values=None):
@@ -56,10 +46,17 @@ def steps(matrices, residual, scale):
     ]
 
 
+def weight(i, matrix):
+    """What the i-th matrix holds, float64."""
+    return held(
+        draw(i, matrix.shape, matrix.dtype), None if matrix.scales is None else matrix.values.dtype
+    )
+
+
 def exact(matrices, x, residual, scale):
     """The last two results in float64, each step's input rounded as the kernel rounds it."""
     dtype = matrices[0].dtype
-    out, gate_up, down, after = (held(i, matrix) for i, matrix in enumerate(matrices))
+    out, gate_up, down, after = (weight(i, matrix) for i, matrix in enumerate(matrices))
     x, residual, scale = (np.asarray(a, np.float64).reshape(-1) for a in (x, residual, scale))
     rounded = lambda v: v.astype(dtype).astype(np.float64)
     norm = lambda v: v / np.sqrt((v * v).mean() + EPS) * scale
@@ -139,7 +136,7 @@ def test_only_what_is_needed_is_published(kept):
     arrays = interpret(plan, [gate_up, down], x=residual, scale0=scale)
     assert not (arrays["exchange"] == BLANK).any()
     x, scale = (np.asarray(a, np.float64) for a in (residual[0], scale))
-    gate_up, down = held(1, gate_up), held(2, down)
+    gate_up, down = weight(1, gate_up), weight(2, down)
     wide = gate_up @ (x / np.sqrt((x * x).mean() + EPS) * scale)
     gate, up = np.split(wide, 2)
     wanted = [wide] * kept + [down @ (gate / (1 + np.exp(-gate)) * up)]
