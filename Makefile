@@ -9,7 +9,8 @@ VENV ?= .venv
 EXTRAS ?= test,plots,hf$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda)
 comma = ,
 RUN = $(VENV)/bin/python
-INSTALL = $(RUN) -m pip install --quiet $(if $(JAX),jax==$(JAX) jaxlib==$(JAX)) --editable
+# What is imported is compiled then, and no more.
+INSTALL = $(RUN) -m pip install --quiet --no-compile $(if $(JAX),jax==$(JAX) jaxlib==$(JAX)) --editable
 PYTEST = $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 # pytest fails where it finds no test at all, which ARGS may ask of those that are fast, or slow.
 OR_NONE = $(if $(ARGS),|| test $$? -eq 5)
