@@ -6,6 +6,8 @@ import os
 import shutil
 import tempfile
 
+gc.disable()  # until everything is imported, which stays
+
 # Most of the time goes into compilation, so that little is optimized but for tests with the mark
 # `optimized`; processes that the tests start inherit it. What is in XLA_FLAGS has the last word.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
@@ -46,7 +48,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what has been imported stays
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
