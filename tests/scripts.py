@@ -3,6 +3,7 @@
 import contextlib
 import io
 import runpy
+import shlex
 import sys
 from typing import NamedTuple
 from unittest import mock
@@ -17,8 +18,11 @@ class Done(NamedTuple):
 
 
 def run(script, *arguments, check=True) -> Done:
-    """What `python -m examples.SCRIPT ARGUMENTS` prints, and how it ends; `check` wants success."""
-    command = [f"examples.{script}", *map(str, arguments)]
+    """What `python -m examples.SCRIPT ARGUMENTS` prints, and how it ends; `check` wants success.
+
+    Each argument is some of the command line, as a shell reads it.
+    """
+    command = [f"examples.{script}", *shlex.split(" ".join(arguments))]
     out, err = io.StringIO(), io.StringIO()
     with mock.patch.object(sys, "argv", command), contextlib.redirect_stdout(out):
         try:

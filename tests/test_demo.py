@@ -91,16 +91,9 @@ def test_demo(byte_model, text, tmp_path):
     methods = ("wanda",)
     done = run(
         "demo",
-        f"--checkpoint={byte_model}",
-        f"--text={text}",
-        f"--calibration={text}",
+        f"--checkpoint={byte_model} --text={text} --calibration={text} --density=0.5",
+        f"--eval_windows=4 --new_tokens=8 --windows=2 --out={out} --prompt='import '",
         *(f"--method={method}" for method in methods),
-        "--density=0.5",
-        "--eval_windows=4",
-        "--new_tokens=8",
-        "--windows=2",
-        f"--out={out}",
-        "--prompt=import ",
     )
     results = json.loads((out / "results.json").read_text())
     assert [row["method"] for row in results["rows"]] == ["dense", *methods]
@@ -119,19 +112,11 @@ def test_demo(byte_model, text, tmp_path):
     assert str(out) in done.stdout
 
     generated = run(
-        "generate",
-        f"--checkpoint={out / 'wanda-0.5'}",
-        "--prompt=import ",
-        "--new_tokens=9",
-        "--chunk=4",
+        "generate", f"--checkpoint={out / 'wanda-0.5'} --prompt='import ' --new_tokens=9 --chunk=4"
     )
     assert generated.stdout.startswith("import ") and "[9 tokens in" in generated.stdout
     evaluated = run(
-        "evaluate",
-        f"--checkpoint={out / 'wanda-0.5'}",
-        f"--text={text}",
-        "--eval_windows=4",
-        "--length=64",
+        "evaluate", f"--checkpoint={out / 'wanda-0.5'} --text={text} --eval_windows=4 --length=64"
     )
     assert f"{compressed[0]['bits_per_byte']:.3f}"[:4] in evaluated.stdout
 
@@ -141,15 +126,9 @@ def test_compare_methods(byte_model, text, tmp_path):
     out = tmp_path / "methods.json"
     run(
         "benchmarks.compare_methods",
-        f"--checkpoint={byte_model}",
-        f"--text={text}",
-        "--eval_windows=2",
-        f"--calibration={text}",
-        "--windows=2",
-        "--method=magnitude",
-        "--density=0.5",
-        "--density=0.25",
-        f"--out={out}",
+        f"--checkpoint={byte_model} --text={text} --eval_windows=2",
+        f"--calibration={text} --windows=2 --method=magnitude --density=0.5",
+        f"--density=0.25 --out={out}",
     )
     record = json.loads(out.read_text())
     assert [row["asked_density"] for row in record["rows"]] == [0.5, 0.25]
@@ -174,13 +153,8 @@ def test_generate_reads_a_tokenizer_and_batches(tmp_path):
         tokenizers.load_tokenizer(tmp_path, 5).encode("def")
     done = run(
         "generate",
-        f"--checkpoint={tmp_path}",
-        "--prompt=def ",
-        "--prompt=import os",
-        "--new_tokens=5",
-        "--temperature=1",
-        "--top_k=10",
-        "--top_p=0.9",
+        f"--checkpoint={tmp_path} --prompt='def ' --prompt='import os' --new_tokens=5",
+        "--temperature=1 --top_k=10 --top_p=0.9",
     )
     assert "--- def " in done.stdout and "--- import os" in done.stdout
 
@@ -190,13 +164,8 @@ def test_benchmark_spmv_and_its_figure(tmp_path):
     out = tmp_path / "spmv"
     run(
         "benchmarks.benchmark_spmv",
-        "--shape=64x96",
-        "--density=0.5",
-        "--density=0.1",
-        "--batch=1",
-        "--repeats=2",
+        f"--shape=64x96 --density=0.5 --density=0.1 --batch=1 --repeats=2 --out={out}",
         *(f"--implementation={name}" for name in ("macko", "dense", "bcoo")),
-        f"--out={out}",
     )
     records = json.loads(out.with_suffix(".json").read_text())["records"]
     assert len(records) == 6 and all(r["speedup"] > 0 for r in records)
@@ -211,17 +180,8 @@ def test_benchmark_decode(tmp_path):
     out = tmp_path / "record.json"
     done = run(
         "benchmarks.benchmark_decode",
-        "--config=tiny",
-        "--density=1",
-        "--density=0.5",
-        "--new_tokens=8",
-        "--chunk=4",
-        "--repeats=2",
-        "--prompt_tokens=16",
-        "--dtype=float32",
-        "--pairs",
-        "--values=int8",
-        f"--out={out}",
+        "--config=tiny --density=1 --density=0.5 --new_tokens=8 --chunk=4 --repeats=2",
+        f"--prompt_tokens=16 --dtype=float32 --pairs --values=int8 --out={out}",
     )
     record = json.loads(out.read_text())
     sparse, dense = record["results"]
@@ -234,12 +194,8 @@ def test_benchmark_decode(tmp_path):
 def test_benchmark_decode_names_checkpoints(byte_model, tmp_path):
     done = run(
         "benchmarks.benchmark_decode",
-        f"--checkpoint={byte_model}",
-        "--new_tokens=4",
-        "--chunk=4",
-        "--repeats=1",
-        "--prompt_tokens=16",
-        f"--out={tmp_path / 'record.json'}",
+        f"--checkpoint={byte_model} --new_tokens=4 --chunk=4 --repeats=1",
+        f"--prompt_tokens=16 --out={tmp_path / 'record.json'}",
     )
     table = done.stdout[done.stdout.index("density  tokens/s") :].splitlines()
     assert table[0].endswith("  checkpoint") and table[1].endswith(f"  {byte_model}")
@@ -273,20 +229,9 @@ def test_training_learns_and_records(tmp_path):
     out = tmp_path / "lm"
     run(
         "train_lm",
-        f"--corpus={corpus}",
-        f"--out={out}",
-        "--steps=60",
-        "--chunk=20",
-        "--batch=4",
-        "--length=32",
-        "--hidden=32",
-        "--intermediate=32",
-        "--layers=1",
-        "--heads=2",
-        "--kv_heads=1",
-        "--head_dim=16",
-        "--warmup=5",
-        "--learning_rate=0.01",
+        f"--corpus={corpus} --out={out} --steps=60 --chunk=20 --batch=4 --length=32",
+        "--hidden=32 --intermediate=32 --layers=1 --heads=2 --kv_heads=1",
+        "--head_dim=16 --warmup=5 --learning_rate=0.01",
     )
     record = json.loads((out / "record.json").read_text())
     assert record["steps"] == 60 and len(record["curve_bits_per_byte"]) == 3

@@ -412,26 +412,16 @@ def test_scripts_compress_and_evaluate(tmp_path):
     out = tmp_path / "packed"
     compressed = run(
         "compress_llm",
-        f"--checkpoint={tmp_path / 'dense'}",
-        f"--out={out}",
-        "--method=magnitude",
-        "--density=0.4",
-        f"--calibration={text}",
-        "--windows=3",
-        "--length=32",
+        f"--checkpoint={tmp_path / 'dense'} --out={out} --method=magnitude",
+        f"--density=0.4 --calibration={text} --windows=3 --length=32",
     )
     assert "[4/4] layers/0/mlp/down 32 x 32" in compressed.stdout
     assert "packed model:" in compressed.stdout
     found = tmp_path / "found.json"
     run(
         "evaluate",
-        f"--checkpoint={tmp_path / 'dense'}",
-        f"--checkpoint={out}",
-        "--pruned",
-        f"--text={text}",
-        "--length=32",
-        "--eval_windows=4",
-        f"--out={found}",
+        f"--checkpoint={tmp_path / 'dense'} --checkpoint={out} --pruned --text={text}",
+        f"--length=32 --eval_windows=4 --out={found}",
     )
     results = json.loads(found.read_text())["results"]
     assert [result["kind"] for result in results] == ["dense", "packed", "pruned"]
