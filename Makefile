@@ -9,9 +9,10 @@ VENV ?= .venv
 EXTRAS ?= test,plots,hf$(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,cuda)
 comma = ,
 RUN = $(VENV)/bin/python
-INSTALL = $(RUN) -m pip install --quiet $(if $(JAX),jax==$(JAX) jaxlib==$(JAX)) --editable
+# What is imported is compiled then, and no more.
+INSTALL = $(RUN) -m pip install --quiet --no-compile $(if $(JAX),jax==$(JAX) jaxlib==$(JAX)) --editable
 PYTEST = $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
-# pytest fails where it finds no test at all, which ARGS may ask of one of the two.
+# pytest fails where it finds no test at all, which ARGS may ask of those that are fast, or slow.
 OR_NONE = $(if $(ARGS),|| test $$? -eq 5)
 
 .PHONY: demo llm test test-fast test-slow lint format docs dist clean
@@ -23,11 +24,11 @@ demo: $(VENV)/installed
 llm: $(VENV)/installed
 	$(RUN) -m examples.llm $(ARGS)
 
-test: test-fast test-slow
+test: $(VENV)/installed
+	$(PYTEST)
 
-# These compile for most of their time, which is a fifth faster without optimization.
 test-fast: $(VENV)/installed
-	XLA_FLAGS="--xla_backend_optimization_level=0 $(XLA_FLAGS)" $(PYTEST) -m "not slow" $(OR_NONE)
+	$(PYTEST) -m "not slow" $(OR_NONE)
 
 test-slow: $(VENV)/installed
 	$(PYTEST) -m slow $(OR_NONE)

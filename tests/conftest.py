@@ -1,19 +1,22 @@
 """Set up before JAX starts: several CPU devices; GPU tests are skipped where there is no GPU."""
 
+import gc
+import importlib.metadata
 import os
 import shutil
 import tempfile
 
-# Most of the time goes into compilation. At its own choice of 3, LLVM takes half as long again as
-# at 2, and seconds instead of tenths for a random kernel of four axes. What is in XLA_FLAGS already
-# has the last word; processes that the tests start inherit it all.
+gc.disable()  # until everything is imported, which stays
+
+# Most of the time goes into compilation, so that little is optimized but for tests with the mark
+# `optimized`; processes that the tests start inherit it. What is in XLA_FLAGS has the last word.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+QUICK = ["--xla_cpu_parallel_codegen_split_count=1"]  # the workers of pytest fill the cores
+if importlib.metadata.version("jaxlib") < "0.11":
+    # Newer ones have no other emitter than this slow one, which their tests run.
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_backend_optimization_level=2",
-        "--xla_cpu_parallel_codegen_split_count=1",  # the workers of pytest fill the cores
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=4",
-    ]
+    [*QUICK, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
 )
 
 # Workers and the programs that tests start find there what another has compiled.
@@ -42,6 +45,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="JAX finds no GPU"))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    optimized = any(item.get_closest_marker(name) for name in ("optimized", "gpu"))
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 def pytest_unconfigure():

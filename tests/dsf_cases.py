@@ -22,7 +22,7 @@ def reference(layer, method, density):
     return layers.load_reference(DATA)[layer, method, density][0]
 
 
-def small_layer(rows=24, cols=16, seed=0, samples=200):
+def small_layer(rows=12, cols=16, seed=0, samples=200):
     """A random weight `[rows, cols]` and the Gram matrix of correlated inputs."""
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((rows, cols)).astype(np.float32)
@@ -34,7 +34,7 @@ def small_layer(rows=24, cols=16, seed=0, samples=200):
 def hard_layers():
     """{name: (weight, gram)} of inputs on which a careless solver breaks."""
     rng = np.random.default_rng(3)
-    weight, gram = small_layer(12, 16)
+    weight, gram = small_layer()
     dead = gram.copy()
     dead[[0, 5], :] = dead[:, [0, 5]] = 0
     few = rng.standard_normal((3, 16)).astype(np.float32)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from macko_jax.format import quantization
 from macko_jax.format.layout import Layout
 from macko_jax.gpu import row_walk
 from macko_jax.gpu.kernel import Problem
@@ -26,6 +27,14 @@ def sparse(rows, cols, density, dtype, seed=0):
     rng = np.random.default_rng(seed)
     dense = rng.standard_normal((rows, cols)) * (rng.random((rows, cols)) < density)
     return np.asarray(jnp.asarray(dense, dtype))
+
+
+def held(dense, values=None):
+    """What a matrix of `dense` holds, float64; 8-bit `values` with their scales, not rounded."""
+    if values is None:
+        return dense.astype(np.float64)
+    values, scales = quantization.quantize(dense, values)
+    return values.astype(np.float64) * scales.astype(np.float64)[:, None]
 
 
 def vectors(batch, cols, seed=1, dtype=np.float32):

@@ -15,18 +15,22 @@ from macko_jax.gpu import chain, occupancy
 from macko_jax.gpu.kernel import Fusion
 from macko_jax.gpu.staging import BLANK
 from macko_jax.lanes import interpreter
-from tests.kernels import ARRAYS, STORED, ask, needs_gpu, sparse, vectors
+from tests.kernels import ARRAYS, STORED, ask, held, needs_gpu, sparse, vectors
 
 EPS = 1e-5
 HIDDEN, WIDE, NEXT = 72, 136, 104
 
 
+def draw(i, shape, dtype):
+    return (sparse(*shape, 0.4, np.float32, seed=i) / 4).astype(dtype)
+
+
 def make(hidden=HIDDEN, wide=WIDE, after=NEXT, encoding=None, dtype=np.float16, values=None):
     """Matrices, x, residual stream and norm scale of what follows attention in a transformer."""
     shapes = [(hidden, 40), (2 * wide, hidden), (hidden, wide), (after, hidden)]
-    dense = [sparse(*shape, 0.4, np.float32, seed=i) / 4 for i, shape in enumerate(shapes)]
     matrices = [
-        macko_jax.compress(jnp.asarray(d, dtype), encoding=encoding, dtype=values) for d in dense
+        macko_jax.compress(draw(i, shape, dtype), encoding=encoding, dtype=values)
+        for i, shape in enumerate(shapes)
     ]
     x, residual = (vectors(1, n, n, dtype) for n in (40, hidden))
     return matrices, x, residual, 1 + vectors(1, hidden, 2, dtype)[0]
@@ -42,10 +46,17 @@ def steps(matrices, residual, scale):
     ]
 
 
+def weight(i, matrix):
+    """What the i-th matrix holds, float64."""
+    return held(
+        draw(i, matrix.shape, matrix.dtype), None if matrix.scales is None else matrix.values.dtype
+    )
+
+
 def exact(matrices, x, residual, scale):
     """The last two results in float64, each step's input rounded as the kernel rounds it."""
     dtype = matrices[0].dtype
-    out, gate_up, down, after = (np.asarray(macko_jax.decompress(m), np.float64) for m in matrices)
+    out, gate_up, down, after = (weight(i, matrix) for i, matrix in enumerate(matrices))
     x, residual, scale = (np.asarray(a, np.float64).reshape(-1) for a in (x, residual, scale))
     rounded = lambda v: v.astype(dtype).astype(np.float64)
     norm = lambda v: v / np.sqrt((v * v).mean() + EPS) * scale
@@ -124,10 +135,8 @@ def test_only_what_is_needed_is_published(kept):
     assert plan.exchanged == (2 * WIDE if kept else WIDE)
     arrays = interpret(plan, [gate_up, down], x=residual, scale0=scale)
     assert not (arrays["exchange"] == BLANK).any()
-    x, scale, gate_up, down = (
-        np.asarray(a, np.float64)
-        for a in (residual[0], scale, macko_jax.decompress(gate_up), macko_jax.decompress(down))
-    )
+    x, scale = (np.asarray(a, np.float64) for a in (residual[0], scale))
+    gate_up, down = weight(1, gate_up), weight(2, down)
     wide = gate_up @ (x / np.sqrt((x * x).mean() + EPS) * scale)
     gate, up = np.split(wide, 2)
     wanted = [wide] * kept + [down @ (gate / (1 + np.exp(-gate)) * up)]
@@ -187,7 +196,7 @@ def test_layers_are_one_kernel_too():
 
 @pytest.mark.parametrize("tokens", [(1,), (2, 3)], ids=str)
 def test_is_the_products_one_after_the_other(tokens):
-    matrices, x, residual, scale = make(dtype=np.float32)
+    matrices, x, residual, scale = make(encoding="bitmask", dtype=np.float32)
     x, residual = (np.broadcast_to(a[0], (*tokens, a.shape[1])) for a in (x, residual))
     found = jax.jit(lambda m, x, r, s: fused_chain(x, steps(m, r, s)))(matrices, x, residual, scale)
     assert [y.shape for y in found] == [(*tokens, HIDDEN), (*tokens, NEXT)]
@@ -198,7 +207,7 @@ def test_is_the_products_one_after_the_other(tokens):
 
 @pytest.mark.slow
 def test_derivatives_are_those_of_the_products():
-    matrices, x, residual, scale = make(dtype=np.float32)
+    matrices, x, residual, scale = make(encoding="bitmask", dtype=np.float32)
 
     def loss(x, residual, scale, separate):
         chained = steps(matrices, residual, scale)

@@ -19,6 +19,7 @@ FAST = dict(search_rounds=4, refine_rounds=6, width=1.5)
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("layer,density", [("l0.query", 0.5), ("l0.attn_out", 0.3)])
 def test_published_preset_reaches_the_published_error(layer, density):
     weight, gram, _ = real_layer(layer)
@@ -29,6 +30,7 @@ def test_published_preset_reaches_the_published_error(layer, density):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_quality_preset_is_several_times_better():
     """With a quarter of its rounds; docs/results/dsf_layers.json has all rounds and layers."""
     weight, gram, other = real_layer("l0.query")
@@ -50,7 +52,7 @@ def test_quality_preset_is_several_times_better():
     preset=st.sampled_from(["quality", "published"]),
 )
 def test_budget_is_never_exceeded(density, levels, seed, preset):
-    weight, gram = small_layer(12, 16, seed)
+    weight, gram = small_layer(seed)
     weight = np.sign(weight) * np.ceil(np.abs(weight) * levels) / levels  # ties everywhere
     options = FAST if preset == "quality" else {}
     result = dsf_jax.factorize(weight, gram, density=density, preset=preset, **options)
@@ -59,7 +61,7 @@ def test_budget_is_never_exceeded(density, levels, seed, preset):
 
 
 def test_budget_is_used_up():
-    weight, gram = small_layer(12, 16)
+    weight, gram = small_layer()
     for density in (0.6, 0.4):
         result = dsf_jax.factorize(weight, gram, density=density, compare_single=False, **FAST)
         assert result.nnz >= 0.95 * density * weight.size
@@ -85,7 +87,7 @@ def test_hard_inputs_have_defined_results(name):
 
 
 def test_density_one_keeps_the_layer():
-    weight, gram = small_layer(12, 16)
+    weight, gram = small_layer()
     result = dsf_jax.factorize(weight, gram, density=1.0, **FAST)
     assert result.right is None and result.inner is None
     with pytest.warns(DeprecationWarning, match="`right` is None"):
@@ -96,7 +98,7 @@ def test_density_one_keeps_the_layer():
 
 
 def test_repeats_are_bitwise_equal_and_seeds_differ():
-    weight, gram = small_layer(12, 16)
+    weight, gram = small_layer()
     options = dict(FAST, density=0.5, compare_single=False)
     first, again, other = (
         dsf_jax.factorize(weight, gram, seed=seed, **options) for seed in (0, 0, 1)
@@ -107,7 +109,7 @@ def test_repeats_are_bitwise_equal_and_seeds_differ():
 
 
 def test_invariant_to_units():
-    weight, gram = small_layer(12, 16)
+    weight, gram = small_layer()
     options = dict(FAST, density=0.5, compare_single=False)
     # Powers of two, so that not even the rounding differs.
     base = dsf_jax.factorize(weight, gram, **options)
@@ -117,7 +119,7 @@ def test_invariant_to_units():
 
 @pytest.mark.parametrize("size", [1e-30, 1e25])
 def test_weights_of_any_size_are_factorized(size):
-    weight, gram = small_layer(12, 16)
+    weight, gram = small_layer()
     options = dict(FAST, density=0.5, compare_single=False)
     base = dsf_jax.factorize(weight, gram, **options)
     scaled = dsf_jax.factorize(weight * np.float32(size), gram, **options)
@@ -127,7 +129,7 @@ def test_weights_of_any_size_are_factorized(size):
 
 
 def test_a_gram_matrix_of_zeros_leaves_the_weights_alone():
-    weight, _ = small_layer(12, 16)
+    weight, _ = small_layer()
     options = dict(FAST, density=0.5, compare_single=False)
     unseen = dsf_jax.factorize(weight, np.zeros((16, 16), np.float32), **options)
     assert unseen.note == "its inputs are all zero"
@@ -135,7 +137,7 @@ def test_a_gram_matrix_of_zeros_leaves_the_weights_alone():
 
 
 def test_factors_of_nan_are_an_error():
-    problem_ = problem.Problem.of(*small_layer(12, 16), "attn")
+    problem_ = problem.Problem.of(*small_layer(), "attn")
     nothing = jnp.full((12, 16), jnp.nan)
     with pytest.raises(FloatingPointError, match="layer 'attn': dsf and admm came to NaN"):
         best_solution(problem_, {"dsf": (nothing, None), "admm": (nothing, None)})
@@ -146,7 +148,7 @@ def test_factors_of_nan_are_an_error():
 @pytest.mark.slow
 def test_invariant_to_input_and_output_order():
     """The search alone: the extra inner dimensions of a wider pair are tied to positions."""
-    weight, gram = small_layer(12, 16)
+    weight, gram = small_layer()
     rows, cols = np.random.default_rng(0).permutation(12), np.random.default_rng(1).permutation(16)
     options = dict(FAST, width=1.0, density=0.5, compare_single=False)
     base = dsf_jax.factorize(weight, gram, **options)
@@ -173,7 +175,7 @@ def test_transposed_layer_is_the_transposed_problem():
 
 @pytest.mark.slow
 def test_stack_equals_single_layers():
-    layers = [small_layer(12, 16, seed=i) for i in range(3)]
+    layers = [small_layer(seed=i) for i in range(3)]
     options = dict(FAST, density=0.5)
     stacked = dsf_jax.factorize_stack(*zip(*layers), **options)
     for layer, together in zip(layers, stacked):
@@ -183,7 +185,7 @@ def test_stack_equals_single_layers():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_short_floats_are_solved_in_float32(dtype):
-    weight, gram = small_layer(12, 16)
+    weight, gram = small_layer()
     rounded = jnp.asarray(weight, dtype)
     result = dsf_jax.factorize(rounded, jnp.asarray(gram, jnp.float32), density=0.5, **FAST)
     exact = dsf_jax.factorize(rounded.astype(jnp.float32), gram, density=0.5, **FAST)
@@ -192,10 +194,10 @@ def test_short_floats_are_solved_in_float32(dtype):
 
 
 def test_no_recompilation_for_a_second_layer():
-    dsf_jax.factorize(*small_layer(12, 16, seed=0), density=0.5, **FAST)
+    dsf_jax.factorize(*small_layer(seed=0), density=0.5, **FAST)
     size = _factorize._cache_size()
-    dsf_jax.factorize(*small_layer(12, 16, seed=1), density=0.5, **FAST)
-    dsf_jax.factorize(*small_layer(12, 16, seed=2), density=0.3, seed=7, **FAST)
+    dsf_jax.factorize(*small_layer(seed=1), density=0.5, **FAST)
+    dsf_jax.factorize(*small_layer(seed=2), density=0.3, seed=7, **FAST)
     assert _factorize._cache_size() == size
 
 
@@ -391,7 +393,7 @@ def test_packed_bytes_are_the_layouts(density):
 
 
 def test_nbytes_counts_what_is_stored():
-    weight, gram = small_layer(12, 16)
+    weight, gram = small_layer()
     pair = dsf_jax.factorize(weight, gram, density=0.5, compare_single=False, **FAST)
     assert pair.nbytes == sum(packed_by_definition(np.asarray(f)) for f in (pair.left, pair.right))
     single = dsf_jax.factorize(weight, gram, density=1.0, **FAST)

@@ -229,12 +229,9 @@ def patterns(model):
     return {path: np.asarray(v[...]) != 0 for path, v in state if path[-1] == "kernel"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "optimizer, rules",
-    [
-        pytest.param("adamw", [Rule("second", **PAIR)], id="pair", marks=pytest.mark.slow),
-        pytest.param("sgd", [], id="pruned"),
-    ],
+    "optimizer, rules", [("adamw", [Rule("second", **PAIR)]), ("sgd", [])], ids=["pair", "pruned"]
 )
 def test_fine_tuning_recovers_loss_and_keeps_every_zero(rules, optimizer):
     x, y = draw(0, 256, 16), jnp.tanh(draw(0, 256, 16) @ draw(1, 16, 4))

@@ -16,6 +16,8 @@ import macko_jax
 from macko_jax import MackoMatrix, flax_linen
 from macko_jax.nn.rules import Rule
 
+BITMASK = Rule(encoding="bitmask")  # where any encoding does: the one that compiles faster
+
 
 class Block(nn.Module):
     @nn.compact
@@ -102,9 +104,7 @@ def expected(variables, inputs):
 
 
 def test_every_dense_layer_is_packed(variables, inputs, expected):
-    packed, report = flax_linen.substitute(
-        Network(), variables, inputs, rules=Rule(encoding="bitmask")
-    )
+    packed, report = flax_linen.substitute(Network(), variables, inputs, rules=BITMASK)
     assert sorted(layer.path for layer in report.packed) == PATHS
     assert not report.skipped
     run = jax.jit(functools.partial(flax_linen.apply, Network()))
@@ -141,7 +141,9 @@ def test_unpacked_variables_run_as_ever(tower, inputs):
 
 
 def test_nothing_is_shared_with_the_old_variables(tower, inputs):
-    packed, _ = flax_linen.substitute(Tower(), tower, inputs, rules="encoder")
+    packed, _ = flax_linen.substitute(
+        Tower(), tower, inputs, rules=Rule("encoder", encoding="bitmask")
+    )
     expected = flax_linen.apply(Tower(), packed, inputs)
     for leaf in jax.tree.leaves(tower):
         leaf.delete()
@@ -160,6 +162,7 @@ def test_training_flags_rngs_and_mutable_collections(inputs):
         Layers(),
         variables,
         jax.ShapeDtypeStruct(inputs.shape, inputs.dtype),
+        rules=BITMASK,
         train=True,
         rngs={"dropout": jax.random.key(0)},
     )
@@ -172,7 +175,7 @@ def test_training_flags_rngs_and_mutable_collections(inputs):
 
 
 def test_method_argument(tower, inputs):
-    packed, report = flax_linen.substitute(Tower(), tower, inputs, method="encode")
+    packed, report = flax_linen.substitute(Tower(), tower, inputs, rules=BITMASK, method="encode")
     assert [layer.path for layer in report.packed] == ["encoder"]
     assert "does not reach it" in report.skipped["decoder"]
     np.testing.assert_allclose(
@@ -193,7 +196,7 @@ def test_dtypes_are_promoted_as_in_dense(param_dtype, dtype, x_dtype):
     layer = nn.Dense(24, dtype=dtype, param_dtype=param_dtype)
     x = jax.random.normal(jax.random.key(0), (4, 40), x_dtype)
     variables = create(layer, x)
-    packed, report = flax_linen.substitute(layer, variables, x, rules=Rule(encoding="bitmask"))
+    packed, report = flax_linen.substitute(layer, variables, x, rules=BITMASK)
     assert report.layers[0].path == "" and report.packed
     expected, found = layer.apply(variables, x), flax_linen.apply(layer, packed, x)
     assert found.dtype == expected.dtype
@@ -208,7 +211,7 @@ def test_dense_general(features, axis):
     layer = nn.DenseGeneral(features, axis=axis)
     x = jax.random.normal(jax.random.key(0), (3, 2, 6))
     variables = create(layer, x)
-    packed, report = flax_linen.substitute(layer, variables, x, rules=Rule(encoding="bitmask"))
+    packed, report = flax_linen.substitute(layer, variables, x, rules=BITMASK)
     assert isinstance(packed["params"]["kernel"], MackoMatrix) and report.packed
     np.testing.assert_allclose(
         flax_linen.apply(layer, packed, x), layer.apply(variables, x), rtol=1e-5, atol=1e-5
@@ -292,7 +295,9 @@ def test_convolutions_are_packed_when_asked_for():
     _, report = flax_linen.substitute(Convolutional(), variables, x)
     assert [layer.path for layer in report.packed] == ["Dense_0"]
     assert "convolutions=True packs it" in report.skipped["Conv_0"]
-    packed, report = flax_linen.substitute(Convolutional(), variables, x, convolutions=True)
+    packed, report = flax_linen.substitute(
+        Convolutional(), variables, x, rules=BITMASK, convolutions=True
+    )
     assert [layer.shape for layer in report.packed] == [(8, 36), (6, 36), (3, 54)]
     np.testing.assert_allclose(
         flax_linen.apply(Convolutional(), packed, x),

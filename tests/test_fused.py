@@ -1,6 +1,5 @@
 """Products with a norm or a gate before and a sum after: the kernel, and what it stands for."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -15,7 +14,7 @@ from macko_jax.experimental import fused_spmv
 from macko_jax.gpu import spmv
 from macko_jax.gpu.gather import Settings
 from macko_jax.gpu.kernel import Fusion
-from tests.kernels import STORED, arrays_of, ask, execute, needs_gpu, sparse, vectors
+from tests.kernels import STORED, arrays_of, ask, execute, held, needs_gpu, sparse, vectors
 
 EPS = 1e-5
 KINDS = [("norm", False), ("norm", True), ("gated", False), ("gated", True), (None, True)]
@@ -27,13 +26,6 @@ def make(rows, cols, density, kind, add, dtype=np.float16):
     x = 3 * vectors(1, 2 * cols if kind == "gated" else cols, dtype=dtype)
     scale = 1 + vectors(1, cols, seed=2, dtype=dtype)[0] if kind == "norm" else None
     return dense, x, scale, vectors(1, rows, seed=3, dtype=dtype) if add else None
-
-
-def exact_product(matrix):
-    """The matrix in float64, the scales of 8-bit values multiplied without rounding."""
-    values = macko_jax.decompress(dataclasses.replace(matrix, scales=None))
-    scales = 1.0 if matrix.scales is None else np.asarray(matrix.scales, np.float64)[:, None]
-    return np.asarray(values, np.float64) * scales
 
 
 def options(kind, scale, add):
@@ -72,7 +64,7 @@ def test_program(shape, kind, add, encoding, values):
     operands = arrays_of(matrix) | {"x": x, "scale": scale, "add": addend}
     if scaled:
         operands["row_scales"] = np.asarray(matrix.scales)
-        dense = exact_product(matrix)
+        dense = held(dense, values)
     y = execute(
         spmv.program,
         plan,
@@ -88,7 +80,7 @@ def test_program(shape, kind, add, encoding, values):
 @pytest.mark.parametrize("kind,add", [("norm", True), ("gated", False), (None, True)])
 def test_what_it_stands_for(kind, add, density, tokens):
     dense, x, scale, addend = make(21, 40, density, kind, add, np.float32)
-    matrix = macko_jax.compress(dense, encoding="delta4")
+    matrix = macko_jax.compress(dense, encoding="bitmask")
     x = np.broadcast_to(x[0], (*tokens, x.shape[1]))
     if addend is not None:
         addend = np.broadcast_to(addend[0], (*tokens, 21))
@@ -107,7 +99,7 @@ def test_what_it_stands_for(kind, add, density, tokens):
 @pytest.mark.parametrize("kind,add", [("norm", True), ("gated", False)])
 def test_derivatives_and_vmap_are_those_of_the_separate_operations(kind, add):
     dense, x, scale, addend = make(13, 24, 0.5, kind, add, np.float32)
-    matrix = macko_jax.compress(dense)
+    matrix = macko_jax.compress(dense, encoding="bitmask")
 
     def fused(x, scale, addend):
         return fused_spmv(matrix, x, **options(kind, scale, addend))
@@ -174,7 +166,7 @@ def test_layer():
     layer = nnx.Linear(24, 13, rngs=nnx.Rngs(0))
     layer.kernel[...] = sparse(24, 13, 0.5, np.float32)
     layer.bias[...] = vectors(1, 13)[0]
-    packed, _ = macko_jax.flax_nnx.substitute(layer)
+    packed, _ = macko_jax.flax_nnx.substitute(layer, macko_jax.Rule(encoding="bitmask"))
     _, x, scale, add = make(13, 24, 0.5, "norm", True, np.float32)
     normalized = x / np.sqrt((x * x).mean() + EPS) * scale
     gated = np.concatenate([x, 2 * x], axis=-1)
@@ -220,7 +212,7 @@ def test_errors_say_what_is_wrong():
 def test_on_gpu(kind, add, shape, dtype, encoding, values):
     dense, x, scale, addend = make(*shape, kind, add, dtype)
     matrix = macko_jax.compress(dense, encoding=encoding, dtype=values)
-    dense = exact_product(matrix)
+    dense = held(dense, values)
     product = jax.jit(lambda m, x: fused_spmv(m, x, **options(kind, scale, addend)))
     y = np.asarray(product(matrix, x))
     assert_exact(

@@ -3,10 +3,7 @@
 import dataclasses
 import functools
 import json
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +17,8 @@ from examples import cli, llama
 from examples.llama import checkpoint, compression
 from examples.llama.recipe import Recipe
 from examples.llama.sizes import PackedSizes
+from tests.scripts import run
 
-ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = llama.Config(
     vocab_size=61,
     hidden_size=32,
@@ -415,25 +412,16 @@ def test_scripts_compress_and_evaluate(tmp_path):
     out = tmp_path / "packed"
     compressed = run(
         "compress_llm",
-        f"--checkpoint={tmp_path / 'dense'}",
-        f"--out={out}",
-        "--method=magnitude",
-        "--density=0.4",
-        f"--calibration={text}",
-        "--windows=3",
-        "--length=32",
+        f"--checkpoint={tmp_path / 'dense'} --out={out} --method=magnitude",
+        f"--density=0.4 --calibration={text} --windows=3 --length=32",
     )
-    assert "[4/4] layers/0/mlp/down 32 x 32" in compressed and "packed model:" in compressed
+    assert "[4/4] layers/0/mlp/down 32 x 32" in compressed.stdout
+    assert "packed model:" in compressed.stdout
     found = tmp_path / "found.json"
     run(
         "evaluate",
-        f"--checkpoint={tmp_path / 'dense'}",
-        f"--checkpoint={out}",
-        "--pruned",
-        f"--text={text}",
-        "--length=32",
-        "--eval_windows=4",
-        f"--out={found}",
+        f"--checkpoint={tmp_path / 'dense'} --checkpoint={out} --pruned --text={text}",
+        f"--length=32 --eval_windows=4 --out={found}",
     )
     results = json.loads(found.read_text())["results"]
     assert [result["kind"] for result in results] == ["dense", "packed", "pruned"]
@@ -451,33 +439,10 @@ def test_scripts_compress_and_evaluate(tmp_path):
     ],
 )
 def test_script_refuses(dense, tmp_path, argument, message):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "examples.compress_llm",
-            f"--checkpoint={dense[0]}",
-            f"--out={tmp_path / 'packed'}",
-            argument,
-        ],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode and message in done.stdout
-    assert not (tmp_path / "packed").exists()
-
-
-def run(script, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", f"examples.{script}", *arguments],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return done.stdout
+    out = tmp_path / "packed"
+    arguments = f"--checkpoint={dense[0]}", f"--out={out}", argument
+    done = run("compress_llm", *arguments, check=False)
+    assert done.returncode and message in done.stderr and not out.exists()
 
 
 def test_sizes_and_rules_are_read():

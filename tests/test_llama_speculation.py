@@ -64,8 +64,8 @@ def test_a_packed_model_drafts_and_shares_what_is_the_same():
     kernel = pruned.layers[0].mlp.down.kernel
     kernel.set_value(jnp.where(jnp.abs(kernel[...]) > 0.5 * jnp.std(kernel[...]), kernel[...], 0))
     rules = [macko_jax.Rule("layers/0/mlp/down", encoding="bitmask", lanes=1)]
-    draft, report = macko_jax.flax_nnx.substitute(pruned, rules=rules)
-    assert [layer.path for layer in report.layers] == ["layers/0/mlp/down"]
+    draft, _ = macko_jax.flax_nnx.substitute(pruned, rules=rules)
+    assert isinstance(draft.layers[0].mlp.down, macko_jax.flax_nnx.MackoLinear)
     saved = speculation.share_arrays(draft, model)
     assert draft.embed.embedding[...] is model.embed.embedding[...]
     everything = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
@@ -76,10 +76,10 @@ def test_a_packed_model_drafts_and_shares_what_is_the_same():
 
 @pytest.mark.parametrize("options", [pytest.param({}, marks=slow), {"top_k": 5, "top_p": 0.8}])
 def test_drawn_tokens_have_the_model_s_distribution(options):
-    """Chi-square of 1,500 draws of two tokens after the first, against exact probabilities."""
+    """Chi-square of 400 draws of two tokens after the first, against exact probabilities."""
     sampling = llama.Sampling(temperature=1.5, **options)
     model = make_model(vocab_size=7)
-    draft, count = other(model, 0.5), 1500
+    draft, count = other(model, 0.5), 400
     prompt = [1, 2]
     accounts = []
     found = texts(

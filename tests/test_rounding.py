@@ -55,6 +55,7 @@ def test_second_factor_makes_up_for_the_rounding_of_the_first(held):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["l0.query", "l0.attn_out"])
 def test_real_layers_lose_nearly_nothing(name):
     """The error of factors with int8 values is at most 1.06 of that with 16-bit ones."""

@@ -152,6 +152,7 @@ def test_packed_models_equal_the_compressed_ones(nnx_model, variables, x, values
     np.testing.assert_allclose(run(packed, x), expected, atol=tolerance * scale)
 
 
+@pytest.mark.slow
 def test_another_process_loads_and_runs_them(nnx_model, variables, x, tmp_path):
     np.save(tmp_path / "inputs.npy", x)
     # Of single matrices and of pairs some have 8-bit values.
