@@ -11,6 +11,7 @@ from jax.core import Tracer
 from macko_jax.format import quantization
 from macko_jax.format.codes import ENCODINGS
 from macko_jax.format.layout import MAX_COLS, Layout, Positions
+from macko_jax.format.operators import Operators
 from macko_jax.format.pack import Capacity, pack
 from macko_jax.format.promotion import own_promotion
 from macko_jax.format.rows import take_rows
@@ -26,7 +27,7 @@ __all__ = ["DTYPES", "QUANTIZED", "MackoMatrix", "compress", "decompress", "vali
     meta_fields=("shape", "encoding", "lanes"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class MackoMatrix:
+class MackoMatrix(Operators):
     """A sparse matrix [rows, cols] in a MACKO layout for GPUs; a pytree, made by `compress`.
 
     A matrix is an array of values and what says where each of them sits. Values lie in *slots*,
@@ -131,22 +132,6 @@ class MackoMatrix:
         stack = int(np.prod(self.values.shape[:-1], dtype=np.int64))
         return self.nnz / max(1, stack * self.shape[0] * self.shape[1])
 
-    # The one import upward: operators belong to the class, and products to macko_jax.ops.
-
-    def __matmul__(self, x) -> jax.Array:
-        """The product with x [cols] or [..., cols, n], shaped as by `jnp.matmul`."""
-        from macko_jax.ops import api
-
-        return api.matmul(self, x)
-
-    def __rmatmul__(self, x) -> jax.Array:
-        """The product x @ A of x [rows] or [..., rows], shaped as by `jnp.matmul`."""
-        from macko_jax.ops import api
-
-        return api.matmul_from_left(x, self)
-
-    __array_ufunc__ = None  # NumPy's arrays leave `x @ matrix` to the matrix
-
     def __getitem__(self, index) -> "MackoMatrix":
         """Rows `matrix[start:stop]`, as a matrix; outside of JAX's transformations."""
         if not isinstance(index, slice) or index.step not in (None, 1):
@@ -165,30 +150,6 @@ class MackoMatrix:
             )
         start, stop, _ = index.indices(self.shape[0])
         return take_rows(self, start, max(start, stop))
-
-    def __eq__(self, other):
-        if self is other:
-            return True
-        if isinstance(other, (MackoMatrix, jax.Array, np.ndarray)):
-            raise TypeError(
-                "== of a MackoMatrix could mean its elements or all of it; write "
-                "macko_jax.decompress(a) == macko_jax.decompress(b), or jnp.array_equal of the two"
-            )
-        return NotImplemented
-
-    @property
-    def T(self):
-        """There is no transpose: `x @ matrix` is the product with it."""
-        raise AttributeError(
-            "a MackoMatrix has no T: for A^T x write x @ matrix, and to pack the transpose "
-            "macko_jax.compress(macko_jax.decompress(matrix).T)"
-        )
-
-    def __array__(self, dtype=None, copy=None):
-        raise TypeError(
-            "a MackoMatrix is not made dense unasked; write macko_jax.decompress(matrix), or "
-            "macko_jax.spmv(matrix, x) for a product"
-        )
 
     def __repr__(self) -> str:
         kind = getattr(self.values, "dtype", type(self.values).__name__)
