@@ -1,5 +1,7 @@
 """What a packed matrix does as an operand in Python, whether it is whole or in shards."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -10,13 +12,13 @@ class Operators:
     The one import upward: operators belong to the class, and products to `macko_jax.ops`.
     """
 
-    def __matmul__(self, x) -> jax.Array:
+    def __matmul__(self: Any, x) -> jax.Array:
         """The product with x [cols] or [..., cols, n], shaped as by `jnp.matmul`."""
         from macko_jax.ops import api
 
         return api.matmul(self, x)
 
-    def __rmatmul__(self, x) -> jax.Array:
+    def __rmatmul__(self: Any, x) -> jax.Array:
         """The product x @ A of x [rows] or [..., rows], shaped as by `jnp.matmul`."""
         from macko_jax.ops import api
 
