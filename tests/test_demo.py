@@ -221,7 +221,8 @@ def test_benchmark_spmv_and_its_figure(tmp_path):
 
 
 @pytest.mark.slow
-def test_benchmark_decode(tmp_path):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_benchmark_decode(devices, tmp_path):
     out = tmp_path / "record.json"
     done = run(
         "benchmarks.benchmark_decode",
@@ -235,6 +236,7 @@ def test_benchmark_decode(tmp_path):
         "--dtype=float32",
         "--pairs",
         "--values=int8",
+        f"--tensor_parallel={devices}",
         f"--out={out}",
     )
     record = json.loads(out.read_text())
