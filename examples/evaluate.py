@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from examples import cli, stdlib_text
-from examples.llama import checkpoint, evaluation
+from examples.llama import checkpoint, evaluation, parallel
 from examples.llama import tokenizer as tokenizers
 from examples.records import write_json
 from macko_jax.format.quantization import NAMES
@@ -55,6 +55,9 @@ flags.DEFINE_enum(
     "Round the values of packed matrices, and of a dense model's pruned ones, to 8 bits; by "
     "default they stay as they are stored.",
 )
+flags.DEFINE_integer(
+    "tensor_parallel", 1, "Devices that share each model, heads and cache.", lower_bound=1
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Settings:
     out: str | None
     dtype: str
     values: str | None
+    tensor_parallel: int
 
     def read_text(self):
         """The text to evaluate on."""
@@ -84,9 +88,11 @@ class Settings:
         for directory in self.checkpoint:
             packed = checkpoint.is_packed(directory)
             kind = "packed" if packed else "dense"
-            yield directory, kind, checkpoint.load_any(directory, dtype=dtype, values=self.values)
+            shared = {"values": self.values, "tensor_parallel": self.tensor_parallel}
+            yield directory, kind, checkpoint.load_any(directory, dtype=dtype, **shared)
             if packed and self.pruned:
-                pruned = checkpoint.load_packed(directory, dtype=dtype, unpack=True)
+                mesh = parallel.make_mesh(self.tensor_parallel, checkpoint.load_config(directory))
+                pruned = checkpoint.load_packed(directory, dtype=dtype, unpack=True, mesh=mesh)
                 yield directory, "pruned", pruned
 
     def windowing(self, config):

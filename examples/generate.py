@@ -55,6 +55,9 @@ flags.DEFINE_enum(
     "Round the values of packed matrices, and of a dense model's pruned ones, to 8 bits; by "
     "default they stay as they are stored.",
 )
+flags.DEFINE_integer(
+    "tensor_parallel", 1, "Devices that share the model, heads and cache.", lower_bound=1
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Settings:
     chunk: int
     dtype: str | None
     values: str | None
+    tensor_parallel: int
 
     def prompts(self):
         """The texts to continue."""
@@ -84,7 +88,10 @@ class Settings:
         on_cpu = jax.default_backend() == "cpu"
         default = "float32" if on_cpu else checkpoint.stored_dtype(self.checkpoint)
         return checkpoint.load_any(
-            self.checkpoint, dtype=jnp.dtype(self.dtype or default), values=self.values
+            self.checkpoint,
+            dtype=jnp.dtype(self.dtype or default),
+            values=self.values,
+            tensor_parallel=self.tensor_parallel,
         )
 
 

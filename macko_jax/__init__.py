@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from macko_jax import _compatibility  # noqa: F401 (first: it warns before an import fails)
 from macko_jax._version import __version__ as __version__
 from macko_jax.format.matrix import MackoMatrix, compress, decompress, validate
+from macko_jax.format.sharded import ShardedMatrix, shard
 from macko_jax.io import exported
 from macko_jax.io.checkpoint import load, save
 from macko_jax.io.macko_spmv import from_macko_spmv, to_macko_spmv
@@ -20,6 +21,7 @@ __all__ = [
     "Explanation",
     "MackoMatrix",
     "Rule",
+    "ShardedMatrix",
     "compress",
     "decompress",
     "experimental",
@@ -31,6 +33,7 @@ __all__ = [
     "load_model",
     "save",
     "save_model",
+    "shard",
     "spmv",
     "to_macko_spmv",
     "validate",

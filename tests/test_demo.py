@@ -181,12 +181,14 @@ def test_benchmark_spmv_and_its_figure(tmp_path):
 
 
 @pytest.mark.slow
-def test_benchmark_decode(tmp_path):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_benchmark_decode(devices, tmp_path):
     out = tmp_path / "record.json"
     done = run(
         "benchmarks.benchmark_decode",
         "--config=tiny --density=1 --density=0.5 --new_tokens=8 --chunk=4 --repeats=2",
-        f"--prompt_tokens=16 --dtype=float32 --pairs --values=int8 --out={out}",
+        f"--prompt_tokens=16 --dtype=float32 --pairs --values=int8",
+        f"--tensor_parallel={devices} --out={out}",
     )
     record = json.loads(out.read_text())
     sparse, dense = record["results"]

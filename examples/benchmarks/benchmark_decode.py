@@ -5,6 +5,8 @@
     python -m examples.benchmarks.benchmark_decode --config=llama2_7b --density=1 --density=0.5 \
         --pairs --values=int8
     python -m examples.benchmarks.benchmark_decode --checkpoint=DENSE --checkpoint=PACKED
+    python -m examples.benchmarks.benchmark_decode --config=llama2_70b --tensor_parallel=2 \
+        --density=1 --density=0.5
 
 Without checkpoints, weights are random and made on the device, layer by layer: the speed of a
 product depends on where the non-zeros are, not on what they are. Masks are random. With --pairs
@@ -13,6 +15,10 @@ for the density. Embedding and output head stay dense. A time per token is that 
 --chunk tokens, divided by --chunk; percentiles are over the calls, not over single tokens. Memory
 is what the compiled programs of prefill and decode take: arguments, results and temporaries, all
 weights and the whole cache included.
+
+With --tensor_parallel=N, N devices share each model, as examples/llama/parallel.py says: packed
+matrices in shards, dense ones partitioned by XLA. Every device makes its own shards, so that no
+model need ever fit on one. Memory is then that of one device.
 """
 
 import dataclasses
@@ -33,13 +39,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx, traverse_util
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import dsf_jax
 import macko_jax
 import macko_jax.flax_nnx
 from dsf_jax.solvers.budget import plan_pair
 from examples import cli, llama
-from examples.llama import checkpoint, generation
+from examples.llama import checkpoint, generation, parallel
 from examples.llama.cache import Cache, final_slots, widen
 from examples.llama.split import SplitModel
 from examples.records import write_json
@@ -87,6 +95,9 @@ flags.DEFINE_integer("new_tokens", 128, "Tokens per generation.", lower_bound=1)
 flags.DEFINE_integer("chunk", 32, "Tokens per call of the device.", lower_bound=1)
 flags.DEFINE_integer("repeats", 10, "Timed generations.", lower_bound=1)
 flags.DEFINE_integer("batch", 1, "Sequences at a time.", lower_bound=1)
+flags.DEFINE_integer(
+    "tensor_parallel", 1, "Devices that share each model, heads and cache.", lower_bound=1
+)
 flags.DEFINE_float(
     "bandwidth", None, "The device's memory bandwidth in TB/s, to compare with; H200: 4.8."
 )
@@ -114,6 +125,7 @@ class Settings:
     chunk: int
     repeats: int
     batch: int
+    tensor_parallel: int
     bandwidth: float | None
     profile: bool
     seed: int
@@ -136,31 +148,44 @@ class Settings:
         return jnp.dtype(self.dtype or default)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "cols", "dtype"))
-def random_weight(key, density, rows, cols, dtype):
-    """[rows, cols] normal weights, each kept with probability `density`."""
+def random_weight(key, density, rows, cols, dtype, sharding=None):
+    """[rows, cols] normal weights, each kept with probability `density`, made where they lie."""
+    return _drawing(sharding)(key, density, rows, cols, dtype)
+
+
+@functools.cache
+def _drawing(sharding):
+    static = ("rows", "cols", "dtype")
+    return jax.jit(_draw_weight, static_argnames=static, out_shardings=sharding)
+
+
+def _draw_weight(key, density, rows, cols, dtype):
     of_values, of_mask = jax.random.split(key)
     weight = 0.02 * jax.random.normal(of_values, (rows, cols), dtype)
     return jnp.where(jax.random.uniform(of_mask, (rows, cols)) < density, weight, 0)
 
 
-def pack(weight, layouts, encoding, values):
+def pack(weight, layouts, encoding, values, sharding=None):
     """A packed matrix whose arrays have the shapes of all packed matrices of its shape.
 
     The first matrix of a shape decides, with room for a little more than it holds; layers of one
-    shape then share compiled kernels. The room is never read.
+    shape then share compiled kernels. The room is never read. With a sharding it is in shards.
     """
-    if weight.shape not in layouts:
+    compress = macko_jax.compress
+    if sharding is not None:
+        compress = functools.partial(macko_jax.shard, sharding=sharding)
+    kind = weight.shape, sharding
+    if kind not in layouts:
         layout = layout_here() if encoding is None else {"encoding": encoding}
-        packed = macko_jax.compress(weight, dtype=values, **layout)
+        packed = compress(weight, dtype=values, **layout)
         groups = packed.stored // 8
-        layouts[weight.shape] = {
+        layouts[kind] = {
             "dtype": values,
             "encoding": packed.encoding,
             "lanes": packed.lanes,
             "capacity": groups + groups // 512 + 64,  # of random masks, five deviations and more
         }
-    return macko_jax.compress(weight, **layouts[weight.shape])
+    return compress(weight, **layouts[kind])
 
 
 def factors_of(density, rows, cols):
@@ -171,45 +196,85 @@ def factors_of(density, rows, cols):
     return [(shape, count / math.prod(shape)) for shape, count in zip(shapes, counts)]
 
 
-def random_model(config, density, dtype, seed, encoding=None, values=None, pairs=False):
-    """A model of random weights whose decoder layers are packed if the density is below 1."""
-    began = time.perf_counter()
-    abstract = checkpoint.abstract_model(config, dtype=dtype, param_dtype=dtype)
-    flat = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(abstract)))
-    key = jax.random.key(seed)
-    tree, layouts = {}, {}
+class RandomModel:
+    """A maker of models of random weights, whose decoder layers are packed at densities below 1.
 
-    def draw(name, shape, density):
-        return random_weight(jax.random.fold_in(key, name), density, *shape, dtype)
+    Args:
+      config, dtype: the shape of the model, and what it is held in.
+      settings: the settings of the run.
+    """
 
-    for i, (path, leaf) in enumerate(flat.items()):
+    def __init__(self, config, dtype, settings):
+        self.config, self.dtype, self.settings = config, dtype, settings
+        self.mesh = parallel.make_mesh(settings.tensor_parallel, config)
+        self.key = jax.random.key(settings.seed)
+
+    def __call__(self, density):
+        """The model of a density."""
+        began = time.perf_counter()
+        abstract = checkpoint.abstract_model(self.config, dtype=self.dtype, param_dtype=self.dtype)
+        flat = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(abstract)))
+        kernels = {path[:-1] for path in flat if path[-1] == "kernel"}
+        tree, layouts = {}, {}
+        for i, (path, leaf) in enumerate(flat.items()):
+            sparse = path[0] == "layers" and path[:-1] in kernels and density < 1
+            made = self._leaf(i, path, leaf.shape, density if sparse else 1.0, layouts, len(flat))
+            tree |= jax.block_until_ready(made)
+            if sys.stdout.isatty():
+                print(f"\r  built {i + 1} of {len(flat)} arrays", end="", flush=True)
+        print(f"\r  built {len(flat)} arrays in place in {time.perf_counter() - began:.1f} s")
+        tree = traverse_util.unflatten_dict(tree)
+        model = macko_jax.flax_nnx.from_pure_dict(abstract, tree)
+        return model if self.mesh is None else parallel.spread(model, self.mesh)
+
+    def _leaf(self, i, path, shape, density, layouts, count):
+        """The arrays in the place of one, by path."""
         *layer, name = path
-        sparse = layer[0] == "layers" and density < 1
-        if leaf.ndim == 1:
-            of_pair = sparse and pairs and (*layer, "kernel") in flat
-            made = {(*layer, "left", name) if of_pair else path: jnp.ones(leaf.shape, dtype)}
-        elif not sparse:
-            made = {path: draw(i, leaf.shape[::-1], 1.0).T}
-        elif not pairs:
-            weight = draw(i, leaf.shape[::-1], density)
-            made = {path: pack(weight, layouts, encoding, values)}
-        else:
-            sides = zip(("left", "right"), factors_of(density, *leaf.shape[::-1]))
-            made = {
-                (*layer, side, name): pack(
-                    draw(i + j * len(flat), *factor), layouts, encoding, values
-                )
-                for j, (side, factor) in enumerate(sides)
+        pairs = self.settings.pairs and density < 1
+        if len(shape) == 1:
+            place = (*layer, "left", name) if pairs else path
+            ones = jnp.ones(shape, self.dtype)
+            spec = parallel.spec_of(path) if name == "bias" else None
+            return {
+                place: ones if self.mesh is None else jax.device_put(ones, self._place(spec, 1))
             }
-        tree |= jax.block_until_ready(made)
-        if sys.stdout.isatty():
-            print(f"\r  built {i + 1} of {len(flat)} arrays", end="", flush=True)
-    print(f"\r  built {len(flat)} arrays on the device in {time.perf_counter() - began:.1f} s")
-    return macko_jax.flax_nnx.from_pure_dict(abstract, traverse_util.unflatten_dict(tree))
+        if density == 1:
+            return {path: self._draw(i, path, shape[::-1], 1.0).T}
+        if not pairs:
+            return {path: self._pack(i, path, shape[::-1], density, layouts)}
+        sides = zip(("left", "right"), factors_of(density, *shape[::-1]))
+        return {
+            (*layer, side, name): self._pack(i + j * count, path, *factor, layouts)
+            for j, (side, factor) in enumerate(sides)
+        }
+
+    def _place(self, spec, axes=2):
+        """The sharding of a spec of [rows, cols], or of one axis as rows are split."""
+        return None if self.mesh is None else NamedSharding(self.mesh, P(*(spec or ())[:axes]))
+
+    def _draw(self, name, path, shape, density):
+        key = jax.random.fold_in(self.key, name)
+        spec = parallel.spec_of(path)
+        even = spec and not any(n % self.settings.tensor_parallel for n, e in zip(shape, spec) if e)
+        return random_weight(key, density, *shape, self.dtype, self._place(spec if even else None))
+
+    def _pack(self, name, path, shape, density, layouts):
+        weight = self._draw(name, path, shape, density)
+        sharding = self._place(parallel.spec_of(path))
+        return pack(weight, layouts, self.settings.encoding, self.settings.values, sharding)
 
 
 def array_bytes(tree):
+    """Bytes of a tree's arrays, on all devices together."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def device_bytes(tree):
+    """Bytes of a tree's arrays on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def added_bytes(compiled):
@@ -221,7 +286,7 @@ def added_bytes(compiled):
 
 
 def peak_bytes(decoder):
-    """Device memory of prefill and of decode by what their programs add to all weights and caches.
+    """Memory of a device in prefill and decode, by what their programs add to weights and caches.
 
     None where XLA does not say.
     """
@@ -239,13 +304,17 @@ def peak_bytes(decoder):
             calls[kind] = generation.read.lower(piece, x, split.config), more
     kv_cache = Cache(tuple(layer_caches), decoder.lengths)
     ending = generation.first_token.lower(split.ends, x, kv_cache, decoder.key, decoder.sampling)
+    share = decoder.settings.tensor_parallel  # devices among which the heads of a cache are
     beside = max(  # of one call, but for its caches
-        added_bytes(lowered.compile()) - array_bytes(caches)
+        added_bytes(lowered.compile()) - array_bytes(caches) // share
         for lowered, caches in [*calls.values(), (ending, ())]
     )
     return {
-        "prefill_bytes": array_bytes((split, x, kv_cache)) + beside,
-        "decode_bytes": array_bytes(arguments[:2]) + decode,
+        "prefill_bytes": device_bytes(split)
+        + array_bytes(x)
+        + array_bytes(kv_cache) // share
+        + beside,
+        "decode_bytes": device_bytes(arguments[:2]) + decode,
     }
 
 
@@ -360,21 +429,17 @@ def models(settings):
     """(name, density, function that makes the model) of every model, the smallest first."""
     dtype = settings.model_dtype()
     if not settings.checkpoint:
+        random = RandomModel(settings.model_config(), dtype, settings)
         for density in sorted(settings.density):
-            make = functools.partial(
-                random_model,
-                settings.model_config(),
-                density,
-                dtype,
-                settings.seed,
-                settings.encoding,
-                settings.values,
-                settings.pairs,
-            )
-            yield f"density {density:g}", density, make
+            yield f"density {density:g}", density, functools.partial(random, density)
     for directory in settings.checkpoint:
         make = functools.partial(
-            checkpoint.load_any, directory, dtype=dtype, param_dtype=dtype, values=settings.values
+            checkpoint.load_any,
+            directory,
+            dtype=dtype,
+            param_dtype=dtype,
+            values=settings.values,
+            tensor_parallel=settings.tensor_parallel,
         )
         yield directory, checkpoint.density(directory), make
 
@@ -407,7 +472,10 @@ def measure(name, density, make, settings):
     }
     if settings.bandwidth:
         record["share_of_bandwidth"] = (
-            record["streamed_bytes_per_second"] / settings.bandwidth / 1e12
+            record["streamed_bytes_per_second"]
+            / settings.tensor_parallel
+            / settings.bandwidth
+            / 1e12
         )
     if settings.profile:
         record["kernel_microseconds"] = {
@@ -472,6 +540,7 @@ def describe(settings, records):
         "config": None if settings.checkpoint else random,
         "dtype": settings.model_dtype().name,
         "batch": settings.batch,
+        "tensor_parallel": settings.tensor_parallel,
         "prompt": settings.prompt_tokens,
         "new_tokens": settings.new_tokens,
         "chunk": settings.chunk,
@@ -494,7 +563,7 @@ def main(_):
     check_positions(settings)
     print(
         f"{'checkpoints' if settings.checkpoint else settings.config}, {settings.model_dtype()}, "
-        f"batch {settings.batch}, prompt {settings.prompt_tokens}, on "
+        f"batch {settings.batch}, prompt {settings.prompt_tokens}, on {settings.tensor_parallel} x "
         f"{jax.devices()[0].device_kind}",
         flush=True,
     )

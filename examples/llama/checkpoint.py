@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 import macko_jax
 import macko_jax.flax_nnx
+from examples.llama import parallel
 from examples.llama.hub_config import config_from_json, config_to_json, load_config
 from examples.llama.packed import (
     is_matrix,
@@ -43,24 +44,37 @@ __all__ = [
     "part_file",
     "save",
     "save_packed",
+    "share",
     "stored_dtype",
 ]
 
 
-def load_any(directory, *, dtype=jnp.float32, param_dtype=None, values=None):
+def load_any(directory, *, dtype=jnp.float32, param_dtype=None, values=None, tensor_parallel=1):
     """`load_packed` where the directory holds a packed model, else `load`.
 
     With `values` ("int8" or "float8_e4m3fn"), matrices have their values in 8 bits, those of a
     dense model where enough of a layer's weights are zero. They are rounded as they are:
-    examples.compress_llm does better, which knows what layers see.
+    examples.compress_llm does better, which knows what layers see. With `tensor_parallel` the model
+    is shared out to so many devices, see parallel.py.
     """
+    mesh = parallel.make_mesh(tensor_parallel, load_config(directory))
     if is_packed(directory):
-        return load_packed(directory, dtype=dtype, values=values)
-    model = load(directory, dtype=dtype, param_dtype=param_dtype)
+        return load_packed(directory, dtype=dtype, values=values, mesh=mesh)
     if values is None:
-        return model
+        return load(directory, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
+    model = load(directory, dtype=dtype, param_dtype=param_dtype)
     rule = macko_jax.Rule("layers/.*", dtype=values, **layout_here())
-    return macko_jax.flax_nnx.substitute(model, rule)[0]
+    model = macko_jax.flax_nnx.substitute(model, rule)[0]
+    return model if mesh is None else share(model, mesh)
+
+
+def share(model, mesh):
+    """A model, dense or with packed layers, shared out to the devices of a mesh."""
+    abstract = abstract_model(
+        model.config, dtype=model.dtype, param_dtype=model.embed.embedding.dtype
+    )
+    tree = parallel.place(macko_jax.flax_nnx.to_pure_dict(model), (), model.config, mesh)
+    return parallel.spread(macko_jax.flax_nnx.from_pure_dict(abstract, tree), mesh)
 
 
 def stored_dtype(directory):

@@ -100,6 +100,16 @@ CONFIGS = {
         head_dim=128,
         max_position_embeddings=4096,
     ),
+    "llama2_70b": Config(
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=4096,
+    ),
     "llama3_8b": Config(
         vocab_size=128256,
         hidden_size=4096,

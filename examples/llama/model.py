@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.llama import attention
+from examples.llama import attention, parallel
 from examples.llama.cache import Cache, write
 from examples.llama.rope import rotate, rotation
 from macko_jax import flax_nnx
@@ -57,6 +57,7 @@ class Attention(nnx.Module):
         norm = functools.partial(RMSNorm, self.head_dim, config.rms_norm_eps, param_dtype)
         self.query_norm = norm() if config.qk_norm else None
         self.key_norm = norm() if config.qk_norm else None
+        self.mesh = None  # over which heads go, see parallel.py
 
     def __call__(self, qkv, positions, rotary, layer_cache, blanks):
         """What tokens attend to, before `out`, from their queries, keys and values.
@@ -69,21 +70,34 @@ class Attention(nnx.Module):
         Returns:
           [B, T, H * D]; the layer's cache with these tokens; and that array, or None.
         """
+        count = 1 if self.mesh is None else self.mesh.shape[parallel.AXIS]
+        norms = [] if self.query_norm is None else [self.query_norm, self.key_norm]
+        arrays = positions, rotary, layer_cache, [norm.scale[...] for norm in norms]
+        mix = functools.partial(self._mix, count=count, blanks=blanks // count)
+        blank = parallel.P(parallel.AXIS)
+        out_specs = parallel.LAST, parallel.HEADS, blank
+        in_specs = parallel.LAST, parallel.P(), parallel.P(), parallel.HEADS, parallel.P()
+        return parallel.by_device(self.mesh, mix, in_specs, out_specs)(qkv, *arrays)
+
+    def _mix(self, qkv, positions, rotary, layer_cache, scales, *, count, blanks):
+        """The same for the heads of one device of `count`, with the scales of the head norms."""
         batch, length, _ = qkv.shape
-        blank = None
-        qkv = qkv.reshape(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
-        query, key, value = jnp.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
-        if self.query_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        heads, kv_heads, blank = self.heads // count, self.kv_heads // count, None
+        qkv = qkv.reshape(batch, length, heads + 2 * kv_heads, self.head_dim)
+        query, key, value = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
+        if scales:
+            query, key = (
+                rms_norm(x, scale, self.query_norm.eps) for x, scale in zip((query, key), scales)
+            )
         if layer_cache is not None and length == 1 and attention.has_decode_kernel(layer_cache):
-            if self.query_norm is not None:
+            if scales:
                 qkv = jnp.concatenate([query, key, value], axis=2)
             mixed, layer_cache, blank = attention.decode_kernel().attend(
                 qkv.reshape(batch, -1),
                 rotary,
                 layer_cache,
                 positions[:, 0],
-                heads=self.heads,
+                heads=heads,
                 window=self.window,
                 blanks=blanks,
             )
@@ -98,7 +112,7 @@ class Attention(nnx.Module):
                 )
             else:
                 mixed = attention.attend(query, layer_cache, positions, self.window)
-        return mixed.reshape(batch, length, self.heads * self.head_dim), layer_cache, blank
+        return mixed.reshape(batch, length, heads * self.head_dim), layer_cache, blank
 
 
 class MLP(nnx.Module):
@@ -123,7 +137,7 @@ def _packed(steps):
     return packed if all(isinstance(s.linear, flax_nnx.MackoLinear) for s in packed) else None
 
 
-def _chain(x, steps, packed, dropout=None, blank=None):
+def _chain(x, steps, packed, dropout=None, blank=None, mesh=None):
     """Applies steps, each to the result of the one before: the results kept, and the last.
 
     `packed` is `_packed(steps)`. Packed layers are given all of a step, since for one token they do
@@ -131,16 +145,18 @@ def _chain(x, steps, packed, dropout=None, blank=None):
     """
     if dropout is None and packed is not None:
         return flax_nnx.chain(x, packed, blank=blank)
-    return in_turn(x, steps, functools.partial(_apply, dropout=dropout))
+    return in_turn(x, steps, functools.partial(_apply, dropout=dropout, mesh=mesh))
 
 
-def _apply(x, step, dropout):
-    """One step of a chain."""
+def _apply(x, step, dropout, mesh):
+    """One step of a chain. On a mesh every device has gates and what they let through."""
     linear, norm, gated, add, _ = step
     if isinstance(linear, flax_nnx.MackoLinear) and dropout is None:
         return linear.fused(x, norm=norm, gated=gated, add=add)
     x = x if norm is None else rms_norm(x, *norm)
-    y = linear(swiglu(x) if gated else x)
+    if gated:
+        x = parallel.by_device(mesh, swiglu, (parallel.LAST,), parallel.LAST)(x)
+    y = linear(x)
     if add is None:
         return y
     return add + (y if dropout is None else dropout(y))
@@ -154,6 +170,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, window, linear, param_dtype)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
         self.mlp = MLP(config, linear)
+        self.mesh = None  # of its devices, see parallel.py
 
     def __call__(self, x, positions, rotary, layer_cache, dropout):
         x, _, layer_cache = self.advance(
@@ -181,9 +198,10 @@ class Block(nnx.Module):
         if following is not None:
             steps.append(following._projection())
         packed = _packed(steps)
-        needed = blanks(packed) if packed else 0
+        matrices = [step._replace(linear=step.linear.matrix) for step in packed or []]
+        needed = blanks(matrices) if packed else 0
         mixed, layer_cache, blank = self.attention(qkv, positions, rotary, layer_cache, needed)
-        x, *qkv = _chain(mixed, steps, packed, dropout, blank)
+        x, *qkv = _chain(mixed, steps, packed, dropout, blank, self.mesh)
         return x, *(qkv or [None]), layer_cache
 
     def _projection(self):

@@ -3,6 +3,7 @@
 config.json comes last and so marks a whole model.
 """
 
+import functools
 import pathlib
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 import macko_jax
 import macko_jax.flax_nnx
+from examples.llama import parallel
 from examples.llama.hub_config import config_to_json, load_config
 from examples.llama.json_file import regular_file
 from examples.llama.weights import abstract_model, dtype_of
@@ -55,7 +57,7 @@ def save_packed(directory, model):
     return sum(file.stat().st_size for file in files)
 
 
-def load_packed(directory, *, dtype=jnp.float32, unpack=False, values=None):
+def load_packed(directory, *, dtype=jnp.float32, unpack=False, values=None, mesh=None):
     """Reads a packed model; parameters keep the dtype in which they are stored.
 
     Args:
@@ -64,6 +66,7 @@ def load_packed(directory, *, dtype=jnp.float32, unpack=False, values=None):
       unpack: give the pruned dense model instead, every matrix decompressed.
       values: "int8" or "float8_e4m3fn" to round the values of matrices that are stored in 16 or 32
         bits; None keeps them.
+      mesh: the devices that share the model, see parallel.py; None for the default one.
 
     Raises:
       FileNotFoundError: a part or config.json is missing.
@@ -89,10 +92,12 @@ def load_packed(directory, *, dtype=jnp.float32, unpack=False, values=None):
     model = abstract_model(config, dtype=dtype, param_dtype=param_dtype)
     for name in names:
         if isinstance(name, int):
-            model.layers[name] = _load_part(directory, name, model.layers[name], unpack, values)
+            put, abstract = model.layers.__setitem__, model.layers[name]
         else:
-            setattr(model, name, _load_part(directory, name, getattr(model, name), unpack))
-    return model
+            put, abstract = functools.partial(setattr, model), getattr(model, name)
+        rounded = values if isinstance(name, int) else None
+        put(name, _load_part(directory, name, abstract, unpack, rounded, config, mesh))
+    return model if mesh is None else parallel.spread(model, mesh)
 
 
 def load_block(directory, index, abstract_block, *, unpack=False):
@@ -100,7 +105,7 @@ def load_block(directory, index, abstract_block, *, unpack=False):
     return _load_part(directory, index, abstract_block, unpack)
 
 
-def _load_part(directory, name, abstract, unpack, values=None):
+def _load_part(directory, name, abstract, unpack, values=None, config=None, mesh=None):
     """A part of a packed model, on an abstract part of its configuration."""
     path = regular_file(part_file(directory, name))
     stored = macko_jax.load(path)
@@ -108,6 +113,9 @@ def _load_part(directory, name, abstract, unpack, values=None):
         stored = with_values(stored, values)
     try:
         tree = decompressed(stored) if unpack else stored
+        if mesh is not None:
+            prefix = ("layers", name) if isinstance(name, int) else (name,)
+            tree = parallel.place(tree, prefix, config, mesh)
         return macko_jax.flax_nnx.from_pure_dict(abstract, tree)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(

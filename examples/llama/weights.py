@@ -6,6 +6,7 @@ checkpoints, so there is one loader. Stored weights are [out, in]; Flax kernels 
 """
 
 import contextlib
+import functools
 import pathlib
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
+import macko_jax.flax_nnx
+from examples.llama import parallel
 from examples.llama.hub_config import config_to_json, load_config
 from examples.llama.json_file import Field, read_json, regular_file
 from examples.llama.model import Llama
@@ -111,16 +114,17 @@ def save(directory, model, dtype, extra=None):
     write_json(directory / "config.json", described | (extra or {}))
 
 
-def load(directory, *, dtype=jnp.float32, param_dtype=None):
+def load(directory, *, dtype=jnp.float32, param_dtype=None, mesh=None):
     """Reads a model directory.
 
     Args:
       directory: holds config.json and one or more safetensors files.
       dtype: what the model computes in.
       param_dtype: what it holds its parameters in; by default `dtype`.
+      mesh: the devices that share the model, see parallel.py; None for the default one.
 
     Returns:
-      A dense `Llama` on the default device.
+      A dense `Llama`.
 
     Raises:
       FileNotFoundError: config.json or the tensors are missing.
@@ -128,8 +132,26 @@ def load(directory, *, dtype=jnp.float32, param_dtype=None):
     """
     stored = Checkpoint(directory)
     model = abstract_model(stored.config, dtype=dtype, param_dtype=param_dtype or dtype)
-    stored.fill(model)
-    return model
+    if mesh is None:
+        stored.fill(model)
+        return model
+    for prefix, abstract, put in parts(model):  # so that no device ever holds all of it
+        part = nnx.clone(abstract)
+        stored.fill(part, prefix)
+        tree = parallel.place(nnx.to_pure_dict(nnx.state(part)), prefix, stored.config, mesh)
+        put(macko_jax.flax_nnx.from_pure_dict(abstract, tree))
+    return parallel.spread(model, mesh)
+
+
+def parts(model):
+    """(path, part, function that puts another in its place): the ends, and each block."""
+    names = ("embed", "norm") if model.head is None else ("embed", "norm", "head")
+    ends = [((n,), getattr(model, n), functools.partial(setattr, model, n)) for n in names]
+    blocks = [
+        (("layers", str(i)), block, functools.partial(model.layers.__setitem__, i))
+        for i, block in enumerate(model.layers)
+    ]
+    return ends + blocks
 
 
 class Stored(NamedTuple):

@@ -8,7 +8,7 @@ import math
 
 import jax
 
-from macko_jax.format.matrix import MackoMatrix
+from macko_jax.format.sharded import Matrix, stack_of
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["left", "right"], meta_fields=[])
@@ -20,12 +20,12 @@ class FactorizedKernel:
     with groups (a grouped convolution) has its blocks one below the other when it is packed.
 
     Attributes:
-        left: A, `[groups, out / groups, k]`, or a MackoMatrix `[out, k]`.
+        left: A, `[groups, out / groups, k]`, or a matrix packed `[out, k]`.
         right: B, `[groups, k, in]`, or a MackoMatrix `[groups * k, in]`.
     """
 
-    left: jax.Array | MackoMatrix
-    right: jax.Array | MackoMatrix
+    left: jax.Array | Matrix
+    right: jax.Array | Matrix
 
     @property
     def inner(self) -> int:
@@ -35,19 +35,17 @@ class FactorizedKernel:
     @property
     def groups(self) -> int:
         """The number of groups; for dense factors that of one layer of a stack."""
-        if isinstance(self.right, MackoMatrix):
+        if isinstance(self.right, Matrix):
             return self.right.shape[0] // self.inner
         return self.right.shape[-3]
 
     def check(self) -> None:
         """Raise a ValueError if the two factors do not fit each other."""
         for factor in (self.left, self.right):
-            if not isinstance(factor, MackoMatrix) and getattr(factor, "ndim", 0) < 3:
+            if not isinstance(factor, Matrix) and getattr(factor, "ndim", 0) < 3:
                 raise ValueError(f"a factor must have 3 axes or be packed, got {factor!r}")
         shapes = [
-            (*factor.row_offsets.shape[:-1], *factor.shape)
-            if isinstance(factor, MackoMatrix)
-            else factor.shape
+            (*stack_of(factor), *factor.shape) if isinstance(factor, Matrix) else factor.shape
             for factor in self.matrices
         ]
         (*stack, rows, inner), (*other, joined, _) = shapes
@@ -59,10 +57,10 @@ class FactorizedKernel:
             )
 
     @property
-    def matrices(self) -> tuple[jax.Array | MackoMatrix, jax.Array | MackoMatrix]:
+    def matrices(self) -> tuple[jax.Array | Matrix, jax.Array | Matrix]:
         """`[*stack, out, k]` and `[*stack, groups * k, in]`, whatever the factors are."""
         left, right = (
-            factor if isinstance(factor, MackoMatrix) else join_groups(factor)
+            factor if isinstance(factor, Matrix) else join_groups(factor)
             for factor in (self.left, self.right)
         )
         return left, right

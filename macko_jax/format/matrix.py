@@ -11,6 +11,7 @@ from jax.core import Tracer
 from macko_jax.format import quantization
 from macko_jax.format.codes import ENCODINGS
 from macko_jax.format.layout import MAX_COLS, Layout, Positions
+from macko_jax.format.operators import Operators
 from macko_jax.format.pack import Capacity, pack
 from macko_jax.format.promotion import own_promotion
 from macko_jax.format.rows import take_rows
@@ -26,7 +27,7 @@ __all__ = ["DTYPES", "QUANTIZED", "MackoMatrix", "compress", "decompress", "vali
     meta_fields=("shape", "encoding", "lanes"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class MackoMatrix:
+class MackoMatrix(Operators):
     """A sparse matrix [rows, cols] in a MACKO layout for GPUs; a pytree, made by `compress`.
 
     A matrix is an array of values and what says where each of them sits. Values lie in *slots*,
@@ -131,22 +132,6 @@ class MackoMatrix:
         stack = int(np.prod(self.values.shape[:-1], dtype=np.int64))
         return self.nnz / max(1, stack * self.shape[0] * self.shape[1])
 
-    # The one import upward: operators belong to the class, and products to macko_jax.ops.
-
-    def __matmul__(self, x) -> jax.Array:
-        """The product with x [cols] or [..., cols, n], shaped as by `jnp.matmul`."""
-        from macko_jax.ops import api
-
-        return api.matmul(self, x)
-
-    def __rmatmul__(self, x) -> jax.Array:
-        """The product x @ A of x [rows] or [..., rows], shaped as by `jnp.matmul`."""
-        from macko_jax.ops import api
-
-        return api.matmul_from_left(x, self)
-
-    __array_ufunc__ = None  # NumPy's arrays leave `x @ matrix` to the matrix
-
     def __getitem__(self, index) -> "MackoMatrix":
         """Rows `matrix[start:stop]`, as a matrix; outside of JAX's transformations."""
         if not isinstance(index, slice) or index.step not in (None, 1):
@@ -165,30 +150,6 @@ class MackoMatrix:
             )
         start, stop, _ = index.indices(self.shape[0])
         return take_rows(self, start, max(start, stop))
-
-    def __eq__(self, other):
-        if self is other:
-            return True
-        if isinstance(other, (MackoMatrix, jax.Array, np.ndarray)):
-            raise TypeError(
-                "== of a MackoMatrix could mean its elements or all of it; write "
-                "macko_jax.decompress(a) == macko_jax.decompress(b), or jnp.array_equal of the two"
-            )
-        return NotImplemented
-
-    @property
-    def T(self):
-        """There is no transpose: `x @ matrix` is the product with it."""
-        raise AttributeError(
-            "a MackoMatrix has no T: for A^T x write x @ matrix, and to pack the transpose "
-            "macko_jax.compress(macko_jax.decompress(matrix).T)"
-        )
-
-    def __array__(self, dtype=None, copy=None):
-        raise TypeError(
-            "a MackoMatrix is not made dense unasked; write macko_jax.decompress(matrix), or "
-            "macko_jax.spmv(matrix, x) for a product"
-        )
 
     def __repr__(self) -> str:
         kind = getattr(self.values, "dtype", type(self.values).__name__)
@@ -234,42 +195,11 @@ def compress(
     References:
       arXiv 2511.13061, section 3 (the storage format).
     """
-    if hasattr(weight, "todense"):
-        weight = weight.todense()
-    if isinstance(weight, Tracer):
-        raise TypeError(
-            "compress needs a concrete array: the sizes of the result depend on where the zeros "
-            "are. Call it outside jit, vmap and grad, and pass the MackoMatrix in"
-        )
-    if not isinstance(weight, jax.Array):
-        weight = np.asarray(weight)
-    if weight.dtype not in DTYPES:
-        raise TypeError(
-            f"compress takes {name_dtypes(DTYPES)} values, got {weight.dtype}; convert first, for "
-            "example with weight.astype('float32')"
-        )
-    if weight.ndim != 2:
-        raise ValueError(
-            f"compress takes a matrix [rows, cols], got shape {list(weight.shape)}; reshape it, or "
-            "compress a stack one by one with the same capacity"
-        )
-    if weight.shape[1] > MAX_COLS:
-        raise ValueError(
-            f"compress takes at most {MAX_COLS} columns, got {weight.shape[1]}; split the "
-            "matrix by columns"
-        )
-    if encoding is not None and encoding not in ENCODINGS:
-        raise ValueError(f"encoding must be None or one of {list(ENCODINGS)}, got {encoding!r}")
-    if lanes is not None:
-        check_lanes(lanes)
-    scales, dtype = None, jnp.dtype(dtype or weight.dtype)
-    if dtype in QUANTIZED:
-        weight, scales = quantization.quantize(weight, dtype)
+    weight = check_weight(weight, "compress")
+    check_layout(encoding, lanes)
+    weight, scales = stored_values(weight, dtype)
+    if scales is not None:
         scales = jnp.asarray(scales)
-    elif dtype not in DTYPES:
-        raise ValueError(f"dtype must be None, {name_dtypes(DTYPES + QUANTIZED)}, got {dtype}")
-    elif dtype != weight.dtype:
-        weight = weight.astype(dtype)
     arrays, encoding, lanes = pack(weight, encoding, lanes, capacity)
     place = _place(weight)
     values, codes, row_offsets, starts = (
@@ -287,8 +217,53 @@ def _place(weight):
     return device
 
 
-@jax.jit
-@own_promotion()
+def check_weight(weight, caller: str):
+    """A dense matrix to pack as a NumPy or JAX array; raises as `compress` does."""
+    if hasattr(weight, "todense"):
+        weight = weight.todense()
+    if isinstance(weight, Tracer):
+        raise TypeError(
+            f"{caller} needs a concrete array: the sizes of the result depend on where the zeros "
+            "are. Call it outside jit, vmap and grad, and pass the MackoMatrix in"
+        )
+    if not isinstance(weight, jax.Array):
+        weight = np.asarray(weight)
+    if weight.dtype not in DTYPES:
+        raise TypeError(
+            f"{caller} takes {name_dtypes(DTYPES)} values, got {weight.dtype}; convert first, for "
+            "example with weight.astype('float32')"
+        )
+    if weight.ndim != 2:
+        raise ValueError(
+            f"{caller} takes a matrix [rows, cols], got shape {list(weight.shape)}; reshape it, or "
+            f"{caller} a stack one by one with the same capacity"
+        )
+    if weight.shape[1] > MAX_COLS:
+        raise ValueError(
+            f"{caller} takes at most {MAX_COLS} columns, got {weight.shape[1]}; split the "
+            "matrix by columns"
+        )
+    return weight
+
+
+def check_layout(encoding: str | None, lanes: int | None) -> None:
+    """Raises ValueError for an unknown encoding, or lanes that cannot share a row."""
+    if encoding is not None and encoding not in ENCODINGS:
+        raise ValueError(f"encoding must be None or one of {list(ENCODINGS)}, got {encoding!r}")
+    if lanes is not None:
+        check_lanes(lanes)
+
+
+def stored_values(weight, dtype):
+    """A dense matrix's values as they are stored in a type, and the scales of 8-bit ones."""
+    dtype = jnp.dtype(dtype or weight.dtype)
+    if dtype in QUANTIZED:
+        return quantization.quantize(weight, dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be None, {name_dtypes(DTYPES + QUANTIZED)}, got {dtype}")
+    return (weight if dtype == weight.dtype else weight.astype(dtype)), None
+
+
 def decompress(matrix: MackoMatrix) -> jax.Array:
     """The dense matrix, exactly.
 
@@ -298,7 +273,18 @@ def decompress(matrix: MackoMatrix) -> jax.Array:
     Returns:
       [..., rows, cols] of the values' type.
     """
+    if not isinstance(matrix, MackoMatrix):
+        raise TypeError(
+            f"decompress takes a MackoMatrix, got {type(matrix).__name__}; the join() of a "
+            "ShardedMatrix gives one"
+        )
+    return _decompress(matrix)
+
+
+@jax.jit
+@own_promotion()
+def _decompress(matrix: MackoMatrix) -> jax.Array:
     if matrix.row_offsets.ndim > 1:
-        return jax.vmap(decompress)(matrix)
+        return jax.vmap(_decompress)(matrix)
     dense = densify(matrix.layout, matrix.values, matrix.positions)
     return dense if matrix.scales is None else quantization.dequantize(dense, matrix.scales)

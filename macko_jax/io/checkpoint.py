@@ -6,7 +6,8 @@ A file is an ordinary safetensors file whose metadata has one entry, "macko_jax"
     crc32     CRC-32 of the JSON of the tree, without white space
     tree      nested dicts, lists and tuples; each array leaf names its tensor, its dtype and the
               CRC-32 of its bytes; a MackoMatrix names its arrays and carries its shape, encoding
-              and lanes; a FactorizedKernel has two such leaves
+              and lanes; a ShardedMatrix as well, with stacked arrays, its axes, which dimension
+              they split, and its parts; a FactorizedKernel has two such leaves
 
 so that any safetensors reader can look into it, and a broken file gives an error and never a wrong
 product. In files of version 1 each of these is an entry of the metadata, beside "format". Dtypes
@@ -27,10 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from macko_jax.format.factors import FactorizedKernel
 from macko_jax.format.matrix import MackoMatrix, validate
+from macko_jax.format.sharded import ShardedMatrix, place
 from macko_jax.io.atomic import replacing
 
 FORMAT = "macko_jax"
@@ -77,7 +80,7 @@ def save(path: str | os.PathLike, tree: Any) -> None:
         path: the file; `.safetensors` is the customary suffix. An existing one is replaced.
         tree: nested dicts (keys: strings and integers), lists and tuples. Leaves are arrays of
             booleans, integers or floats, typed PRNG keys, `MackoMatrix` (also with stacked arrays),
-            `FactorizedKernel`, and plain None, bool, int, float and str.
+            `ShardedMatrix`, `FactorizedKernel`, and plain None, bool, int, float and str.
 
     Raises:
         FileNotFoundError: if the directory of `path` does not exist.
@@ -95,7 +98,7 @@ def save(path: str | os.PathLike, tree: Any) -> None:
         save_file(tensors, temporary, {FORMAT: text})
 
 
-def load(path: str | os.PathLike) -> Any:
+def load(path: str | os.PathLike, mesh: Mesh | None = None) -> Any:
     """Load a pytree that `save` wrote, after checking it.
 
     Leaves are read, checked on the host and put on JAX's default device one by one. Array leaves
@@ -104,6 +107,9 @@ def load(path: str | os.PathLike) -> Any:
 
     Args:
         path: the file.
+        mesh: where each `ShardedMatrix` goes, over its axes of this mesh, of which there may be
+            more devices or fewer than when it was saved; then it is split and packed anew. None:
+            it comes back whole, as a `MackoMatrix`.
 
     Returns:
         The tree.
@@ -118,7 +124,7 @@ def load(path: str | os.PathLike) -> Any:
         raise FileNotFoundError(f"There is no file {path}")
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            return _decode_file(file)
+            return _decode_file(file, mesh)
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}). It was cut off or is something "
@@ -140,6 +146,10 @@ def describe(tree: Any) -> dict:
     Raises:
         TypeError: as `save` does.
     """
+
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, ShardedMatrix)):
+        if isinstance(leaf, ShardedMatrix):
+            raise TypeError(f"describe takes matrices that are whole, got {leaf}; use save")
 
     def put(array: Any, place: str) -> dict:
         return {"array": list(array.shape), "dtype": _known_dtype(array, place)}
@@ -208,7 +218,7 @@ def _read_description(metadata: Mapping[str, str]) -> dict:
         raise ValueError(nonsense.format(repr(error))) from error
 
 
-def _decode_file(file) -> Any:
+def _decode_file(file, mesh: Mesh | None) -> Any:
     described = _read_description(file.metadata() or {})
     unread = set(file.keys())
 
@@ -232,7 +242,7 @@ def _decode_file(file) -> Any:
         return stored.view(jnp.dtype(node["dtype"]))
 
     try:
-        tree = _decode(described, read)
+        tree = _decode(described, read, mesh)
     except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"the description of its tree makes no sense ({error!r}); load reads what "
@@ -247,12 +257,12 @@ def _decode_file(file) -> Any:
 
 
 def _encode(node: Any, path: tuple, put: Callable[[Any, str], dict]) -> dict:
-    """The JSON description of a tree; `put(array, place)` gives that of each array in it."""
-    place = "/".join(map(str, path))
+    """The JSON description of a tree; `put(array, where)` gives that of each array in it."""
+    where = "/".join(map(str, path))
     if isinstance(node, MackoMatrix):
         return {
             "matrix": {
-                name: put(getattr(node, name), f"{place}.{name}")
+                name: put(getattr(node, name), f"{where}.{name}")
                 for name in MATRIX_ARRAYS
                 if getattr(node, name) is not None
             },
@@ -260,6 +270,8 @@ def _encode(node: Any, path: tuple, put: Callable[[Any, str], dict]) -> dict:
             "encoding": node.encoding,
             "lanes": node.lanes,
         }
+    if isinstance(node, ShardedMatrix):
+        return _encode_sharded(node, where, put)
     if isinstance(node, FactorizedKernel):
         return {
             "factors": {
@@ -272,7 +284,7 @@ def _encode(node: Any, path: tuple, put: Callable[[Any, str], dict]) -> dict:
         for key in node:
             if isinstance(key, bool) or not isinstance(key, str | int):
                 raise TypeError(
-                    f"The dict at {place!r} has the key {key!r}; keys are strings or integers"
+                    f"The dict at {where!r} has the key {key!r}; keys are strings or integers"
                 )
         return {"dict": [[key, _encode(child, (*path, key), put)] for key, child in node.items()]}
     if type(node) in (list, tuple):
@@ -283,16 +295,37 @@ def _encode(node: Any, path: tuple, put: Callable[[Any, str], dict]) -> dict:
         }
     if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
         return {
-            "key": put(jax.random.key_data(node), place),
+            "key": put(jax.random.key_data(node), where),
             "implementation": str(jax.random.key_impl(node)),
         }
     if isinstance(node, jax.Array | np.ndarray | np.generic):
-        return put(node, place)
+        return put(node, where)
     raise TypeError(
-        f"Cannot save the {type(node).__name__} at {place!r}: a tree consists of dicts, lists and "
+        f"Cannot save the {type(node).__name__} at {where!r}: a tree consists of dicts, lists and "
         "tuples of arrays, MackoMatrix and plain numbers and strings; turn an nnx model or state "
         "into one with macko_jax.flax_nnx.to_pure_dict or nnx.to_pure_dict"
     )
+
+
+def _encode_sharded(matrix: ShardedMatrix, where: str, put: Callable[[Any, str], dict]) -> dict:
+    """The JSON description of a matrix in shards."""
+    if matrix.values.ndim != 2:
+        raise TypeError(
+            f"Cannot save the stack of ShardedMatrix at {where!r}; save its matrices one by one"
+        )
+    return {
+        "sharded": {
+            name: put(getattr(matrix, name), f"{where}.{name}")
+            for name in MATRIX_ARRAYS
+            if getattr(matrix, name) is not None
+        },
+        "shape": list(matrix.shape),
+        "encoding": matrix.encoding,
+        "lanes": matrix.lanes,
+        "axes": list(matrix.axes),
+        "dimension": matrix.dimension,
+        "parts": list(matrix.parts),
+    }
 
 
 def _store(tensors: dict[str, np.ndarray], array: Any, place: str) -> dict:
@@ -318,7 +351,7 @@ def _known_dtype(array: Any, place: str) -> str:
     return dtype
 
 
-def _decode(node: dict, read: Callable[[dict], Any]) -> Any:
+def _decode(node: dict, read: Callable[[dict], Any], mesh: Mesh | None = None) -> Any:
     """The tree of a description; `read` gives the array of an array node, on the host or abstract.
 
     Abstract arrays stay so; those on the host are checked and put on JAX's default device.
@@ -334,9 +367,11 @@ def _decode(node: dict, read: Callable[[dict], Any]) -> Any:
             return host
         validate(host)
         return jax.tree.map(jnp.asarray, host)
+    if "sharded" in node:
+        return _decode_sharded(node, read, mesh)
     if "factors" in node:
         kernel = FactorizedKernel(
-            **{name: _decode(factor, read) for name, factor in node["factors"].items()}
+            **{name: _decode(factor, read, mesh) for name, factor in node["factors"].items()}
         )
         if not any(map(_is_abstract, jax.tree.leaves(kernel))):
             kernel.check()
@@ -346,11 +381,11 @@ def _decode(node: dict, read: Callable[[dict], Any]) -> Any:
             raise ValueError(f"its tree has a scalar that is a {type(node['scalar']).__name__}")
         return node["scalar"]
     if "dict" in node:
-        return {key: _decode(child, read) for key, child in node["dict"]}
+        return {key: _decode(child, read, mesh) for key, child in node["dict"]}
     if "list" in node:
-        return [_decode(child, read) for child in node["list"]]
+        return [_decode(child, read, mesh) for child in node["list"]]
     if "tuple" in node:
-        return tuple(_decode(child, read) for child in node["tuple"])
+        return tuple(_decode(child, read, mesh) for child in node["tuple"])
     if "key" in node:
         data = read(node["key"])
         wrap = functools.partial(jax.random.wrap_key_data, impl=node["implementation"])
@@ -360,6 +395,26 @@ def _decode(node: dict, read: Callable[[dict], Any]) -> Any:
         shortened = jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype
         return host if shortened or _is_abstract(host) else jnp.asarray(host)
     raise ValueError(f"its tree has a node of unknown kind, {sorted(node)}")
+
+
+def _decode_sharded(node: dict, read: Callable[[dict], Any], mesh: Mesh | None) -> Any:
+    """A matrix in shards, on the devices of a mesh, or whole where there is none."""
+    arrays = {name: read(array) for name, array in node["sharded"].items()}
+    axes, dimension = tuple(map(str, node["axes"])), int(node["dimension"])
+    count = arrays["values"].shape[0]
+    saved = AbstractMesh((count, *[1] * (len(axes) - 1)), axes)
+    spec = [PartitionSpec(axes, None), PartitionSpec(None, axes)][dimension]
+    return place(
+        ShardedMatrix(
+            **arrays,
+            shape=tuple(node["shape"]),
+            encoding=_known_encoding(node["encoding"]),
+            lanes=node["lanes"],
+            sharding=NamedSharding(saved, spec),
+            parts=tuple(node["parts"]),
+        ),
+        mesh,
+    )
 
 
 def _is_abstract(array: Any) -> bool:

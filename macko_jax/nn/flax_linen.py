@@ -15,6 +15,7 @@ from jax import lax
 
 from macko_jax.format.factors import FactorizedKernel
 from macko_jax.format.matrix import MackoMatrix, decompress
+from macko_jax.format.sharded import Matrix, ShardedMatrix
 from macko_jax.nn.einsum import Contraction, why_no_contraction, why_no_einsum
 from macko_jax.nn.linear import as_tuple
 from macko_jax.nn.projection import KernelAxes, pack_pair, pack_weights, project, report_packed
@@ -140,11 +141,11 @@ def _pack_kernel(
     kernel: Any, call: _Call, rule: Rule | None, path: str, convolutions: bool
 ) -> tuple[MackoMatrix | FactorizedKernel | None, PackedLayerReport]:
     """One kernel packed, None where it stays as it is; and what to report."""
-    if isinstance(kernel, MackoMatrix):
+    if isinstance(kernel, Matrix):
         return None, report_packed([kernel], path, call.kind)
     if isinstance(kernel, FactorizedKernel):
         left, right = kernel.matrices
-        if isinstance(left, MackoMatrix) or isinstance(right, MackoMatrix):
+        if isinstance(left, Matrix) or isinstance(right, Matrix):
             return None, report_packed(kernel.matrices, path, call.kind)
         left, right, report = pack_pair(left, right, rule, path, call.kind)
         packed = FactorizedKernel(
@@ -348,7 +349,7 @@ def _run_packed(next_function: Callable, args, kwargs, context):
     ):
         return next_function(*args, **kwargs)
     kernel = layer.get_variable("params", "kernel")
-    if not isinstance(kernel, MackoMatrix | FactorizedKernel):
+    if not isinstance(kernel, Matrix | FactorizedKernel):
         return next_function(*args, **kwargs)
     if reason := _why_not_run(layer, kernel):
         path = "/".join(layer.scope.path)
@@ -359,7 +360,7 @@ def _run_packed(next_function: Callable, args, kwargs, context):
     bias = layer.get_variable("params", "bias") if layer.use_bias else None
     if isinstance(layer, nn.Einsum):
         return _run_einsum(layer, kernel, bias, *args, **kwargs)
-    if isinstance(kernel, MackoMatrix):
+    if isinstance(kernel, Matrix):
         return _multiply(layer, kernel, *args, **kwargs, bias=bias, features=layer.features)
     left, right = kernel.matrices
     hidden = _multiply(layer, right, *args, **kwargs, bias=None, features=right.shape[0])
@@ -368,16 +369,20 @@ def _run_packed(next_function: Callable, args, kwargs, context):
     return _project(layer, left, hidden, bias, -1, layer.features)
 
 
-def _why_not_run(layer: nn.Module, kernel: MackoMatrix | FactorizedKernel) -> str | None:
+def _why_not_run(layer: nn.Module, kernel: Matrix | FactorizedKernel) -> str | None:
     """Why a layer does not run on such a kernel; None if it does."""
     if not isinstance(layer, _RUN):
         return "only nn.Dense, DenseGeneral, Einsum and Conv run on one"
+    matrices = kernel.matrices if isinstance(kernel, FactorizedKernel) else (kernel,)
+    in_shards = any(isinstance(matrix, ShardedMatrix) for matrix in matrices)
+    if in_shards and not isinstance(layer, nn.Dense | nn.DenseGeneral):
+        return "only nn.Dense and DenseGeneral run on one in shards"
     if not isinstance(layer, nn.Einsum):
         return None
     return _why_no_einsum(layer) if isinstance(kernel, MackoMatrix) else why_no_einsum(layer)
 
 
-def _run_einsum(layer, kernel, bias, inputs, einsum_str=None):
+def _run_einsum(layer, kernel: Any, bias, inputs, einsum_str=None):
     """An Einsum with a matrix, or with two factors, in the place of its kernel."""
     if einsum_str is not None:
         raise TypeError(f"an Einsum with a packed kernel takes no einsum_str, got {einsum_str!r}")

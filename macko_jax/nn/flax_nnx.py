@@ -12,6 +12,7 @@ from jax import lax
 
 from macko_jax.format.factors import join_groups
 from macko_jax.format.matrix import MackoMatrix
+from macko_jax.format.sharded import Matrix, ShardedMatrix, stack_of
 from macko_jax.nn.conv import MackoConv
 from macko_jax.nn.einsum import Contraction, MackoEinsum, why_no_contraction, why_no_einsum
 from macko_jax.nn.linear import ARRAY_NAMES, MackoLinear, PackedLayer, as_tuple
@@ -128,7 +129,7 @@ def _kernel_arrays(part: Any) -> list:
     return [variable.get_value() for variable in variables if variable is not None]
 
 
-def _matrices(layer: Any) -> list[MackoMatrix | jax.Array]:
+def _matrices(layer: Any) -> list[Matrix | jax.Array]:
     """The matrices [*stack, out, in] of a layer: one, or left and right of a pair."""
     return [
         part.matrix
@@ -181,7 +182,7 @@ def to_pure_dict(model: Any) -> dict:
         model: an NNX model.
 
     Returns:
-        Nested dicts with string and integer keys; leaves are arrays and MackoMatrix.
+        Nested dicts with string and integer keys; leaves are arrays, MackoMatrix and ShardedMatrix.
     """
     tree = nnx.to_pure_dict(nnx.state(model))
     for path, layer in nnx.iter_modules(model):
@@ -199,8 +200,8 @@ def from_pure_dict(abstract_model: Model, tree: dict) -> Model:
         abstract = nnx.eval_shape(lambda: MyModel(rngs=nnx.Rngs(0)))
         model = macko_jax.flax_nnx.from_pure_dict(abstract, macko_jax.load(path))
 
-    Each layer becomes what the tree says it is: a packed one where its "kernel" is a MackoMatrix,
-    a `FactorPair` where it has "left" and "right" in the place of a kernel.
+    Each layer becomes what the tree says it is: a packed one where its "kernel" is a MackoMatrix
+    or a ShardedMatrix, a `FactorPair` where it has "left" and "right" in the place of a kernel.
 
     Args:
         abstract_model: the dense model as `nnx.eval_shape` gives it, which is left as it is.
@@ -224,7 +225,7 @@ def from_pure_dict(abstract_model: Model, tree: dict) -> Model:
     problems += [f"{_join(path)}: not in the model" for path in given.keys() - wanted.keys()]
     dense = {}
     for path in wanted.keys() & given.keys():
-        if isinstance(wanted[path], MackoMatrix):
+        if isinstance(wanted[path], Matrix):
             continue
         dense[path] = given[path]
         found, expected = map(_describe, (given[path], wanted[path]))
@@ -268,13 +269,16 @@ def _become_as_stored(layer: Any, path: tuple, node: Any) -> list[str]:
             for problem in _become_as_stored(getattr(layer, name), (*path, name), node.get(name))
         ]
     matrix = node.get("kernel")
-    if not isinstance(matrix, MackoMatrix):
+    if not isinstance(matrix, Matrix):
         return []
     place = f"{_join(path)}/kernel"
-    if reason := _why_unsupported(layer):
+    reason = _why_unsupported(layer)
+    if isinstance(matrix, ShardedMatrix) and not isinstance(layer, nnx.Linear | nnx.LinearGeneral):
+        reason = reason or "in shards, and only an nnx.Linear or LinearGeneral runs on these"
+    if reason:
         return [f"{place}: is packed, but {reason}"]
     expected = _kernel_axes(layer).matrix_shape(layer.kernel.get_value().shape)
-    found = (*matrix.row_offsets.shape[:-1], *matrix.shape)
+    found = (*stack_of(matrix), *matrix.shape)
     if found != expected:
         return [f"{place}: the matrix [out, in] has shape {found}, the model needs {expected}"]
     _become_packed(layer, matrix)
@@ -284,7 +288,7 @@ def _become_as_stored(layer: Any, path: tuple, node: Any) -> list[str]:
 def _stored_inner(right: Any, groups: int) -> int | None:
     """The inner dimension of a pair, from what the tree has for its right factor."""
     kernel = _node(right, ("kernel",))
-    if isinstance(kernel, MackoMatrix):
+    if isinstance(kernel, Matrix):
         return kernel.shape[0] // groups
     return kernel.shape[-1] // groups if getattr(kernel, "ndim", 0) > 1 else None
 
@@ -330,7 +334,7 @@ def _why_not_stacked(layer: Any, own: Sequence[int]) -> str | None:
     return None
 
 
-def _become_packed(layer: Any, matrix: MackoMatrix) -> None:
+def _become_packed(layer: Any, matrix: Any) -> None:
     """Turn a layer into the packed one in place."""
     if isinstance(layer, nnx.Conv):
         become(layer, MackoConv(layer, matrix))
@@ -382,7 +386,7 @@ def _copy(leaf: Any) -> Any:
 
 
 def _describe(leaf: Any) -> str:
-    if isinstance(leaf, MackoMatrix):
+    if isinstance(leaf, Matrix):
         return f"a packed matrix {leaf.shape}"
     return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
 

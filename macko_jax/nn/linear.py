@@ -12,6 +12,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from macko_jax.format.matrix import MackoMatrix
+from macko_jax.format.sharded import Matrix, ShardedMatrix
 from macko_jax.nn.projection import project
 from macko_jax.ops.fused import Step, fused_chain, in_turn
 
@@ -33,11 +34,11 @@ class PackedLayer(nnx.Module):
     names `nnx.Param` has to name `MackoIndex` as well.
 
     Args:
-        matrix: [out, in], the transpose of the kernel with its axes flattened.
+        matrix: [out, in], the transpose of the kernel with its axes flattened; whole or in shards.
         bias: an `nnx.Param` that the layer takes over, or None.
     """
 
-    def __init__(self, matrix: MackoMatrix, bias: nnx.Param | None = None):
+    def __init__(self, matrix: Matrix, bias: nnx.Param | None = None):
         scaled = matrix.scales is not None
         self.values = (MackoIndex if scaled else nnx.Param)(matrix.values)
         self.scales = nnx.data(nnx.Param(matrix.scales) if scaled else None)
@@ -48,18 +49,18 @@ class PackedLayer(nnx.Module):
         self.shape = matrix.shape
         self.encoding = matrix.encoding
         self.lanes = matrix.lanes
+        self.shards = (matrix.sharding, matrix.parts) if isinstance(matrix, ShardedMatrix) else None
 
     @property
-    def matrix(self) -> MackoMatrix:
-        """The kernel's transpose, [out, in]."""
-        return MackoMatrix(
-            self.values.get_value(),
-            *(getattr(self, name).get_value() for name in INDEX_NAMES),
-            shape=self.shape,
-            encoding=self.encoding,
-            lanes=self.lanes,
-            scales=None if self.scales is None else self.scales.get_value(),
-        )
+    def matrix(self) -> Any:
+        """The kernel's transpose, [out, in], a MackoMatrix or a ShardedMatrix."""
+        arrays = [getattr(self, name).get_value() for name in ("values", *INDEX_NAMES)]
+        described = {"shape": self.shape, "encoding": self.encoding, "lanes": self.lanes}
+        scales = None if self.scales is None else self.scales.get_value()
+        if self.shards is None:
+            return MackoMatrix(*arrays, **described, scales=scales)
+        sharding, parts = self.shards
+        return ShardedMatrix(*arrays, **described, sharding=sharding, parts=parts, scales=scales)
 
 
 class MackoLinear(PackedLayer):
@@ -81,7 +82,7 @@ class MackoLinear(PackedLayer):
 
     def __init__(
         self,
-        matrix: MackoMatrix,
+        matrix: Matrix,
         bias: nnx.Param | None = None,
         *,
         in_features: int | tuple[int, ...],

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from macko_jax.io import checkpoint
 from macko_jax.io.checkpoint import load, save
@@ -43,7 +44,11 @@ def save_model(path: str | os.PathLike, model: Any) -> None:
     save(path, model)
 
 
-def load_model(path: str | os.PathLike, make_model: Callable[[], nnx.Module] | None = None) -> Any:
+def load_model(
+    path: str | os.PathLike,
+    make_model: Callable[[], nnx.Module] | None = None,
+    mesh: Mesh | None = None,
+) -> Any:
     """Load a model that `save_model` wrote.
 
         model = macko_jax.load_model("model.safetensors", lambda: MyModel(rngs=nnx.Rngs(0)))
@@ -56,6 +61,7 @@ def load_model(path: str | os.PathLike, make_model: Callable[[], nnx.Module] | N
         path: the file.
         make_model: makes the dense NNX model, with the configuration that it had when it was
             compressed; None for the variables of a linen module.
+        mesh: where matrices in shards go, see `macko_jax.load`; None: they come back whole.
 
     Returns:
         The NNX model, or linen variables for `flax_linen.apply`.
@@ -66,7 +72,7 @@ def load_model(path: str | os.PathLike, make_model: Callable[[], nnx.Module] | N
             that does not, what it needs and what the file has.
         TypeError: if `make_model` makes no NNX model.
     """
-    tree = load(path)
+    tree = load(path, mesh)
     if make_model is None:
         if not isinstance(tree, Mapping) or "params" not in tree:
             raise ValueError(

@@ -16,6 +16,7 @@ import numpy as np
 from macko_jax.format import quantization
 from macko_jax.format.choose import shared_capacity
 from macko_jax.format.matrix import MackoMatrix, compress
+from macko_jax.format.sharded import Matrix, stack_of
 from macko_jax.nn.report import PackedLayerReport
 from macko_jax.nn.rules import VALUE_DTYPES, Rule
 from macko_jax.ops.fused import fused_spmv
@@ -164,7 +165,7 @@ def pack_pair(
 
 
 def report_packed(
-    matrices: Sequence[MackoMatrix | jax.Array], path: str, kind: str
+    matrices: Sequence[Matrix | jax.Array], path: str, kind: str
 ) -> PackedLayerReport:
     """What to report of a layer that was packed before.
 
@@ -174,13 +175,13 @@ def report_packed(
         kind: what to call the layer.
     """
     first, last = matrices[0], matrices[-1]
-    stack = first.values.shape[:-1] if isinstance(first, MackoMatrix) else first.shape[:-2]
+    stack = stack_of(first) if isinstance(first, Matrix) else first.shape[:-2]
     shape = (*stack, first.shape[-2], last.shape[-1])
     nonzeros = sum(
-        matrix.nnz if isinstance(matrix, MackoMatrix) else int(jnp.count_nonzero(matrix))
+        matrix.nnz if isinstance(matrix, Matrix) else int(jnp.count_nonzero(matrix))
         for matrix in matrices
     )
-    encodings = [matrix.encoding for matrix in matrices if isinstance(matrix, MackoMatrix)]
+    encodings = [matrix.encoding for matrix in matrices if isinstance(matrix, Matrix)]
     return PackedLayerReport(
         path,
         kind,
@@ -208,7 +209,7 @@ def _pack_stack(weights: jax.Array, rule: Rule) -> MackoMatrix:
 
 
 def project(
-    matrix: MackoMatrix | jax.Array,
+    matrix: Matrix | jax.Array,
     inputs: jax.Array,
     bias: jax.Array | None,
     *,
@@ -245,7 +246,7 @@ def project(
     kept = x.ndim - len(axis)
     x = x.reshape(*x.shape[:kept], math.prod(x.shape[kept:]))
 
-    if isinstance(matrix, MackoMatrix):
+    if isinstance(matrix, Matrix):
         name = "values" if matrix.scales is None else "scales"
         stored = getattr(matrix, name)
         x, promoted, bias = promote((x, stored, bias))

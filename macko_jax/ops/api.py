@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from macko_jax.format.matrix import MackoMatrix
-from macko_jax.ops import dispatch, primitive
+from macko_jax.format.sharded import Matrix, ShardedMatrix
+from macko_jax.ops import dispatch, primitive, sharded
 from macko_jax.ops.fused import fused_spmv
 
 
-def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Array:
+def spmv(matrix: Matrix, x, *, implementation: str | None = None) -> jax.Array:
     """Sparse matrix times vector: y[..., r] = sum_c A[r, c] x[..., c].
 
     Linear in x and in `matrix.values`, and differentiable in both to any order; slots that are
@@ -17,7 +17,8 @@ def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Ar
     shard_map. Sums are in float32, or in float64 when that is the result's type.
 
     Args:
-      matrix: [rows, cols], from `compress`.
+      matrix: [rows, cols], from `compress`, or from `shard`, whose result is split by rows, or
+        added up over the devices, see `ShardedMatrix`.
       x: [..., cols], any real type.
       implementation: "xla", "mosaic_gpu" (CUDA), or None for the one that `dispatch` prefers for
         the platform that the product is lowered for. A named one never falls back to another.
@@ -33,7 +34,7 @@ def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Ar
     References:
       arXiv 2511.13061, section 4.
     """
-    if not isinstance(matrix, MackoMatrix):
+    if not isinstance(matrix, Matrix):
         raise TypeError(
             f"spmv takes a MackoMatrix, got {type(matrix).__name__}; pack with "
             "macko_jax.compress(weight)"
@@ -51,10 +52,12 @@ def spmv(matrix: MackoMatrix, x, *, implementation: str | None = None) -> jax.Ar
         # The primitive is linear in the values and knows no scales: another kernel would multiply
         # by them, where that of a fused product does it as it goes, for one vector.
         return fused_spmv(matrix, x)
+    if isinstance(matrix, ShardedMatrix):
+        return sharded.multiply(matrix, x, implementation)
     return primitive.multiply(matrix, x, implementation)
 
 
-def matmul(matrix: MackoMatrix, x) -> jax.Array:
+def matmul(matrix: Matrix, x) -> jax.Array:
     """The product `matrix @ x`, shaped as by `jnp.matmul`: x [cols] or [..., cols, n]."""
     x = jnp.asarray(x)
     if x.ndim < 2:
@@ -68,7 +71,7 @@ def matmul(matrix: MackoMatrix, x) -> jax.Array:
     return jnp.swapaxes(spmv(matrix, jnp.swapaxes(x, -1, -2)), -1, -2)
 
 
-def matmul_from_left(x, matrix: MackoMatrix) -> jax.Array:
+def matmul_from_left(x, matrix: Matrix) -> jax.Array:
     """The product `x @ matrix`, the transposed one: x [..., rows] gives [..., cols]."""
     x = _real(x)
     rows, cols = matrix.shape
@@ -78,6 +81,8 @@ def matmul_from_left(x, matrix: MackoMatrix) -> jax.Array:
             "for vectors [..., cols] use macko_jax.spmv(matrix, x)"
         )
     _check_single(matrix)
+    if isinstance(matrix, ShardedMatrix):
+        return sharded.multiply_transposed(matrix, x)
     return primitive.multiply_transposed(matrix, x)
 
 
@@ -91,9 +96,9 @@ def _real(x) -> jax.Array:
     return x
 
 
-def _check_single(matrix: MackoMatrix) -> None:
-    if matrix.values.ndim != 1:
+def _check_single(matrix: Matrix) -> None:
+    if matrix.values.ndim != 1 + isinstance(matrix, ShardedMatrix):
         raise ValueError(
-            f"this MackoMatrix is a stack, its values have shape {list(matrix.values.shape)}; use "
-            "jax.vmap(macko_jax.spmv) or jax.lax.scan over it"
+            f"this {type(matrix).__name__} is a stack, its values have shape "
+            f"{list(matrix.values.shape)}; use jax.vmap(macko_jax.spmv) or jax.lax.scan over it"
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.export
@@ -10,6 +11,7 @@ from jax.typing import ArrayLike
 
 from macko_jax.format import cards
 from macko_jax.format.matrix import MackoMatrix
+from macko_jax.format.sharded import ARRAYS, Matrix, ShardedMatrix
 from macko_jax.gpu.kernel import Fusion, Problem, problem_of
 from macko_jax.ops import api, dispatch, fused
 
@@ -35,14 +37,14 @@ class Explanation:
         return "\n".join([f"{self.implementation} on {self.device}: {self.how}", *reasons])
 
 
-def explain(matrix: MackoMatrix, x: ArrayLike | jax.ShapeDtypeStruct) -> Explanation:
+def explain(matrix: Matrix, x: ArrayLike | jax.ShapeDtypeStruct) -> Explanation:
     """Says which implementation computes `spmv(matrix, x)` on this process's default device.
 
     It asks what `spmv` asks when it is compiled, so that on a GPU that no record covers the kernel
     may check itself first, see the guide. Nothing is multiplied.
 
     Args:
-      matrix: [rows, cols], from `compress`.
+      matrix: [rows, cols], from `compress`; or from `shard`, then it says what each device does.
       x: [..., cols], an array or a `jax.ShapeDtypeStruct`.
 
     Returns:
@@ -53,6 +55,8 @@ def explain(matrix: MackoMatrix, x: ArrayLike | jax.ShapeDtypeStruct) -> Explana
     """
     x = jax.eval_shape(jnp.asarray, x)
     jax.eval_shape(api.spmv, matrix, x)
+    if isinstance(matrix, ShardedMatrix):
+        matrix, x = _of_one_device(matrix, x)
     platform = _platform()
     problem = _problem(matrix, x, platform)
     if platform == "cuda" and _is_fused(matrix, x):
@@ -71,6 +75,18 @@ def explain(matrix: MackoMatrix, x: ArrayLike | jax.ShapeDtypeStruct) -> Explana
         why_not=tuple((name, reason) for name, reason in reasons.items() if reason is not None),
         device=_device(platform),
     )
+
+
+def _of_one_device(matrix: ShardedMatrix, x: Any) -> tuple[MackoMatrix, jax.ShapeDtypeStruct]:
+    """What each device has of a matrix and takes of x, with shapes in the place of arrays."""
+
+    def first(matrix):
+        own = {name: getattr(matrix, name)[:1] for name in ARRAYS}
+        scales = None if matrix.scales is None else matrix.scales[: matrix.layout.shape[0]]
+        return dataclasses.replace(matrix, **own, scales=scales).local()
+
+    own = jax.eval_shape(first, matrix)
+    return own, jax.ShapeDtypeStruct((*x.shape[:-1], own.shape[1]), x.dtype)
 
 
 def _platform() -> str:

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from macko_jax.format.matrix import MackoMatrix
 from macko_jax.format.promotion import own_promotion
+from macko_jax.format.sharded import Matrix, ShardedMatrix
 from macko_jax.gpu.kernel import Fusion, Problem, problem_of
+from macko_jax.ops import sharded
+from macko_jax.ops.activations import rms_norm, swiglu
 from macko_jax.ops.mesh import spread, vary_alike
 from macko_jax.ops.primitive import define_impl, multiply
 
@@ -28,7 +30,7 @@ class Step(NamedTuple):
     """One product of a chain, add + A f(x), with x the result of the step before.
 
     Attributes:
-      linear: A, a MackoMatrix; in `flax_nnx.chain` a MackoLinear.
+      linear: A, a MackoMatrix or a ShardedMatrix; in `flax_nnx.chain` a MackoLinear.
       norm, gated: as in `fused_spmv`.
       add: as in `fused_spmv`, or the number of an earlier step, from 0, whose result is added.
       kept: whether its result is among those of the chain. The last step's always is.
@@ -42,7 +44,7 @@ class Step(NamedTuple):
 
 
 def fused_spmv(
-    matrix: MackoMatrix,
+    matrix: Matrix,
     x: jax.Array,
     *,
     norm: tuple[jax.Array, float] | None = None,
@@ -72,6 +74,8 @@ def fused_spmv(
     """
     step = Step(matrix, norm, gated, add)
     _check(step, x.shape, [])
+    if isinstance(matrix, ShardedMatrix):
+        return sharded.chain(x, [step], _chain, None)[-1]
     nothing = norm is None and not gated and add is None and matrix.scales is None
     if nothing or not _fits(step, x):
         return _compose(x, step)
@@ -111,6 +115,13 @@ def fused_chain(
         raise ValueError(
             f"blank has {needed} elements of uint16 here, got {list(blank.shape)} {blank.dtype}"
         )
+    if any(isinstance(step.linear, ShardedMatrix) for step in steps):
+        return sharded.chain(x, steps, _chain, blank)
+    return _chain(x, steps, blank)
+
+
+def _chain(x, steps, blank=None) -> list[jax.Array]:
+    """The results of a chain of matrices that are whole."""
     dtypes = {x.dtype, *(a.dtype for s in steps for a in (s.linear, *_extras(s).values()))}
     if len(steps) > 1 and len(dtypes) == 1 and all(_fits(step, x) for step in steps):
         return _one_vector(x, steps, blank)
@@ -118,7 +129,12 @@ def fused_chain(
 
 
 def blanks(steps: Sequence[Step]) -> int:
-    """Length of the array `blank` of a chain: one element for every row, but for the last step."""
+    """Length of the array `blank` of a chain: one element for every row, but for the last step.
+
+    Of matrices in shards that is all devices' together, and only where one kernel goes on.
+    """
+    if any(isinstance(step.linear, ShardedMatrix) for step in steps):
+        return sharded.blanks(steps)
     return sum(step.linear.shape[0] for step in steps[:-1])
 
 
@@ -131,20 +147,6 @@ def in_turn(x, steps, apply) -> list:
         x = apply(x, step)
         results.append(x)
     return [result for step, result in zip(steps[:-1], results) if step.kept] + [x]
-
-
-@own_promotion()
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (arXiv 1910.07467)."""
-    wide = x.astype(jnp.float32)
-    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype)
-
-
-def swiglu(x: jax.Array) -> jax.Array:
-    """silu(gate) * passed of x [..., 2 n], which holds both one after the other (2002.05202)."""
-    gate, passed = jnp.split(x, 2, axis=-1)
-    return jax.nn.silu(gate) * passed
 
 
 def _check(step, x_shape, earlier_rows):

@@ -67,9 +67,22 @@ def multiply(matrix, x: jax.Array, implementation: str | None = None) -> jax.Arr
     out_dtype = jnp.promote_types(matrix.dtype, x.dtype)
     if matrix.scales is None:
         return _multiply("y", matrix, {"x": x}, out_dtype, implementation)
-    y = _multiply("y", matrix, {"x": x}, accumulator(out_dtype), implementation)
-    with own_promotion():
-        return (y * matrix.scales.astype(y.dtype)).astype(out_dtype)
+    return scaled(matrix, multiply_wide(matrix, x, implementation), x.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def multiply_wide(matrix, x: jax.Array, implementation: str | None = None) -> jax.Array:
+    """The same before the scales of 8-bit values, in the type that sums are kept in."""
+    out_dtype = accumulator(jnp.promote_types(matrix.dtype, x.dtype))
+    return _multiply("y", matrix, {"x": x}, out_dtype, implementation)
+
+
+@own_promotion()
+def scaled(matrix, y: jax.Array, x_dtype) -> jax.Array:
+    """What `multiply` makes of the result of `multiply_wide`."""
+    if matrix.scales is not None:
+        y = y * matrix.scales.astype(y.dtype)
+    return y.astype(jnp.promote_types(matrix.dtype, x_dtype))
 
 
 @functools.partial(jax.jit, inline=True)
