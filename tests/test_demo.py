@@ -187,7 +187,7 @@ def test_benchmark_decode(devices, tmp_path):
     done = run(
         "benchmarks.benchmark_decode",
         "--config=tiny --density=1 --density=0.5 --new_tokens=8 --chunk=4 --repeats=2",
-        f"--prompt_tokens=16 --dtype=float32 --pairs --values=int8",
+        "--prompt_tokens=16 --dtype=float32 --pairs --values=int8",
         f"--tensor_parallel={devices} --out={out}",
     )
     record = json.loads(out.read_text())
