@@ -2,6 +2,7 @@
 
     python -m examples.generate --prompt="def main():"
     python -m examples.generate --checkpoint=DIR --prompt=One --prompt=Two --temperature=0.8
+    python -m examples.generate --checkpoint=DIR --chat --prompt="What is a sparse matrix?"
 
 DIR is a Hugging Face directory of the Llama family, or one that examples.demo or
 examples.compress_llm wrote. With several prompts they run as one batch, and each continuation is
@@ -18,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from examples import cli, llama
-from examples.llama import checkpoint
+from examples.llama import chat, checkpoint
 from examples.llama import tokenizer as tokenizers
 from macko_jax.format.quantization import NAMES
 
@@ -36,6 +37,12 @@ flags.DEFINE_multi_string(
 flags.DEFINE_bool(
     "add_bos", True, "Begin prompts with the token that begins texts, where the model has one."
 )
+flags.DEFINE_bool(
+    "chat",
+    False,
+    "Put each prompt into the model's chat template, as a user's message (needs the extra [hf]).",
+)
+flags.DEFINE_string("system", None, "With --chat: what the model is told before the message.")
 flags.DEFINE_integer("new_tokens", 200, "Most tokens to draw.", lower_bound=1)
 flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
 flags.DEFINE_integer("top_k", None, "Draw among this many likeliest tokens only.", lower_bound=1)
@@ -68,6 +75,8 @@ class Settings:
     prompt: tuple[str, ...]
     prompt_file: tuple[str, ...]
     add_bos: bool
+    chat: bool
+    system: str | None
     new_tokens: int
     temperature: float
     top_k: int | None
@@ -82,6 +91,15 @@ class Settings:
         """The texts to continue."""
         files = [pathlib.Path(path).read_text(encoding="utf-8") for path in self.prompt_file]
         return [*self.prompt, *files] or ["def main():\n"]
+
+    def asked(self, texts):
+        """What the model is given to continue for the texts of the user."""
+        if not self.chat:
+            if self.system is not None:
+                raise ValueError("--system is for --chat; without it write it into the prompt")
+            return texts
+        template = chat.ChatTemplate(self.checkpoint)
+        return [template.render(text, self.system) for text in texts]
 
     def model(self):
         """The model, which computes in the type of its weights, on a CPU in float32."""
@@ -111,10 +129,13 @@ def settled(text):
 def main(_):
     settings = cli.settings(Settings)
     texts = settings.prompts()
+    asked = settings.asked(texts)
     sampling = llama.Sampling(settings.temperature, settings.top_k, settings.top_p)
     model = settings.model()
     tokenizer = tokenizers.load_tokenizer(settings.checkpoint, model.config.vocab_size)
-    prompts = [tokenizer.encode(text, add_bos=settings.add_bos) for text in texts]
+    prompts = [tokenizer.encode(text, add_bos=settings.add_bos) for text in asked]
+    if settings.chat:  # what is shown, the answer on a line of its own
+        texts = [f"{text}\n" for text in texts]
 
     drawn = [[] for _ in prompts]
     alone = len(prompts) == 1

@@ -43,7 +43,12 @@ from macko_jax.io.atomic import remove_unfinished
 from macko_jax.nn.report import LayerReport
 from macko_jax.nn.rules import BREAK_EVEN_DENSITY
 
-COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 VERSION = 2  # of report.json; a run goes on only where it was begun by this one
 
 
