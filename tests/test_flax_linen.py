@@ -260,6 +260,15 @@ class LoudDense(nn.Dense):
         return 2 * super().__call__(inputs)
 
 
+def test_a_call_of_its_own_is_not_passed_over():
+    """Without the module it is not seen when packing that the layer is more than a Dense."""
+    layer, x = LoudDense(6), jnp.ones((2, 6))
+    packed, report = flax_linen.pack_variables(create(layer, x))
+    assert report.packed
+    with pytest.raises(TypeError, match="LoudDense with a packed kernel; it has a __call__ of its"):
+        flax_linen.apply(layer, packed, x)
+
+
 @pytest.mark.parametrize(
     "layer, reason",
     [

@@ -406,6 +406,36 @@ def test_vmapped_and_scanned_stack():
     )
 
 
+def test_a_lora_layer_is_packed_beside_its_adapter(tmp_path):
+    def make():
+        options = dict(lora_rank=2, b_initializer=nnx.initializers.normal(1.0))
+        wrapped = nnx.LoRA(16, 2, 16, base_module=linear(16, 16), rngs=nnx.Rngs(1))
+        return nnx.Sequential(linear(16, 16, layer=nnx.LoRALinear, **options), wrapped)
+
+    model, x = fill_kernels(make()), jnp.ones((2, 16))
+    packed, report = substitute(model)
+    assert [layer.path for layer in report.packed] == ["layers/0", "layers/1/base_module"]
+    assert len(report.skipped) == 4 and all("lora" in path for path in report.skipped)
+    macko_jax.save_model(tmp_path / "lora.safetensors", packed)
+    loaded = macko_jax.load_model(tmp_path / "lora.safetensors", make)
+    for one in (packed, loaded):
+        np.testing.assert_allclose(one(x), model(x), rtol=1e-5, atol=1e-5)
+    assert not isinstance(loaded.layers[0], nnx.LoRALinear)
+    adapters = nnx.state(packed, nnx.LoRAParam)
+    assert len(jax.tree.leaves(adapters)) == 4
+
+
+def test_code_that_reads_a_kernel_is_told_what_there_is():
+    packed, _ = substitute(fill_kernels(linear(16, 16)))
+    assert not hasattr(packed, "kernel")
+    with pytest.raises(AttributeError, match=r"MackoLinear has no 'kernel': .*decompress\(layer"):
+        packed.kernel[...]
+    pair = fill_kernels(linear(16, 16))
+    become_pair(pair, jnp.ones((1, 16, 2)), jnp.ones((1, 2, 16)))
+    with pytest.raises(AttributeError, match=r"FactorPair has no 'kernel': its two layers"):
+        pair.kernel[...]
+
+
 class LoudLinear(nnx.Linear):
     def __call__(self, inputs):
         return 2 * super().__call__(inputs)

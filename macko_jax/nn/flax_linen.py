@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from macko_jax.format.factors import FactorizedKernel
 from macko_jax.format.matrix import MackoMatrix, decompress
 from macko_jax.format.sharded import Matrix, ShardedMatrix
 from macko_jax.nn.einsum import Contraction, why_no_contraction, why_no_einsum
+from macko_jax.nn.frameworks import describe_other
 from macko_jax.nn.linear import as_tuple
 from macko_jax.nn.projection import KernelAxes, pack_pair, pack_weights, project, report_packed
 from macko_jax.nn.report import (
@@ -71,8 +72,12 @@ def substitute(
         array with the old ones; and the report.
 
     Raises:
-        ValueError: if a rule matches no layer.
+        TypeError: if `module` is no linen module.
+        ValueError: if a rule matches no layer, or `variables` are none.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a flax.linen.Module, {describe_other(module)}")
+    check_variables(variables)
     variables = nn.meta.unbox(variables)
     calls = _trace_calls(module, variables, args, kwargs)
     return _pack(variables, lambda path, _: calls.get(path, _UNREACHED), rules, convolutions)
@@ -90,8 +95,27 @@ def pack_variables(variables: dict, rules: Rules = None) -> tuple[dict, PackingR
 
     Returns:
         New variables, and the report.
+
+    Raises:
+        TypeError, ValueError: if `variables` are none.
     """
+    check_variables(variables)
     return _pack(nn.meta.unbox(variables), lambda _, kernel: _guess_call(kernel), rules, True)
+
+
+def check_variables(variables: Any) -> None:
+    """Raises an error where something is given in the place of a linen module's variables."""
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"expected the variables of a linen module, {{'params': ...}}, "
+            f"{describe_other(variables)}"
+        )
+    if "params" not in variables:
+        raise ValueError(
+            "the variables of a linen module have 'params'; these have "
+            f"{', '.join(map(repr, variables)) or 'nothing'}. Give {{'params': params}}; the "
+            "parameters of Haiku are not read"
+        )
 
 
 def _pack(
@@ -371,8 +395,11 @@ def _run_packed(next_function: Callable, args, kwargs, context):
 
 def _why_not_run(layer: nn.Module, kernel: Matrix | FactorizedKernel) -> str | None:
     """Why a layer does not run on such a kernel; None if it does."""
-    if not isinstance(layer, _RUN):
+    base = next((kind for kind in _RUN if isinstance(layer, kind)), None)
+    if base is None:
         return "only nn.Dense, DenseGeneral, Einsum and Conv run on one"
+    if type(layer).__call__ is not base.__call__:
+        return "it has a __call__ of its own, which would not be run"
     matrices = kernel.matrices if isinstance(kernel, FactorizedKernel) else (kernel,)
     in_shards = any(isinstance(matrix, ShardedMatrix) for matrix in matrices)
     if in_shards and not isinstance(layer, nn.Dense | nn.DenseGeneral):

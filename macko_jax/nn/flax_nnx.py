@@ -15,7 +15,8 @@ from macko_jax.format.matrix import MackoMatrix
 from macko_jax.format.sharded import Matrix, ShardedMatrix, stack_of
 from macko_jax.nn.conv import MackoConv
 from macko_jax.nn.einsum import Contraction, MackoEinsum, why_no_contraction, why_no_einsum
-from macko_jax.nn.linear import ARRAY_NAMES, MackoLinear, PackedLayer, as_tuple
+from macko_jax.nn.frameworks import describe_other
+from macko_jax.nn.linear import ARRAY_NAMES, MackoLinear, MackoLoRALinear, PackedLayer, as_tuple
 from macko_jax.nn.pairs import FactorPair, abstract_pair, why_no_pair
 from macko_jax.nn.projection import KernelAxes, pack_pair, pack_weights, report_packed
 from macko_jax.nn.report import (
@@ -40,8 +41,9 @@ def substitute(
 ) -> tuple[Model, PackingReport]:
     """Put a packed layer in the place of each sparse layer of a model.
 
-    `nnx.Linear` and `nnx.LinearGeneral` become `MackoLinear`, and each `nnx.Einsum` that is a plain
-    contraction, such as "BTD,DNH->BTNH", becomes `MackoEinsum`; alone or as the factors of a
+    `nnx.Linear` and `nnx.LinearGeneral` become `MackoLinear` (a `LoRALinear` with its adapter
+    beside it), and each `nnx.Einsum` that is a plain contraction, such as "BTD,DNH->BTNH", becomes
+    `MackoEinsum`; alone or as the factors of a
     `FactorPair`, wherever they are: as attributes, in lists, dicts, tuples and Sequential, in
     vmapped or scanned stacks (kernels with leading axes), shared between several parents (and then
     shared again), or as the model itself. The report names the layers that stay dense and why: one
@@ -60,8 +62,11 @@ def substitute(
         A copy of the model that shares no variable and no array with it, and the report.
 
     Raises:
+        TypeError: if there is no NNX module in what is given.
         ValueError: if a rule matches no layer, or if the model is abstract.
     """
+    if not any(map(_is_module, jax.tree.leaves(model, is_leaf=_is_module))):
+        raise TypeError(f"expected a flax.nnx.Module, or a pytree of them, {describe_other(model)}")
     # The copy's variables are new, its arrays are still the old ones: no dense kernel is copied.
     model = nnx.clone(model)
     layers = {_join(path): layer for path, layer in _layers(model)}
@@ -82,6 +87,10 @@ def substitute(
     state = nnx.state(model)
     nnx.update(model, jax.tree.map(lambda a: a if id(a) in fresh else _copy(a), state))
     return model, PackingReport(tuple(reports), other_bytes, others)
+
+
+def _is_module(node: Any) -> bool:
+    return isinstance(node, nnx.Module)
 
 
 def _report_others(model: Any, layers: Sequence[Any]) -> tuple[LayerReport, ...]:
@@ -311,7 +320,7 @@ def _why_unsupported(layer: Any) -> str | None:
     """Why a packed layer cannot stand for the layer, None if it can."""
     if isinstance(layer, nnx.Einsum):
         return why_no_einsum(layer) or _why_not_stacked(layer, layer.kernel_shape)
-    kinds = (nnx.LinearGeneral, nnx.Linear, nnx.Conv)
+    kinds = (nnx.LinearGeneral, nnx.LoRALinear, nnx.Linear, nnx.Conv)
     base = next(kind for kind in kinds if isinstance(layer, kind))
     if type(layer).__call__ is not base.__call__:
         return f"{type(layer).__name__} has a __call__ of its own"
@@ -342,7 +351,7 @@ def _become_packed(layer: Any, matrix: Any) -> None:
     if isinstance(layer, nnx.Einsum):
         become(layer, MackoEinsum(layer, matrix))
         return
-    packed = MackoLinear(
+    packed = (MackoLoRALinear if isinstance(layer, nnx.LoRALinear) else MackoLinear)(
         matrix,
         layer.bias,
         in_features=layer.in_features,
@@ -351,6 +360,8 @@ def _become_packed(layer: Any, matrix: Any) -> None:
         dtype=layer.dtype,
         promote_dtype=layer.promote_dtype,
     )
+    if isinstance(packed, MackoLoRALinear):
+        packed.lora = layer.lora
     become(layer, packed)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,15 @@ class PackedLayer(nnx.Module):
         self.encoding = matrix.encoding
         self.lanes = matrix.lanes
         self.shards = (matrix.sharding, matrix.parts) if isinstance(matrix, ShardedMatrix) else None
+
+    @property
+    def kernel(self) -> NoReturn:
+        """There is none: code that reads the kernel of the layer that was here is told so."""
+        raise AttributeError(
+            f"a {type(self).__name__} has no 'kernel': it holds `matrix`, [out, in], whose dense "
+            "form macko_jax.decompress(layer.matrix) gives. To keep the layer dense, pack the "
+            "model with a Rule of its path and skip=True"
+        )
 
     @property
     def matrix(self) -> Any:
@@ -151,6 +160,19 @@ class MackoLinear(PackedLayer):
             gated=gated,
             add=add,
         )
+
+
+class MackoLoRALinear(MackoLinear):
+    """A packed linear layer beside an adapter of low rank, in the place of an `nnx.LoRALinear`.
+
+    y = x W^T + b + x A B. The adapter, `lora`, stays dense, and is the layer's own `nnx.LoRA`.
+    """
+
+    lora: Any
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        """Multiply by the kernel, and add the bias and what the adapter gives."""
+        return super().__call__(inputs, out_sharding) + self.lora(inputs)
 
 
 def chain(

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from macko_jax.io import checkpoint
 from macko_jax.io.checkpoint import load, save
 from macko_jax.nn import flax_nnx
+from macko_jax.nn.frameworks import describe_other
 
 
 def save_model(path: str | os.PathLike, model: Any) -> None:
@@ -38,8 +39,8 @@ def save_model(path: str | os.PathLike, model: Any) -> None:
         model = flax_nnx.to_pure_dict(model)
     elif not isinstance(model, Mapping):
         raise TypeError(
-            f"save_model takes a flax.nnx.Module or the variables of a linen module, got "
-            f"{type(model).__name__}; save stores other trees of arrays"
+            "save_model takes a flax.nnx.Module or the variables of a linen module, "
+            f"{describe_other(model)}; save stores other trees of arrays"
         )
     save(path, model)
 

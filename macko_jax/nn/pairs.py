@@ -6,7 +6,7 @@ module stays as it is, and its `kernel` is a `FactorizedKernel`, which runs insi
 """
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from flax import linen as nn
@@ -30,6 +30,15 @@ class FactorPair(nnx.Module):
     def __init__(self, right: nnx.Module, left: nnx.Module):
         self.right = right
         self.left = left
+
+    @property
+    def kernel(self) -> NoReturn:
+        """There is none: code that reads the kernel of the layer that was here is told so."""
+        raise AttributeError(
+            "a FactorPair has no 'kernel': its two layers, `right` and then `left`, stand for it. "
+            "To keep the layer whole, compress the model with a Rule of its path and skip=True, or "
+            "with method='admm'"
+        )
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Apply the two layers.
