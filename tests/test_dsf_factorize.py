@@ -136,6 +136,17 @@ def test_a_gram_matrix_of_zeros_leaves_the_weights_alone():
     np.testing.assert_array_equal(unseen.product(), dsf_jax.factorize(weight, **options).product())
 
 
+def test_dead_inputs_keep_weights_where_live_ones_leave_room():
+    weight, gram = small_layer(12, 16)
+    live = np.arange(16) >= 12
+    options = dict(FAST, density=0.9, compare_single=False)
+    found = dsf_jax.factorize(weight, gram * live * live[:, None], **options)
+    assert found.relative_error < 1e-6
+    assert found.nnz == int(0.9 * weight.size)
+    lost = np.linalg.norm((found.product() - weight)[:, ~live]) / np.linalg.norm(weight[:, ~live])
+    assert lost < 0.7
+
+
 def test_factors_of_nan_are_an_error():
     problem_ = problem.Problem.of(*small_layer(), "attn")
     nothing = jnp.full((12, 16), jnp.nan)

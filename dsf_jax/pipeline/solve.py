@@ -176,8 +176,8 @@ def _join(
     errors = [solution.relative_error for solution in found]
     if len(found) > 1:
         # Of several groups, the error of all outputs together.
-        sizes = [float(jnp.sum((p.weight @ p.gram) * p.weight)) for p in problems]
-        errors = [float(np.dot(errors, sizes)) / max(float(np.sum(sizes)), 1e-30)]
+        sizes = _output_sizes(problems)
+        errors = [float(np.dot(errors, sizes)) / float(np.sum(sizes) or 1)]
     return LayerSolution(
         product,
         left,
@@ -187,6 +187,13 @@ def _join(
         errors[0],
         0.0,
     )
+
+
+def _output_sizes(problems: Sequence[Problem]) -> list[float]:
+    """Squared sizes of the dense outputs of groups, all in the same unit."""
+    peak = max(float(jnp.max(jnp.abs(problem.weight))) for problem in problems) or 1.0
+    weights = [problem.weight / peak for problem in problems]  # the square of 1e-30 would be zero
+    return [float(jnp.sum((w @ p.gram) * w)) for w, p in zip(weights, problems)]
 
 
 def _name(asked: str, found: Sequence[Factorization]) -> str:

@@ -349,7 +349,7 @@ def _start(
     columns *= jax.random.uniform(mask_key, (short, extra)) < 3 / short
     noise = 0.01 * jax.random.normal(noise_key, (long.shape[0], extra))
     if not tall:  # the long side is the inputs', some of which may be dead
-        noise = jnp.where(problem.scale[:, None] > 0, noise, 0)
+        noise = jnp.where(problem.alive[:, None], noise, 0)
     square = jnp.concatenate([jnp.eye(short), columns], axis=1)
     other = jnp.concatenate([pruned, noise], axis=1)
     left, right = (other, square) if tall else (square, other)

@@ -12,6 +12,9 @@ from jax.typing import ArrayLike
 from dsf_jax.solvers.compiler import COMPILER_OPTIONS
 from macko_jax.format.promotion import own_promotion
 
+# Root mean square of a dead input over that of a live one, as solvers see it.
+DEAD_SIZE = 1e-3
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -95,22 +98,24 @@ class NormalizedProblem(NamedTuple):
     also scaled to mean size 1, so no solver depends on the units of weights or activations.
 
     Attributes:
-      weight: W D over `unit`, float32 `[out, in]`; zero in the columns of dead inputs.
-      gram: R, float32 `[in, in]`, with the damping on its diagonal; zero for dead inputs.
-      scale: D, float32 `[in]`; zero for dead inputs, those whose diagonal entry of G is not
-        positive.
+      weight: W D over `unit`, float32 `[out, in]`.
+      gram: R, float32 `[in, in]`, with the damping on its diagonal.
+      scale: D, float32 `[in]`.
       unit: Root mean square of W D, a float32 scalar; 1 where W D is zero.
+      alive: Which inputs were seen, bool `[in]`; the others are dead. They are taken for ones that
+        depend on no other, and so small (`DEAD_SIZE`) that what the live inputs leave of a budget
+        goes to the largest weights of dead ones.
     """
 
     weight: jax.Array
     gram: jax.Array
     scale: jax.Array
     unit: jax.Array
+    alive: jax.Array
 
     def restore(self, weight: jax.Array) -> jax.Array:
         """Takes a matrix `[rows, in]` in the problem's units back to those of the layer."""
-        inverse = jnp.where(self.scale > 0, 1 / jnp.where(self.scale > 0, self.scale, 1), 0)
-        return weight * inverse * self.unit
+        return weight / self.scale * self.unit
 
 
 def normalize(weight: jax.Array, gram: jax.Array, damping: float) -> NormalizedProblem:
@@ -119,7 +124,7 @@ def normalize(weight: jax.Array, gram: jax.Array, damping: float) -> NormalizedP
     Args:
       weight: W, float32 `[out, in]`.
       gram: G, float32 `[in, in]`.
-      damping: Added to the unit diagonal of R for live inputs; counters a short calibration.
+      damping: Added to the unit diagonal of R; counters a short calibration.
 
     Returns:
       The `NormalizedProblem`.
@@ -129,16 +134,17 @@ def normalize(weight: jax.Array, gram: jax.Array, damping: float) -> NormalizedP
     size = jnp.max(jnp.abs(diagonal))
     diagonal = diagonal / jnp.where(size > 0, size, 1)
     alive = diagonal > 1e-12
-    scale = jnp.sqrt(jnp.where(alive, diagonal, 0))
-    inverse = jnp.where(alive, 1 / jnp.where(alive, scale, 1), 0)
+    mean = jnp.sum(jnp.where(alive, diagonal, 0)) / jnp.maximum(jnp.sum(alive), 1)
+    scale = jnp.sqrt(jnp.where(alive, diagonal, jnp.where(mean > 0, mean, 1) * DEAD_SIZE**2))
+    inverse = jnp.where(alive, 1 / scale, 0)
     correlation = gram / jnp.where(size > 0, size, 1) * inverse[:, None] * inverse[None, :]
-    correlation = (correlation + correlation.T) / 2 + damping * jnp.diag(alive.astype(gram.dtype))
+    correlation = (correlation + correlation.T) / 2 + jnp.diag(jnp.where(alive, 0.0, 1) + damping)
     largest = jnp.max(jnp.abs(weight))
     scaled = weight / jnp.where(largest > 0, largest, 1) * scale
     size = jnp.sqrt(jnp.mean(scaled * scaled))
     size = jnp.where(size > 0, size, 1)
     unit = size * jnp.where(largest > 0, largest, 1)
-    return NormalizedProblem(scaled / size, correlation, scale, unit)
+    return NormalizedProblem(scaled / size, correlation, scale, unit, alive)
 
 
 @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)

@@ -44,7 +44,8 @@ def prune(
     row; `sparsegpt` removes weights column by column and lets the later columns make up for it;
     `admm` minimises tr((V - W) G (V - W)^T) over values and mask by ADMM with a rising penalty and
     then refits the kept values. Where G is zero, so that it says nothing of any weight, every
-    method is `magnitude`.
+    method is `magnitude`; of inputs that were never seen the largest weights are kept, with what
+    the others leave of the budget.
 
     Args:
       weight: W `[out, in]`, float16, bfloat16 or float32.
@@ -204,9 +205,8 @@ def sparsegpt(
         width = n_m[1] if n_m else SPARSEGPT_BLOCK
         blocks = -(-cols // width)
         padding = blocks * width - cols
-        scale = normalize(weight, gram, 0.0).scale
         factor = inverse_factor(weight, gram, padding)
-        start = jnp.pad(jnp.where(scale > 0, weight, 0), ((0, 0), (0, padding)))
+        start = jnp.pad(weight, ((0, 0), (0, padding)))
         column = jnp.arange(blocks * width)
         # Each block's share of the budget, floor(nonzeros * end / cols) up to its end, in two parts
         # that fit into 32 bits.
@@ -230,15 +230,17 @@ def sparsegpt(
 
 
 def inverse_factor(weight: jax.Array, gram: jax.Array, padding: int) -> jax.Array:
-    """U of (G + damping)^-1 = U^T U, upper triangular, for `padding` dead inputs more."""
+    """U of (G + damping)^-1 = U^T U, upper triangular, for `padding` inputs more."""
     problem = normalize(weight, gram, 0.0)
     # In units of G itself, since the damping is relative to its mean diagonal.
     size = jnp.maximum(jnp.max(problem.scale), jnp.finfo(jnp.float32).tiny)
     scale = jnp.pad(problem.scale / size, (0, padding))
     damping = SPARSEGPT_DAMPING * jnp.sum(scale * scale) / weight.shape[1]
     hessian = jnp.pad(problem.gram, (0, padding)) * scale[:, None] * scale[None, :]
-    # A dead input (or padding) gets curvature 1 and is decoupled from all others.
-    hessian += jnp.diag(jnp.where(scale > 0, damping, 1))
+    # A dead input depends on no other, and would be taken for a live one if it were damped; padding
+    # gets curvature 1.
+    curvature = jnp.pad(jnp.where(problem.alive, damping, 0), (0, padding), constant_values=1)
+    hessian += jnp.diag(curvature)
     inverse = jnp.linalg.inv(hessian)
     return jnp.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
 
