@@ -609,7 +609,7 @@ NO_PAIR = {
     "per_head": "its einsum 'bnd,ndf->bnf' has a matrix for each entry of axis 'n'",
     "up": "LoRALinear has a __call__ of its own",
 }
-HEADS_RULES = [Rule("embed"), Rule("up/.*", skip=True)]
+HEADS_RULES = [Rule("embed|down"), Rule("up/.*", skip=True)]
 
 
 def test_layers_without_two_factors_are_known_before_anything_is_solved():
@@ -652,6 +652,42 @@ def test_a_layer_that_no_input_reaches_is_pruned_by_magnitude_and_the_report_say
     assert report.layers[0].method == method
     assert report.layers[1].method == f"{method} (its inputs are all zero)"
     assert report.layers[1].error > 0.1
+
+
+class Namer(nnx.Module):
+    """A language model whose head is called `to_words`, beside layers called as heads are."""
+
+    def __init__(self, words=24, size=16):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(words, size, rngs=rngs)
+        self.output = nnx.Linear(size, size, rngs=rngs)
+        self.up = nnx.LoRALinear(size, size, lora_rank=2, rngs=rngs)
+        self.to_words = nnx.Linear(size, words, rngs=rngs)
+        self.classifier = nnx.Linear(size, 3, rngs=rngs)
+        self.score = nnx.Linear(size, 3, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        x = x + self.up(nnx.relu(self.output(x)))
+        pooled = x.mean(-2)
+        logits = 30 * jnp.tanh(self.to_words(x) / 30)
+        return logits, self.classifier(pooled), nnx.softmax(self.score(pooled)), x
+
+
+def test_heads_are_found_by_what_they_make():
+    _, report = compress_model(Namer(), [np.arange(16).reshape(2, 8)], method="magnitude")
+    head = "the output head"
+    assert report.skipped == {
+        "classifier": head,
+        "embed": "an embedding",
+        "to_words": head,
+        **dict.fromkeys(["up/lora/lora_a", "up/lora/lora_b"], "an adapter of low rank (LoRA)"),
+    }
+    assert {layer.path: layer.note for layer in report.layers} == {
+        "output": "",
+        "up": "",
+        "score": "makes an output of the model; Rule('score', skip=True) leaves it as it is",
+    }
 
 
 def run_of_blocks(blocks, *, compile_seconds, rate):

@@ -32,12 +32,18 @@ class Plan:
         single matrix.
       others: What to report of each other layer or parameter matrix, which stays as it is.
       fixed: Paths of layers whose density a rule names.
+      remarks: What else there is to say of a layer that is compressed.
     """
 
     assignments: Mapping[str, Assignment]
     singles: Mapping[str, str]
     others: tuple[report.LayerReport, ...]
     fixed: frozenset[str]
+    remarks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def note(self, path: str) -> str:
+        """What the report says of a layer that is compressed."""
+        return "; ".join(said[path] for said in (self.singles, self.remarks) if path in said)
 
 
 def plan_layers(dense: CalibrationPass, rules: Rules, default: Assignment) -> Plan:
@@ -57,16 +63,19 @@ def plan_layers(dense: CalibrationPass, rules: Rules, default: Assignment) -> Pl
         nothing to do; a layer's weights are not finite.
     """
     matched = match_rules(rules, [layer.path for layer in dense.layers])
-    assignments, skipped, fixed = {}, {}, set()
+    assignments, skipped, fixed, remarks = {}, {}, set(), dict(dense.remarks)
     for layer in dense.layers:
         rule = matched[layer.path]
-        reason = _why_skipped(layer, rule)
+        reason = _why_skipped(layer, rule, dense.layers)
         if reason:
             skipped[layer.path] = reason
             continue
         assignments[layer.path] = _assign(layer, rule, default)
         if rule is not None and rule.density is not None:
             fixed.add(layer.path)
+        if rule is None and layer.gives_output:
+            head = f"makes an output of the model; Rule({layer.path!r}, skip=True) leaves it as it is"
+            remarks[layer.path] = "; ".join(filter(None, (head, remarks.get(layer.path))))
     others = _report_others(dense, skipped)
     if not assignments:
         raise ValueError(
@@ -80,12 +89,12 @@ def plan_layers(dense: CalibrationPass, rules: Rules, default: Assignment) -> Pl
         layer = dense.layer(path)
         if not is_finite(layer.read(dense.network.leaves[layer.leaf])):
             raise ValueError(f"layer {path!r}: its weights hold NaN or infinity")
-    return Plan(assignments, singles, others, frozenset(fixed))
+    return Plan(assignments, singles, others, frozenset(fixed), remarks)
 
 
-def _why_skipped(layer: Layer, rule: Rule | None) -> str | None:
+def _why_skipped(layer: Layer, rule: Rule | None, layers: Sequence[Layer]) -> str | None:
     if rule is None:
-        return default_skip(layer)
+        return default_skip(layer, layers)
     return f"rule {rule.path!r}" if rule.skip else None
 
 

@@ -6,10 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsf_jax.solvers.problem import check_density
+from dsf_jax.trace.dataflow import Layer
 from macko_jax.nn.rules import PathRule
 
-# The last product of a classifier or language model by the names that models give it.
+# What models call their last layer, where it makes no logits of a vocabulary.
 HEAD = r"(.*/)?(lm_head|head|output|output_layer|logits|classifier|unembed)"
+
+# What every library that trains adapters of low rank calls them.
+ADAPTER = re.compile(r"(.*[/_])?lora([/_].*)?", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +57,21 @@ def match_rules(rules: Rules, paths: Iterable[str]) -> dict[str, Rule | None]:
     return Rule.assign(rules, paths)
 
 
-def default_skip(layer) -> str | None:
-    """Why a layer is left alone unless a rule asks for it; None where it is not."""
+def default_skip(layer: Layer, layers: Sequence[Layer]) -> str | None:
+    """Why a layer is left alone unless a rule asks for it; None where it is not.
+
+    Args:
+      layer: The layer.
+      layers: All layers of the model.
+    """
     if layer.kind == "embedding":
         return "an embedding, tied to the head" if layer.uses else "an embedding"
-    if re.fullmatch(HEAD, layer.path):
-        return "the output head"
+    if layer.gives_output:
+        vocabularies = {other.rows for other in layers if other.kind == "embedding"}
+        if layer.rows in vocabularies or re.fullmatch(HEAD, layer.path):
+            return "the output head"
+    if ADAPTER.fullmatch(layer.path):
+        return "an adapter of low rank (LoRA)"
     if layer.groups > 1 and layer.rows == 1:
         return "a depthwise convolution"
     return None

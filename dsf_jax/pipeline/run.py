@@ -30,7 +30,8 @@ from dsf_jax.pipeline.solve import (
 )
 from dsf_jax.solvers.problem import check_density
 from dsf_jax.solvers.rounding import check_values
-from dsf_jax.trace.calibration import CalibrationPass, check_batches
+from dsf_jax.trace.batches import TokenWeights, read_batches
+from dsf_jax.trace.calibration import CalibrationPass
 from dsf_jax.trace.jaxprs import Device
 from dsf_jax.trace.network import Network, read_network
 
@@ -55,7 +56,9 @@ def compress_model(
     calibration: Calibration | None = None,
     execution: Execution | None = None,
     variables: Any = None,
+    rngs: Any = None,
     forward: Callable[[Any, Any], Any] | None = None,
+    token_weights: TokenWeights = None,
     callback: Callable[[Progress], None] | None = None,
     **former: Any,
 ) -> Compressed:
@@ -71,12 +74,16 @@ def compress_model(
 
     Args:
       model: An `nnx.Module`, or a linen module together with `variables`; it is left as it is.
-      batches: Calibration inputs, pytrees of arrays.
+      batches: Calibration inputs, pytrees of arrays. What is no array in one, such as a flag, a
+        string, a number or None, stays fixed while the model is traced.
       method: "magnitude", "wanda", "sparsegpt", "admm", "dsf" or "dsf-published"; see `METHODS`.
       density: Kept non-zeros over out * in of each layer; for a factor pair both factors'.
       rules: `Rule`s, or regular expressions, by module path; the first that matches a whole path
-        applies. Embeddings, the output head (by its name, `rules.HEAD`) and depthwise convolutions
-        are left alone unless a rule without `skip` names them.
+        applies. Embeddings, the output head, adapters of low rank and depthwise convolutions are
+        left alone unless a rule without `skip` names them. A layer that alone makes an output of
+        the model is its head where the output is as wide as the vocabulary of an embedding, or
+        where it has one of the usual names (`rules.HEAD`); of others the report says that they make
+        the output.
       options: Further keyword arguments of the method, such as dict(pattern="2:4"): for pruning
         those of `prune`, for "dsf" the fields of `Options`.
       budget: "uniform" gives each layer `density`; "sensitivity" shares `density` of all layers'
@@ -91,8 +98,15 @@ def compress_model(
       calibration: What the layers are fitted to; None means `Calibration()`.
       execution: Where the work is done; None means `Execution()`. The result does not depend on it.
       variables: Variables of a linen module.
+      rngs: Random keys that a linen module draws from, by name, as in `module.apply`; the same for
+        every batch.
       forward: `forward(model, batch)`; default `model(batch)`, `model(*batch)` for a tuple,
         `model(**batch)` for a dict. NNX models run in evaluation mode; a linen module is bound.
+      token_weights: Where each batch has the weights of its tokens, such as a mask that is 0 for
+        padding: a key of a dict, a position in a tuple, or a function of the batch. With weights w
+        `[*tokens]`, the leading axes of layers' inputs, G is sum w x x^T, so that Wanda's norms
+        and the errors in the report count no padding either. The report says where inputs are not
+        one for each token. None lets all count alike.
       callback: Called with a `Progress` after each layer; `print_progress` prints it.
       **former: Fields of `Calibration` and `Execution` in their former place, with a
         DeprecationWarning.
@@ -119,7 +133,8 @@ def compress_model(
     check_density(density)
     check_choice("budget", budget, ("uniform", "sensitivity"))
     check_values(values)
-    network, batches = read_network(model, variables, forward), check_batches(batches)
+    network = read_network(model, variables, forward, rngs)
+    batches = read_batches(batches, token_weights)
     keep, local = execution.keep_activations, execution.local
     present = CalibrationPass(network, batches, keep, local)
     plan = plan_layers(present, rules, Assignment(method, density, dict(options or {}), values))
@@ -137,9 +152,11 @@ def compress_model(
             "target": calibration.target,
             "blocks": calibration.blocks,
             "paths": network.paths,
+            "fixed": [batch.static for batch in batches],
         }
         if execution.work_key is None:
-            mark = fingerprint(settings, network.leaves, batches, grams)
+            data = [(batch.arrays, batch.token_weights) for batch in batches]
+            mark = fingerprint(settings, network.leaves, data, grams)
         else:
             mark = fingerprint(settings | {"key": execution.work_key})
         directory = WorkDirectory(execution.work_dir, mark)
@@ -323,7 +340,7 @@ class _Run:
                 solution.nonzeros,
                 layer.size * itemsize,
                 kept * itemsize,
-                self.plan.singles.get(path, ""),
+                self.plan.note(path),
                 method=solution.method,
                 inner=None if solution.left is None else solution.left.shape[-1],
                 error=solution.error,

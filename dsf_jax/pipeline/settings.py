@@ -151,7 +151,8 @@ def read_settings(
         if name not in _FORMER:
             raise TypeError(
                 f"compress_model() got an unexpected keyword argument {name!r}; beside method, "
-                "density, rules, options, budget, variables, forward and callback it takes "
+                "density, rules, options, budget, values, variables, rngs, forward, token_weights "
+                "and callback it takes "
                 f"{' and '.join(map(_signature, _SETTINGS))}"
             )
         fields[_FORMER[name]][name] = value

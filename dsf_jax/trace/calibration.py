@@ -18,7 +18,8 @@ from flax import nnx
 
 from dsf_jax.solvers.compiler import COMPILER_OPTIONS
 from dsf_jax.solvers.problem import is_finite
-from dsf_jax.trace.dataflow import Dataflow, Layer, trace
+from dsf_jax.trace.batches import Batch, TokenWeights, Weighing, read_batches
+from dsf_jax.trace.dataflow import Dataflow, Layer, Use, trace
 from dsf_jax.trace.jaxprs import Device
 from dsf_jax.trace.network import Network, read_network
 from dsf_jax.trace.retention import values_to_keep
@@ -30,7 +31,9 @@ def gram_matrices(
     batches: Iterable[Any],
     *,
     variables: Any = None,
+    rngs: Any = None,
     forward: Callable | None = None,
+    token_weights: TokenWeights = None,
     layers: str = ".*",
 ) -> dict[str, jax.Array]:
     """Gram matrices of the inputs of a model's layers.
@@ -42,10 +45,13 @@ def gram_matrices(
 
     Args:
       model: An `nnx.Module`, run in evaluation mode, or a linen module with `variables`.
-      batches: Inputs, any pytree of arrays each; the pass is compiled once per shape.
+      batches: Inputs, as for `compress_model`; the pass is compiled once per shape.
       variables: Variables of a linen module.
+      rngs: Random keys of a linen module that draws numbers, by name.
       forward: `forward(model, batch)`; default `model(batch)`, `model(*batch)` for a tuple,
         `model(**batch)` for a dict.
+      token_weights: Where each batch has the weights of its tokens, as for `compress_model`: G is
+        then sum w x x^T.
       layers: Regular expression for whole module paths; the default takes all.
 
     Returns:
@@ -54,10 +60,11 @@ def gram_matrices(
 
     Raises:
       TypeError: The model is neither an NNX nor a linen module.
-      ValueError: There are no batches, no layer matches, or an activation is NaN or infinite.
+      ValueError: There are no batches, no layer matches, token weights fit no layer, or an
+        activation is NaN or infinite.
     """
-    network = read_network(model, variables, forward)
-    dense = CalibrationPass(network, check_batches(batches))
+    network = read_network(model, variables, forward, rngs)
+    dense = CalibrationPass(network, read_batches(batches, token_weights))
     paths = [layer.path for layer in dense.layers if layer.uses]
     chosen = [path for path in paths if re.fullmatch(layers, path)]
     if not chosen:
@@ -76,7 +83,7 @@ class CalibrationPass:
 
     Args:
       network: The model.
-      batches: Pytrees of arrays.
+      batches: Pytrees of arrays and of what stays fixed, or what `read_batches` made of them.
       keep: Where values wait between stages: "device", "host", or "nowhere" to start every stage
         from the batch itself, which takes one pass per stage.
       devices: Batches are dealt out to these in turn; Gram matrices are added up in the order of
@@ -85,6 +92,8 @@ class CalibrationPass:
     Attributes:
       layers: The model's layers, in order of first application.
       notes: As in `Dataflow`.
+      remarks: For each layer in whose inputs the tokens' weights do not tell tokens apart, by its
+        path, what counts there.
     """
 
     def __init__(
@@ -96,9 +105,10 @@ class CalibrationPass:
     ):
         self.network, self.keep = network, keep
         self.devices = list(devices or jax.devices()[:1])
-        self.shapes = [_shape(batch) for batch in batches]
+        read = read_batches(batches)
+        self.shapes = [batch.form for batch in read]
         self.flows: dict[Hashable, Dataflow] = {}
-        for shape, batch in zip(self.shapes, batches):
+        for shape, batch in zip(self.shapes, read):
             if shape not in self.flows:
                 self.flows[shape] = trace(network, batch)
         first, *others = self.flows.values()
@@ -109,11 +119,16 @@ class CalibrationPass:
             if [layer.path for layer in flow.layers] != paths:
                 raise ValueError("batches of different shapes go through different layers")
         self.index = {path: i for i, path in enumerate(paths)}
-        self.values = [
-            dict(zip(self.flows[shape].batch, self._held(jax.tree.leaves(batch))))
-            for shape, batch in zip(self.shapes, batches)
-        ]
+        self.remarks = _remarks_on_weights(first)
+        self.values = [self._start(self.flows[batch.form], batch) for batch in read]
         self.stages: Mapping[Hashable, Stages] = {}
+
+    def _start(self, flow: Dataflow, batch: Batch) -> dict[int, Any]:
+        """The values from which the pass of a batch starts, by name."""
+        values = dict(zip(flow.batch, self._held(batch.arrays)))
+        if flow.token_weights is not None:
+            values |= {flow.token_weights: batch.token_weights}
+        return values
 
     def layer(self, path: str) -> Layer:
         """The layer of that path."""
@@ -247,23 +262,60 @@ def _end_in_inputs(
     """Builds the end of a pass that gives, for each layer, `combine` of its inputs.
 
     Layers that read the same value in the same way share one entry: `combine` of the rows
-    `[groups, n, in]` of each use.
+    `[groups, n, in]` of each use. Where tokens have weights w, rows are scaled by w^(1/2), so that
+    their products x y^T have the weight w.
     """
     layers, uses = list(layers), {}
     for layer in layers:
         uses.setdefault(tuple(use.key for use in layer.uses), layer.uses)
     position = {key: i for i, key in enumerate(uses)}
-    targets = sorted({use.activation for group in uses.values() for use in group})
+    named = {use.activation for group in uses.values() for use in group}
+    targets = sorted(named if flow.token_weights is None else {*named, flow.token_weights})
     slots = {name: i for i, name in enumerate(targets)}
 
     def finish(values: tuple) -> list[Any]:
-        return [
-            combine(use.rows(values[slots[use.activation]]) for use in group)
-            for group in uses.values()
-        ]
+        weights = None if flow.token_weights is None else values[slots[flow.token_weights]]
+
+        def rows(use: Use) -> jax.Array:
+            found = use.rows(values[slots[use.activation]])
+            return found if weights is None else _weigh(found, weights, use)
+
+        return [combine(map(rows, group)) for group in uses.values()]
 
     by_path = {layer.path: position[tuple(use.key for use in layer.uses)] for layer in layers}
     return _End(Segment(flow, sources, targets, finish), by_path)
+
+
+def _weigh(rows: jax.Array, weights: jax.Array, use: Use) -> jax.Array:
+    """Rows `[groups, n, in]` times the roots of their weights; those of weight 0 are 0."""
+    weights = Weighing.of(weights.shape, use.free).spread(weights)[:, None]
+    # A token that attends to nothing may have NaN, which a product with 0 would not remove.
+    return jnp.where(weights > 0, rows.astype(jnp.float32) * jnp.sqrt(weights), 0)
+
+
+def _remarks_on_weights(flow: Dataflow) -> dict[str, str]:
+    """What to say, by path, of layers whose inputs the tokens' weights do not tell apart.
+
+    Raises:
+      ValueError: The weights fit no layer at all.
+    """
+    if flow.token_weights is None:
+        return {}
+    tokens, remarks, fits = flow.shapes[flow.token_weights].shape, {}, False
+    used = [layer for layer in flow.layers if layer.uses]
+    for layer in used:
+        every = [Weighing.of(tokens, use.free) for use in layer.uses]
+        said = dict.fromkeys(filter(None, (weighing.remark(tokens) for weighing in every)))
+        fits |= any(weighing.axes for weighing in every)
+        if said:
+            remarks[layer.path] = "; ".join(said)
+    if used and not fits:
+        layer = used[0]
+        raise ValueError(
+            f"token_weights of shape {tokens} fit no layer: they are the leading axes of a layer's "
+            f"inputs, [*tokens, ...]; those of {layer.path!r} are {layer.uses[0].free}"
+        )
+    return remarks
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -284,23 +336,3 @@ def _cross(dense: list, present: list) -> list:
 @jax.jit
 def _add(total: list, grams: list) -> list:
     return [a + b for a, b in zip(total, grams)]
-
-
-def check_batches(batches: Iterable[Any]) -> list:
-    """The batches as a list, or a ValueError where there are none or one holds no numbers."""
-    if isinstance(batches, (dict, str)) or hasattr(batches, "dtype"):
-        raise ValueError("batches must be a sequence of batches, got a single one; give [batch]")
-    batches = list(batches)
-    if not batches:
-        raise ValueError("batches is empty; give at least one batch of calibration inputs")
-    for i, batch in enumerate(batches):
-        leaves = jax.tree.leaves(batch)
-        if not leaves or any(getattr(leaf, "size", 0) == 0 for leaf in leaves):
-            raise ValueError(f"batch {i} is empty or holds something that is no array: {batch!r}")
-    return batches
-
-
-def _shape(batch: Any) -> Hashable:
-    """The structure, shapes and dtypes of a batch, hashable."""
-    leaves, tree = jax.tree.flatten(batch)
-    return tree, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsf_jax.trace import jaxprs
+from dsf_jax.trace.batches import Batch
 from dsf_jax.trace.im2col import Convolution, matmul_matrix
 from dsf_jax.trace.network import Network
 from macko_jax.nn.report import is_matrix
@@ -92,12 +93,14 @@ class Use(NamedTuple):
       rows: Turns that value into the matrix's input vectors, `[groups, n, in]`.
       key: Hashable description of `rows`: equal keys mean equal Gram matrices.
       output: Name of the product.
+      free: Sizes of the axes of those vectors, whose product is n.
     """
 
     activation: int
     rows: Callable
     key: tuple
     output: int
+    free: tuple[int, ...]
 
 
 @dataclasses.dataclass
@@ -115,6 +118,8 @@ class Layer:
       view: The matrices `[groups, out, in]` as a view of the parameter.
       uses: Where it is applied, in order; an embedding may have none (look-ups only).
       lookups: Names of values looked up in it (embeddings).
+      gives_output: Whether an output of the model is what this layer alone makes, up to operations
+        without a product: the layer is a head.
     """
 
     path: str
@@ -126,6 +131,7 @@ class Layer:
     view: View
     uses: list[Use] = dataclasses.field(default_factory=list)
     lookups: list[int] = dataclasses.field(default_factory=list)
+    gives_output: bool = False
 
     @property
     def size(self) -> int:
@@ -157,7 +163,8 @@ class Dataflow:
 
     Attributes:
       ops: Operations in a valid order.
-      batch: Names of the batch's leaves.
+      batch: Names of the batch's arrays.
+      token_weights: Name of the weights of the batch's tokens; None where all count alike.
       leaves: Names of the model's leaves.
       constants: Arrays that the trace closed over, by name.
       shapes: Shape and dtype of every value, by name.
@@ -168,6 +175,7 @@ class Dataflow:
 
     ops: list[Op] = dataclasses.field(default_factory=list)
     batch: list[int] = dataclasses.field(default_factory=list)
+    token_weights: int | None = None
     leaves: list[int] = dataclasses.field(default_factory=list)
     constants: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
     shapes: list[jax.ShapeDtypeStruct] = dataclasses.field(default_factory=list)
@@ -175,19 +183,33 @@ class Dataflow:
     views: dict[int, View] = dataclasses.field(default_factory=dict)
     notes: dict[int, str] = dataclasses.field(default_factory=dict)
 
+    def add_token_weights(self, weights: Any) -> None:
+        """Names the weights of the batch's tokens, which no operation of the pass reads."""
+        self.token_weights = len(self.shapes)
+        self.shapes.append(jax.ShapeDtypeStruct(weights.shape, weights.dtype))
+
 
 def trace(network: Network, batch: Any) -> Dataflow:
     """Traces the forward pass of a network on a batch and finds its layers.
 
     Args:
       network: The model.
-      batch: A pytree of arrays; only shapes and dtypes matter.
+      batch: A pytree of arrays and of what stays fixed, or a `Batch`; of arrays only shapes and
+        dtypes matter.
 
     Returns:
       The `Dataflow`.
     """
-    closed = jax.make_jaxpr(network.apply)(network.leaves, batch)
-    return _Tracer(network, closed, len(network.leaves)).flow
+    batch = batch if isinstance(batch, Batch) else Batch.of(batch)
+
+    def apply(leaves, arrays):
+        return network.apply(leaves, batch.fill(arrays))
+
+    closed = jax.make_jaxpr(apply)(network.leaves, batch.arrays)
+    flow = _Tracer(network, closed, len(network.leaves)).flow
+    if batch.token_weights is not None:
+        flow.add_token_weights(batch.token_weights)
+    return flow
 
 
 class _Tracer:
@@ -204,8 +226,9 @@ class _Tracer:
             if network.roles[i] == "parameter":
                 self.flow.views[name] = View(i)
         constants = [self.constant(c) for c in closed.consts]
-        self.flatten(closed.jaxpr, constants, names)
+        outputs = self.flatten(closed.jaxpr, constants, names)
         self.settle_overlaps()
+        self.find_heads(outputs)
         self.explain_rest()
 
     def name(self, aval: Any) -> int:
@@ -327,6 +350,7 @@ class _Tracer:
         (view,) = parameters
         side = views.index(view)
         activation = inputs[1 - side]
+        shape = self.flow.shapes[activation].shape
         if eqn.primitive.name == "dot_general":
             kind = "linear"
             contract, batch = eqn.params["dimension_numbers"]
@@ -337,6 +361,8 @@ class _Tracer:
             matrix = functools.partial(matmul_matrix, dims=kernel_dims)
             rows = functools.partial(matmul_matrix, dims=input_dims)
             key = (activation, "linear", input_dims)
+            summed = (*input_dims[0], *input_dims[1])
+            free = tuple(size for axis, size in enumerate(shape) if axis not in summed)
             layout = f"matmul{kernel_dims}"
         else:
             kind = "conv"
@@ -346,10 +372,11 @@ class _Tracer:
                 return
             matrix, rows = geometry.matrix, geometry.rows
             key = (activation, "conv", geometry)
+            free = geometry.free(shape)
             layout = f"conv{geometry.kernel_spec, geometry.groups}"
         layer = self.layer(view.then(layout, matrix), kind)
         if layer is not None:
-            layer.uses.append(Use(activation, rows, key, output))
+            layer.uses.append(Use(activation, rows, key, output, free))
 
     def add_lookup(self, name: int, output: int) -> None:
         view = self.flow.views[name].then("matmul((1,), ())", lambda x: x[None])
@@ -399,6 +426,29 @@ class _Tracer:
                 for i, layer in enumerate(layers):
                     layer.path = f"{path}#{i}"
         self.flow.layers = [layer for layer in self.flow.layers if id(layer) not in dropped]
+
+    def find_heads(self, outputs: Iterable[int]) -> None:
+        """Marks the layers that make an output of the model alone."""
+        layers = {use.output: layer for layer in self.flow.layers for use in layer.uses}
+        operations = {name: op for op in self.flow.ops for name in op.outputs}
+        looked_up = {name for layer in self.flow.layers for name in layer.lookups}
+        for output in set(outputs):
+            makers: dict[int, Layer | None] = {}
+            pending, seen = [output], set()
+            while pending:
+                name = pending.pop()
+                op = operations.get(name)
+                if name in seen or name in self.flow.views or op is None:
+                    continue
+                seen.add(name)
+                if name in layers:
+                    makers[id(layers[name])] = layers[name]
+                elif name in looked_up or op.kind in jaxprs.PRODUCTS or op.kind in jaxprs.LOOPS:
+                    makers[name] = None  # made by something that is no layer
+                else:
+                    pending += op.inputs
+            if len(makers) == 1 and (head := next(iter(makers.values()))) is not None:
+                head.gives_output = True
 
     def explain_rest(self) -> None:
         """Notes why each parameter with two axes or more that has no layer has none."""

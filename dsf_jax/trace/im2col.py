@@ -73,14 +73,27 @@ class Convolution(NamedTuple):
         kernel = jnp.moveaxis(kernel, 1, -1)
         return kernel.reshape(self.groups, kernel.shape[0] // self.groups, -1)
 
+    def _reach(self) -> list[int]:
+        """Inputs that the window covers along each axis of space, those it skips included."""
+        return [d * (w - 1) + 1 for d, w in zip(self.kernel_dilation, self.window)]
+
+    def free(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of the batch and of each axis of positions, whose product is `n` of `rows`."""
+        sizes = [shape[d] for d in self.input_spec[2:]]
+        spread = [d * (size - 1) + 1 for d, size in zip(self.input_dilation, sizes)]
+        padded = [low + size + high for (low, high), size in zip(self.padding, spread)]
+        counts = [
+            (size - reach) // stride + 1
+            for size, reach, stride in zip(padded, self._reach(), self.strides)
+        ]
+        return (shape[self.input_spec[0]], *counts)
+
     def rows(self, x: jax.Array) -> jax.Array:
         """Turns an input into its patches (im2col), `[groups, n, window * in / groups]`."""
+        counts = self.free(x.shape)[1:]
         x = jnp.moveaxis(jnp.transpose(x, self.input_spec), 1, -1)  # batch, space, channel
         margins = [(low, high, d - 1) for (low, high), d in zip(self.padding, self.input_dilation)]
         x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
-        space = len(self.window)
-        reach = [d * (w - 1) + 1 for d, w in zip(self.kernel_dilation, self.window)]
-        counts = [(x.shape[1 + i] - reach[i]) // self.strides[i] + 1 for i in range(space)]
         patches = []
         for offset in np.ndindex(*self.window):
             first = [o * d for o, d in zip(offset, self.kernel_dilation)]

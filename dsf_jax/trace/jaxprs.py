@@ -14,6 +14,7 @@ from jax.extend.core import Literal
 __all__ = [
     "CASTS",
     "LIGHT",
+    "LOOPS",
     "PRODUCTS",
     "VIEWS",
     "Device",
@@ -53,6 +54,7 @@ _CALLS = {
 VIEWS = frozenset(["reshape", "transpose", "squeeze", "rev", "slice", "split", "broadcast_in_dim"])
 CASTS = frozenset(["convert_element_type", "copy", "copy_p", "sharding_constraint"])
 PRODUCTS = frozenset(["dot_general", "conv_general_dilated"])
+LOOPS = frozenset(["scan", "while", "cond"])
 # Primitives that cost no more than writing their result.
 LIGHT = (
     VIEWS

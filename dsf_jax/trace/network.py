@@ -11,8 +11,10 @@ from flax import nnx
 
 from macko_jax.format.factors import FactorizedKernel
 from macko_jax.nn.flax_linen import STATE as linen_state
+from macko_jax.nn.flax_linen import check_variables
 from macko_jax.nn.flax_nnx import STATE as nnx_state
 from macko_jax.nn.flax_nnx import become_pair
+from macko_jax.nn.frameworks import describe_other
 from macko_jax.nn.rules import layer_path
 
 Role = Literal["parameter", "state", "other"]
@@ -45,7 +47,10 @@ class Network:
 
 
 def read_network(
-    model: nnx.Module | nn.Module, variables: Any = None, forward: Callable | None = None
+    model: nnx.Module | nn.Module,
+    variables: Any = None,
+    forward: Callable | None = None,
+    rngs: Any = None,
 ) -> Network:
     """Takes a Flax model apart.
 
@@ -55,24 +60,27 @@ def read_network(
       forward: `forward(model, batch)` runs the forward pass; the default is `model(batch)`,
         `model(*batch)` for a tuple and `model(**batch)` for a dict. For linen, `model` is the
         bound module.
+      rngs: Random keys that a linen module draws from, by name.
 
     Returns:
       The `Network`.
 
     Raises:
       TypeError: The model is neither an NNX nor a linen module.
-      ValueError: A linen module without variables, or an NNX model with some.
+      ValueError: A linen module without variables, or an NNX model with some or with keys.
     """
     forward = forward or _call
     if isinstance(model, nnx.Module):
-        if variables is not None:
-            raise ValueError("variables belong to a linen module; an nnx.Module holds its own")
+        for name, given in (("variables", variables), ("rngs", rngs)):
+            if given is not None:
+                raise ValueError(f"{name} belong to a linen module; an nnx.Module holds its own")
         return _read_nnx(model, forward)
     if isinstance(model, nn.Module):
         if variables is None:
             raise ValueError("give a linen module's variables as well: variables={'params': ...}")
-        return _read_linen(model, variables, forward)
-    raise TypeError(f"expected a flax.nnx.Module or a flax.linen.Module, got {type(model)}")
+        check_variables(variables)
+        return _read_linen(model, variables, forward, rngs)
+    raise TypeError(f"expected a flax.nnx.Module or a flax.linen.Module, {describe_other(model)}")
 
 
 def _call(model: Any, batch: Any) -> Any:
@@ -113,7 +121,7 @@ def _modules(model: nnx.Module) -> dict[str, Any]:
     return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
 
 
-def _read_linen(module: nn.Module, variables: Any, forward: Callable) -> Network:
+def _read_linen(module: nn.Module, variables: Any, forward: Callable, rngs: Any) -> Network:
     with_paths, tree = jax.tree_util.tree_flatten_with_path(variables)
     paths = [_names(path) for path, _ in with_paths]
     modules = {}
@@ -125,7 +133,7 @@ def _read_linen(module: nn.Module, variables: Any, forward: Callable) -> Network
         return next_function(*args, **kwargs)
 
     def apply(leaves, batch):
-        bound = module.bind(jax.tree.unflatten(tree, leaves))
+        bound = module.bind(jax.tree.unflatten(tree, leaves), rngs=rngs)
         with nn.intercept_methods(record):
             return _arrays(forward(bound, batch))
 
@@ -134,7 +142,7 @@ def _read_linen(module: nn.Module, variables: Any, forward: Callable) -> Network
         for leaf, (left, right) in factors.items():
             dtype = leaves[leaf].dtype
             leaves[leaf] = FactorizedKernel(left.astype(dtype), right.astype(dtype))
-        return jax.tree.unflatten(tree, leaves)
+        return _without_boxes_of_pairs(jax.tree.unflatten(tree, leaves))
 
     return Network(
         [path[1:] for path in paths],
@@ -144,6 +152,19 @@ def _read_linen(module: nn.Module, variables: Any, forward: Callable) -> Network
         substitute,
         modules,
     )
+
+
+def _without_boxes_of_pairs(variables: Any) -> Any:
+    """Variables whose pairs of factors are in no box: its axis names are those of one kernel."""
+
+    def is_box(node: Any) -> bool:
+        return isinstance(node, nn.meta.AxisMetadata)
+
+    def open_pair(node: Any) -> Any:
+        held = getattr(node, "value", None) if is_box(node) else None
+        return held if isinstance(held, FactorizedKernel) else node
+
+    return jax.tree.map(open_pair, variables, is_leaf=is_box)
 
 
 def _linen_role(collection: str) -> Role:

@@ -25,7 +25,7 @@ def values_to_keep(flow: Dataflow, stages: Stages, stage: int) -> set[int]:
       Names of values from which, with the model's leaves and the constants, all can be computed
       that later operations, or the inputs of later stages' layers, read.
     """
-    live = set()
+    live = set() if flow.token_weights is None else {flow.token_weights}
     for op in flow.ops:
         if op.outputs and stages.of_value[op.outputs[0]] > stage:
             live.update(op.inputs)
