@@ -1,5 +1,6 @@
 """Batches as models take them: flags beside arrays, keys to draw from, and padded tokens."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,6 +154,10 @@ def test_what_no_batch_can_be_is_said(batch, where, message):
         gram_matrices(model, [batch], token_weights=where, **call)
 
 
-def test_an_nnx_module_holds_its_own_keys():
+def test_keys_are_the_linen_modules_and_an_nnx_module_holds_its_own():
+    module, variables, x = encoder()
+    with pytest.raises(flax.errors.InvalidRngError, match="dropout") as raised:
+        gram_matrices(module, [x], variables=variables)
+    assert "rngs={'NAME'" in raised.value.__notes__[0]
     with pytest.raises(ValueError, match="rngs belong to a linen module"):
         gram_matrices(Drawing(), [draw(2, SIZE)], rngs={"dropout": jax.random.key(0)})

@@ -74,7 +74,9 @@ def plan_layers(dense: CalibrationPass, rules: Rules, default: Assignment) -> Pl
         if rule is not None and rule.density is not None:
             fixed.add(layer.path)
         if rule is None and layer.gives_output:
-            head = f"makes an output of the model; Rule({layer.path!r}, skip=True) leaves it as it is"
+            head = (
+                f"makes an output of the model; Rule({layer.path!r}, skip=True) leaves it as it is"
+            )
             remarks[layer.path] = "; ".join(filter(None, (head, remarks.get(layer.path))))
     others = _report_others(dense, skipped)
     if not assignments:

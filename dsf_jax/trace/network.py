@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from flax.errors import InvalidRngError
 
 from macko_jax.format.factors import FactorizedKernel
 from macko_jax.nn.flax_linen import STATE as linen_state
@@ -134,8 +135,14 @@ def _read_linen(module: nn.Module, variables: Any, forward: Callable, rngs: Any)
 
     def apply(leaves, batch):
         bound = module.bind(jax.tree.unflatten(tree, leaves), rngs=rngs)
-        with nn.intercept_methods(record):
-            return _arrays(forward(bound, batch))
+        try:
+            with nn.intercept_methods(record):
+                return _arrays(forward(bound, batch))
+        except InvalidRngError as error:
+            error.add_note(
+                "Give the keys that the module draws from: rngs={'NAME': jax.random.key(0)}"
+            )
+            raise
 
     def substitute(leaves, factors):
         leaves = list(leaves)
