@@ -65,6 +65,7 @@ def test_dense():
     assert "all-to-all" not in text and "collective-permute" not in text
 
 
+@pytest.mark.slow
 def test_packed():
     other = assert_same(packed(pruned_model(num_hidden_layers=1)), 2)
     matrix = other.layers[0].attention.qkv.matrix
