@@ -22,7 +22,7 @@ from macko_jax.format.sharded import Matrix, ShardedMatrix
 from macko_jax.gpu.kernel import Fusion, Problem, problem_of
 from macko_jax.ops import sharded
 from macko_jax.ops.activations import rms_norm, swiglu
-from macko_jax.ops.mesh import spread, vary_alike
+from macko_jax.ops.mesh import spread, vary_alike, without_varying
 from macko_jax.ops.primitive import define_impl, multiply
 
 
@@ -343,6 +343,5 @@ batching.primitive_batchers[_fused_p] = _batch
 ad.primitive_transposes[_fused_p] = _transpose
 for _platform in None, "cuda":
     _function = functools.partial(_lower, on_cuda=_platform == "cuda")
-    mlir.register_lowering(
-        _fused_p, mlir.lower_fun(_function, multiple_results=True), platform=_platform
-    )
+    _rule = mlir.lower_fun(_function, multiple_results=True)
+    mlir.register_lowering(_fused_p, without_varying(_rule), platform=_platform)

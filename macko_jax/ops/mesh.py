@@ -15,6 +15,22 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from macko_jax.ops import reference
 
 
+def without_varying(rule: Callable) -> Callable:
+    """A lowering rule that takes types as if nothing varied over mesh axes.
+
+    Inside shard_map, arrays have types that say over which axes they vary, and jax 0.11 refuses a
+    kernel that changes such an array in place. What is lowered there is the program of one device.
+    """
+    plain = jax.typeof(0.0).manual_axis_type
+
+    def lower(ctx, *operands, **parameters):
+        strip = lambda avals: [aval.update(manual_axis_type=plain) for aval in avals]
+        ctx = ctx.replace(avals_in=strip(ctx.avals_in), avals_out=strip(ctx.avals_out))
+        return rule(ctx, *operands, **parameters)
+
+    return lower
+
+
 def vary_alike(*arrays):
     """Inside shard_map: marks every operand as varying over the mesh axes that any varies over.
 
