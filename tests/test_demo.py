@@ -159,9 +159,10 @@ def test_generate_reads_a_tokenizer_and_batches(tmp_path):
     done = run(
         "generate",
         f"--checkpoint={tmp_path} --prompt='def ' --prompt='import os' --new_tokens=5",
-        "--temperature=1 --top_k=10 --top_p=0.9",
+        f"--temperature=1 --top_k=10 --top_p=0.9 --draft={tmp_path} --draft_tokens=2",
     )
     assert "--- def " in done.stdout and "--- import os" in done.stdout
+    assert "cycles of 2 drafted tokens gave" in done.stdout and "accepted 1.00" in done.stdout
 
 
 @pytest.mark.slow

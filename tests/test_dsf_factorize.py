@@ -52,7 +52,7 @@ def test_quality_preset_is_several_times_better():
     preset=st.sampled_from(["quality", "published"]),
 )
 def test_budget_is_never_exceeded(density, levels, seed, preset):
-    weight, gram = small_layer(seed)
+    weight, gram = small_layer(seed=seed)
     weight = np.sign(weight) * np.ceil(np.abs(weight) * levels) / levels  # ties everywhere
     options = FAST if preset == "quality" else {}
     result = dsf_jax.factorize(weight, gram, density=density, preset=preset, **options)

@@ -222,7 +222,7 @@ def test_files_that_do_not_fit_name_the_layer(nnx_model, variables, tmp_path):
         macko_jax.load_model(path)
     with pytest.raises(TypeError, match="must make a flax.nnx.Module"):
         macko_jax.load_model(path, LinenNet)
-    with pytest.raises(TypeError, match="variables of a linen module, got list"):
+    with pytest.raises(TypeError, match="variables of a linen module, got builtins.list"):
         macko_jax.save_model(path, [packed])
 
 

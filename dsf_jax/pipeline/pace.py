@@ -6,14 +6,22 @@ from typing import NamedTuple
 
 import jax
 
-_compiled: dict[int, float] = {}  # seconds by thread
+
+class _Seconds(threading.local):
+    """Seconds that the present thread has spent on compilation."""
+
+    here = 0.0
+
+
+_seconds = _Seconds()
+_everywhere = [0.0]  # the same of all threads
 
 
 def _count(event: str, duration_secs: float, **_: str | int) -> None:
     # Tracing is not among them: one trace's duration holds those of the traces inside it.
     if event.startswith("/jax/core/compile/") and "trace" not in event:
-        thread = threading.get_ident()
-        _compiled[thread] = _compiled.get(thread, 0.0) + duration_secs
+        _seconds.here += duration_secs
+        _everywhere[0] += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
@@ -21,9 +29,7 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 def compile_seconds(all_threads: bool = False) -> float:
     """Seconds that the present thread, or all of them, has spent on compilation so far."""
-    if all_threads:
-        return sum(_compiled.values())
-    return _compiled.get(threading.get_ident(), 0.0)
+    return _everywhere[0] if all_threads else _seconds.here
 
 
 class Task(NamedTuple):

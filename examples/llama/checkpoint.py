@@ -57,7 +57,9 @@ def load_any(directory, *, dtype=jnp.float32, param_dtype=None, values=None, ten
     examples.compress_llm does better, which knows what layers see. With `tensor_parallel` the model
     is shared out to so many devices, see parallel.py.
     """
-    mesh = parallel.make_mesh(tensor_parallel, load_config(directory))
+    mesh = None
+    if tensor_parallel > 1:
+        mesh = parallel.make_mesh(tensor_parallel, load_config(directory))
     if is_packed(directory):
         return load_packed(directory, dtype=dtype, values=values, mesh=mesh)
     if values is None:

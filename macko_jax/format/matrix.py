@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,11 @@ class MackoMatrix(Operators):
         )
 
 
+# Weights of a matrix that is packed on the accelerator where it lies; NumPy packs fewer in less
+# time than the programs for their shape take to compile.
+WORTH_COMPILING = 1 << 22
+
+
 def compress(
     weight,
     *,
@@ -197,24 +203,22 @@ def compress(
     """
     weight = check_weight(weight, "compress")
     check_layout(encoding, lanes)
+    put = _placement(weight)
+    if weight.size < WORTH_COMPILING:
+        weight = np.asarray(weight)
     weight, scales = stored_values(weight, dtype)
-    if scales is not None:
-        scales = jnp.asarray(scales)
     arrays, encoding, lanes = pack(weight, encoding, lanes, capacity)
-    place = _place(weight)
-    values, codes, row_offsets, starts = (
-        jnp.asarray(array) if place is None else jax.device_put(array, place) for array in arrays
-    )
+    values, codes, row_offsets, starts = map(put, arrays)
+    scales = None if scales is None else put(scales)
     rows, cols = map(int, weight.shape)
     return MackoMatrix(values, codes, row_offsets, starts, (rows, cols), encoding, lanes, scales)
 
 
-def _place(weight):
-    """The device to which a weight is bound, also where it was packed on the host; else None."""
-    if not (isinstance(weight, jax.Array) and weight.committed and len(weight.devices()) == 1):
-        return None
-    (device,) = weight.devices()
-    return device
+def _placement(weight) -> Callable:
+    """What puts arrays on the device to which a weight is bound, if it is bound to one."""
+    if isinstance(weight, jax.Array) and weight.committed and len(weight.devices()) == 1:
+        return functools.partial(jax.device_put, device=next(iter(weight.devices())))
+    return jnp.asarray
 
 
 def check_weight(weight, caller: str):

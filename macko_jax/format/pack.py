@@ -34,9 +34,6 @@ from macko_jax.format.layout import (
 )
 
 TURNS = 1 << 11  # so many have their banks chosen together by NumPy, and stay in a cache
-# Weights of a matrix that is packed on the accelerator where it lies; NumPy packs fewer in less
-# time than the programs for their shape take to compile.
-WORTH_COMPILING = 1 << 22
 Capacity = int | Callable[[int], int] | None  # groups to have room for; see `matrix.compress`
 
 
@@ -59,8 +56,7 @@ def pack(
       (values, codes, row_offsets, starts), encoding, lanes; see `matrix.MackoMatrix`.
     """
     if on_device is None:
-        large = weight.size >= WORTH_COMPILING
-        on_device = isinstance(weight, jax.Array) and large and _on_accelerator(weight)
+        on_device = isinstance(weight, jax.Array) and _on_accelerator(weight)
     weight = jnp.asarray(weight) if on_device else np.ascontiguousarray(weight)
     run = _jitted if on_device else _eagerly
     elements = run(find, weight)
