@@ -1,7 +1,7 @@
 """Every tuned number of the kernels, and the rules that are fitted to measurements.
 
 They were found on an H200 and only affect speed. Each names the record under docs/results that it
-comes from; tests/test_tuning.py compares the rules with their records. The numbers of packing are
+comes from, or says that there is none; tests/test_tuning.py compares the rules with their records. The numbers of packing are
 in macko_jax/format/choose.py.
 """
 
@@ -19,7 +19,7 @@ DENSIFY_WARPS = 16  # more are slower (tuning_h200.json, "decode")
 # Vectors of a pass, by the bytes of their elements (spmv_h200_batches.json).
 VECTORS = {2: 8, 4: 4}
 
-# Loads in flight.
+# Loads in flight. Of the last three no record was kept.
 SHORT_CHUNK, LONG_CHUNK = 2.5, 8.5  # groups of a lane in a row, see `prefetch_distance`
 GROUPS_IN_FLIGHT = 48  # of an SM's warps together, for each lane, where few warps fit
 MOST_AHEAD = 12  # groups, which take up to 108 of the 255 registers that a lane can have
