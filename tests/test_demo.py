@@ -209,6 +209,7 @@ def test_benchmark_decode_names_checkpoints(byte_model, tmp_path):
     assert table[0].endswith("  checkpoint") and table[1].endswith(f"  {byte_model}")
 
 
+@pytest.mark.slow
 def test_calls_on_a_cpu_are_timed_one_by_one():
     program = """if True:
         import time

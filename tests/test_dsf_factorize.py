@@ -60,6 +60,7 @@ def test_budget_is_never_exceeded(density, levels, seed, preset):
     assert result.density == result.nnz / weight.size
 
 
+@pytest.mark.slow
 def test_budget_is_used_up():
     weight, gram = small_layer()
     for density in (0.6, 0.4):
@@ -86,6 +87,7 @@ def test_hard_inputs_have_defined_results(name):
         assert (result.right is not None) == (result.method == "dsf")
 
 
+@pytest.mark.slow
 def test_density_one_keeps_the_layer():
     weight, gram = small_layer()
     result = dsf_jax.factorize(weight, gram, density=1.0, **FAST)

@@ -558,6 +558,7 @@ def test_abstract_model_is_refused():
         substitute(nnx.eval_shape(lambda: MLP(nnx.Rngs(0))))
 
 
+@pytest.mark.slow
 def test_fine_tuning_keeps_the_zeros():
     """AdamW with weight decay on packed values follows AdamW on masked dense kernels."""
     dense = fill_kernels(nnx.Sequential(linear(40, 30), jnp.tanh, linear(30, 3)))

@@ -68,6 +68,7 @@ def test_versions_of_jax_are_those_of_setup_cfg():
     assert f"jax[cuda13]{bounds}" in config["options.extras_require"]["cuda"].split()
 
 
+@pytest.mark.slow
 def test_importing_macko_jax_imports_neither_flax_nor_optax():
     code = "import sys, macko_jax; print(sorted({'flax', 'optax', 'dsf_jax'} & set(sys.modules)))"
     done = subprocess.run(

@@ -164,6 +164,7 @@ def test_generation_does_not_depend_on_chunks_or_batch():
     np.testing.assert_array_equal(alone, continuations(split.SplitModel.of(model), prompts[:1], 9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [VARIANTS["qwen2"], VARIANTS["qwen3"]])
 def test_prompts_are_read_some_layers_at_a_time(changes, monkeypatch):
     monkeypatch.setattr(split, "LAYERS_A_CALL", 2)
@@ -181,6 +182,7 @@ def test_prompts_are_read_some_layers_at_a_time(changes, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sampling_is_seeded_and_cut():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     logits = jnp.broadcast_to(logits, (4000, 4))
@@ -245,6 +247,7 @@ def test_windows_predict_every_token_once(count, length, stride):
     assert np.all(seen >= np.minimum(targets[counts] - 100, length - stride + 1))
 
 
+@pytest.mark.slow
 def test_bits_per_token_is_the_mean_of_the_next_token_losses():
     model, tokens = make_model(), np.asarray(make_tokens(21))
     logits = jax.nn.log_softmax(forward(model, jnp.asarray(tokens[None, :-1])))[0]
@@ -288,6 +291,7 @@ def test_packed_model_computes_what_the_pruned_model_does(tmp_path):
     np.testing.assert_array_equal(forward(loaded, tokens), forward(packed, tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_norms_gates_and_sums_of_a_decode_step_are_in_the_products_kernels(dtype):
     rule = Rule(".*", max_density=1.0, dtype=dtype)
@@ -325,6 +329,7 @@ def test_layers_that_are_pruned_alike_share_kernels():
     assert len(kernels) == 16 and len(set(kernels)) == 4
 
 
+@pytest.mark.slow
 def test_factor_pairs_are_packed_and_stored(tmp_path):
     model = nnx.clone(make_model())
     rng = np.random.default_rng(0)

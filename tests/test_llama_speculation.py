@@ -58,6 +58,7 @@ def test_the_likeliest_tokens_are_the_model_s_own(variant):
             assert 0 < account.acceptance < 1 and "accepted 0." in str(account)
 
 
+@slow
 def test_a_packed_model_drafts_and_shares_what_is_the_same():
     model = make_model()
     pruned = nnx.clone(model)
@@ -74,7 +75,8 @@ def test_a_packed_model_drafts_and_shares_what_is_the_same():
     np.testing.assert_array_equal(found, continuations(model, PROMPTS, 20)[:, :12])
 
 
-@pytest.mark.parametrize("options", [pytest.param({}, marks=slow), {"top_k": 5, "top_p": 0.8}])
+@slow
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.8}])
 def test_drawn_tokens_have_the_model_s_distribution(options):
     """Chi-square of 400 draws of two tokens after the first, against exact probabilities."""
     sampling = llama.Sampling(temperature=1.5, **options)
@@ -128,6 +130,7 @@ def test_draft_tokens_are_chosen_by_what_was_measured():
     assert [account.draft_tokens for account in accounts[:2]] == [1, 4] and len(accounts) > 2
 
 
+@slow
 def test_forced_acceptance_and_what_is_refused():
     model = make_model()
     accounts = []

@@ -173,6 +173,7 @@ def test_layers_of_one_shape_are_factorized_together(monkeypatch):
         assert a.error == pytest.approx(b.error, rel=0.05)
 
 
+@pytest.mark.slow
 def test_stages_budgets_report_and_the_model_left_alone():
     model, batches = Net(), token_batches()
     before = kernels(model)
@@ -376,6 +377,7 @@ def kill_after(count):
     return callback
 
 
+@pytest.mark.slow
 def test_resume_after_being_killed(tmp_path):
     model, batches = Net(), token_batches()
     call = dict(method="sparsegpt", density=0.5)
@@ -674,6 +676,7 @@ class Namer(nnx.Module):
         return logits, self.classifier(pooled), nnx.softmax(self.score(pooled)), x
 
 
+@pytest.mark.slow
 def test_heads_are_found_by_what_they_make():
     _, report = compress_model(Namer(), [np.arange(16).reshape(2, 8)], method="magnitude")
     head = "the output head"

@@ -261,6 +261,7 @@ def test_untested_jax_gives_a_warning(version, warns, recwarn):
         assert version in str(recwarn[0].message)
 
 
+@pytest.mark.slow
 def test_import_warns_but_works_with_an_untested_jax():
     code = (
         "import jax; jax.__version__ = '0.99.0'; import macko_jax; print(macko_jax.spmv.__name__)"

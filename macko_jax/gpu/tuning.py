@@ -1,8 +1,8 @@
 """Every tuned number of the kernels, and the rules that are fitted to measurements.
 
 They were found on an H200 and only affect speed. Each names the record under docs/results that it
-comes from, or says that there is none; tests/test_tuning.py compares the rules with their records. The numbers of packing are
-in macko_jax/format/choose.py.
+comes from, or says that there is none; tests/test_tuning.py compares the rules with their records.
+The numbers of packing are in macko_jax/format/choose.py.
 """
 
 import math
