@@ -59,6 +59,7 @@ def test_grams_of_padded_tokens_are_those_of_the_real_ones():
         rows = rows @ (up if name == "up" else flat)
 
 
+@pytest.mark.slow
 def test_values_in_padded_positions_change_nothing_of_a_compressed_model():
     module, variables, x = encoder()
     padded = jnp.where(REAL[..., None], x, 1e3)

@@ -282,6 +282,7 @@ def test_layers_that_feed_each_other_are_one_stage():
     assert [sorted(stage) for stage in members] == [[0, 1], [2]]
 
 
+@pytest.mark.slow
 def test_masks_are_made_again_and_not_kept():
     class Masked(nnx.Module):
         def __init__(self, rngs):
@@ -343,6 +344,7 @@ def test_model_is_not_edited_and_runs_in_evaluation_mode():
     np.testing.assert_allclose(gram, hidden.T @ hidden, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_write_puts_back_what_read_took():
     stack = Stack(2, 4, nnx.Rngs(0))
     network = read_network(stack)

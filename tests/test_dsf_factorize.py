@@ -10,6 +10,7 @@ import dsf_jax
 from dsf_jax.solvers import budget, problem
 from dsf_jax.solvers.admm import Schedule, improve_factor, refit_coupled, refit_rows, solve_rows
 from dsf_jax.solvers.factorize import _factorize, _Numbers, choose_options
+from dsf_jax.solvers.rounding import round_solution
 from dsf_jax.solvers.solution import best_solution
 from tests.dsf_cases import hard_layers, real_layer, reference, small_layer
 
@@ -41,6 +42,10 @@ def test_quality_preset_is_several_times_better():
     # It generalizes: on text that it has not seen it loses little.
     error = dsf_jax.relative_output_error(weight, result.product(), other)
     assert error <= 1.1 * result.relative_error
+    # And 8-bit values lose it nearly nothing, on either text.
+    rounded = round_solution(problem.Problem.of(weight, gram), result, "int8", np.dtype("float16"))
+    assert rounded.relative_error < 1.06 * result.relative_error
+    assert dsf_jax.relative_output_error(weight, rounded.product(), other) < 1.06 * error
 
 
 @pytest.mark.slow

@@ -78,6 +78,7 @@ def test_pair_and_packed_pair_equal_the_layer_with_the_product(name):
     )  # left as it was
 
 
+@pytest.mark.slow
 def test_packed_convolution_is_differentiable():
     build, shape, groups = LAYERS["conv"]
     x = draw(0, *shape)

@@ -325,6 +325,7 @@ def test_split_and_merge(dense, inputs, expected):
     np.testing.assert_allclose(merge_and_run(params, rest, inputs), expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_orbax_restores_a_model_that_is_known_by_its_code_alone(dense, inputs, tmp_path):
     model = nnx.clone(dense)
     # A pair of which one factor is packed: the other is denser than 0.8.
@@ -406,6 +407,7 @@ def test_vmapped_and_scanned_stack():
     )
 
 
+@pytest.mark.slow
 def test_a_lora_layer_is_packed_beside_its_adapter(tmp_path):
     def make():
         options = dict(lora_rank=2, b_initializer=nnx.initializers.normal(1.0))

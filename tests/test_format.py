@@ -108,6 +108,7 @@ def test_bytes_stay_near_the_papers(cols, density, dtype):
     assert matrix.nbytes <= 1.02 * paper + 64 * weight.shape[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "density, cols, expected",
     [

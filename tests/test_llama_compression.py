@@ -391,6 +391,7 @@ def test_recipes_that_contradict_themselves_are_refused(dense, windows, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, values", [("wanda", None), ("dsf", "int8")])
 def test_sizes_are_foreseen(method, values):
     recipe = Recipe(method=method, values=values, encoding="delta4")

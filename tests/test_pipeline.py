@@ -254,6 +254,7 @@ def test_blocks_are_calibrated_together():
         compress_model(model, batches, calibration=Calibration(blocks="nothing"), **rules)
 
 
+@pytest.mark.slow
 def test_rules():
     model, batches = Net(), token_batches()
     _, report = compress_model(
