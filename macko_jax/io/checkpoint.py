@@ -260,16 +260,7 @@ def _encode(node: Any, path: tuple, put: Callable[[Any, str], dict]) -> dict:
     """The JSON description of a tree; `put(array, where)` gives that of each array in it."""
     where = "/".join(map(str, path))
     if isinstance(node, MackoMatrix):
-        return {
-            "matrix": {
-                name: put(getattr(node, name), f"{where}.{name}")
-                for name in MATRIX_ARRAYS
-                if getattr(node, name) is not None
-            },
-            "shape": list(node.shape),
-            "encoding": node.encoding,
-            "lanes": node.lanes,
-        }
+        return _encode_matrix("matrix", node, where, put)
     if isinstance(node, ShardedMatrix):
         return _encode_sharded(node, where, put)
     if isinstance(node, FactorizedKernel):
@@ -307,14 +298,12 @@ def _encode(node: Any, path: tuple, put: Callable[[Any, str], dict]) -> dict:
     )
 
 
-def _encode_sharded(matrix: ShardedMatrix, where: str, put: Callable[[Any, str], dict]) -> dict:
-    """The JSON description of a matrix in shards."""
-    if matrix.values.ndim != 2:
-        raise TypeError(
-            f"Cannot save the stack of ShardedMatrix at {where!r}; save its matrices one by one"
-        )
+def _encode_matrix(
+    kind: str, matrix: MackoMatrix | ShardedMatrix, where: str, put: Callable[[Any, str], dict]
+) -> dict:
+    """What the JSON descriptions of a matrix, whole or in shards, have in common."""
     return {
-        "sharded": {
+        kind: {
             name: put(getattr(matrix, name), f"{where}.{name}")
             for name in MATRIX_ARRAYS
             if getattr(matrix, name) is not None
@@ -322,6 +311,17 @@ def _encode_sharded(matrix: ShardedMatrix, where: str, put: Callable[[Any, str],
         "shape": list(matrix.shape),
         "encoding": matrix.encoding,
         "lanes": matrix.lanes,
+    }
+
+
+def _encode_sharded(matrix: ShardedMatrix, where: str, put: Callable[[Any, str], dict]) -> dict:
+    """The JSON description of a matrix in shards."""
+    if matrix.values.ndim != 2:
+        raise TypeError(
+            f"Cannot save the stack of ShardedMatrix at {where!r}; save its matrices one by one"
+        )
+    return {
+        **_encode_matrix("sharded", matrix, where, put),
         "axes": list(matrix.axes),
         "dimension": matrix.dimension,
         "parts": list(matrix.parts),
