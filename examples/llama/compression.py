@@ -204,6 +204,7 @@ class _Run:
         self.layers = self._layers()
         self.progress = _Progress(self.layers, callback)
         self.densities = None if recipe.method == GIVEN else self._uniform()
+        self.keep = "host"  # where activations wait
 
     def _layers(self):
         """For each block the (path, shape, method) of its layers that are not skipped."""
@@ -221,9 +222,9 @@ class _Run:
     def solved(self, windows, batch):
         """Compresses every block on what the packed ones before it give."""
         embed = self.save_part("embed")
-        keep = self._where_to_keep(windows, embed)
-        held = np.asarray if keep == "host" else lambda array: array
-        hidden = [held(embed(part)) for part in np.split(windows, _batches(windows, batch))]
+        self.keep = self._where_to_keep(windows, embed)
+        parts = np.split(windows, _batches(windows, batch))
+        hidden = [self._held(embed(part)) for part in parts]
         del embed
         densities = self._shared(hidden) if self.recipe.budget == "sensitivity" else self.densities
         written = []
@@ -233,11 +234,19 @@ class _Run:
                     self.progress.add(layer)
                 block = checkpoint.load_block(self.out, i, abstract, unpack=True)
             else:
-                block = self._compress(i, hidden, densities.of_block(i, written), keep)
+                block = self._compress(i, hidden, densities.of_block(i, written))
             given = {layer.path: layer.density for layer in self.record.block(i)}
             written.append((given, checkpoint.part_file(self.out, i).stat().st_size))
             if i + 1 < len(self.model.layers):
-                hidden = [held(_advance(block, self.stored.config, part)) for part in hidden]
+                hidden = self._advance(block, hidden)
+
+    def _held(self, array):
+        return np.asarray(array) if self.keep == "host" else array
+
+    def _advance(self, block, hidden):
+        """The activations behind a block."""
+        split = nnx.split(block)
+        return [self._held(_run_block(*split, self.stored.config, part)) for part in hidden]
 
     def _where_to_keep(self, windows, embed):
         """Where activations wait: on the device if a quarter of its memory holds them, or here.
@@ -323,10 +332,10 @@ class _Run:
                     weights = _kernel(block, layer).T[None]
                     curves[path] = probe_errors(weights, grams[layer][None], density, path)
                     sizes[path] = weights.size
-            hidden = [np.asarray(_advance(block, self.stored.config, part)) for part in hidden]
+            hidden = self._advance(block, hidden)
         return allocate_densities(curves, sizes, density)
 
-    def _compress(self, index, hidden, densities, keep):
+    def _compress(self, index, hidden, densities):
         """Compresses one block and writes it; the block as it now is, dense with zeros."""
         prefix, block = f"layers/{index}", self._read(index)
         began = time.perf_counter()
@@ -343,7 +352,7 @@ class _Run:
                 forward=functools.partial(_forward, self.stored.config),
                 execution=dsf_jax.Execution(
                     devices=self.devices,
-                    keep_activations=keep,
+                    keep_activations=self.keep,
                     work_dir=work,
                     work_key=self.record.key(index),
                 ),
@@ -426,10 +435,6 @@ def _forward(config, block, hidden):
     positions = jnp.arange(hidden.shape[1])[None]
     rotary = rotation(positions, config)
     return block(hidden, positions, rotary, None, None)[0]
-
-
-def _advance(block, config, hidden):
-    return _run_block(*nnx.split(block), config, hidden)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config"), compiler_options=COMPILER_OPTIONS)
