@@ -96,6 +96,15 @@ class Settings:
         return model, draft, array_bytes(nnx.state(model)), array_bytes(nnx.state(draft)) - saved
 
 
+def time_rest(calls, count):
+    """Seconds of each of `count` tokens but the first, which the first call has given."""
+    jax.block_until_ready(next(calls))
+    began = time.perf_counter()
+    for tokens in calls:
+        jax.block_until_ready(tokens)
+    return (time.perf_counter() - began) / (count - 1)
+
+
 def time_alone(model, prompts, settings):
     """Median seconds of a token of a model by itself."""
     seconds, count = [], settings.new_tokens
@@ -103,11 +112,7 @@ def time_alone(model, prompts, settings):
     for _ in range(settings.repeats + 1):
         key = jax.random.key(settings.seed)
         calls = generation.draw(model, padded, lengths, count, key, generation.GREEDY, CHUNK)
-        jax.block_until_ready(next(calls))
-        began = time.perf_counter()
-        for tokens in calls:
-            jax.block_until_ready(tokens)
-        seconds.append((time.perf_counter() - began) / (settings.new_tokens - 1))
+        seconds.append(time_rest(calls, count))
     return float(np.median(seconds[1:]))  # the first compiles
 
 
@@ -125,11 +130,7 @@ def time_drafted(model, draft, prompts, count, acceptance, settings):
             forced=acceptance,
             accounts=accounts,
         )
-        next(calls)
-        began = time.perf_counter()
-        for _ in calls:
-            pass
-        seconds.append((time.perf_counter() - began) / (settings.new_tokens - 1))
+        seconds.append(time_rest(calls, settings.new_tokens))
     (account,) = accounts
     return float(np.median(seconds[1:])), account.tokens / account.cycles, account.cycle_seconds
 

@@ -62,9 +62,7 @@ class Speculation:
     cycles: jax.Array
 
 
-@functools.partial(
-    jax.jit, static_argnames=("cycles", "count", "sampling", "forced"), donate_argnames="now"
-)
+@functools.partial(jax.jit, static_argnames=("cycles", "count", "sampling"), donate_argnames="now")
 def advance(split, draft, now, *, cycles, count, sampling, forced=None):
     """Some cycles of drafting and verifying.
 
