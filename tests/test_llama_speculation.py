@@ -133,10 +133,11 @@ def test_draft_tokens_are_chosen_by_what_was_measured():
 @slow
 def test_forced_acceptance_and_what_is_refused():
     model = make_model()
-    accounts = []
+    accounts, compiled = [], speculation.advance._cache_size()
     found = texts(
         model, model, PROMPTS, 64, draft_tokens=3, cycles=4, forced=0.5, accounts=accounts
     )
+    assert len(accounts[0].calls) > 1 and speculation.advance._cache_size() == compiled + 1
     assert found.shape == (3, 64) and 0.3 < accounts[0].acceptance < 0.7
     with pytest.raises(ValueError, match="vocabulary of 7 tokens and the model one of 61"):
         next(speculate(model, make_model(vocab_size=7), PROMPTS, 4))

@@ -11,6 +11,7 @@ the same arrays in both. Times are medians over generations, without the prefill
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import platform
 import time
@@ -24,6 +25,7 @@ from flax import nnx
 from examples import cli, llama
 from examples.benchmarks.random_models import RandomModel, array_bytes
 from examples.llama import generation, speculation
+from examples.llama.cache import Cache, round_up, widen
 from examples.llama.split import SplitModel
 from examples.records import write_json
 from macko_jax.format.quantization import NAMES
@@ -60,6 +62,7 @@ flags.DEFINE_integer("seed", 0, "Seed of weights, masks and prompt.")
 flags.DEFINE_string("out", "runs/draft.json", "File of the record.")
 
 CHUNK = 64  # tokens between two visits to the host of a model without a draft
+PASSES = 32  # of a model over the same tokens, in one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,33 @@ def time_alone(model, prompts, settings):
     return float(np.median(seconds[1:]))  # the first compiles
 
 
+@functools.partial(jax.jit, static_argnames="passes", donate_argnames="layers")
+def read_again(split, tokens, layers, lengths, passes):
+    """Reads as many tokens [B, T] after what a cache holds, `passes` times; the last ones."""
+
+    def once(state, _):
+        tokens, layers = state
+        scores, layers = speculation.run(split, tokens, Cache(layers, lengths))
+        return (jnp.argmax(scores, axis=-1).astype(jnp.int32), layers), None
+
+    return jax.lax.scan(once, (tokens, layers), length=passes)[0]
+
+
+def time_pass(model, prompts, count, settings):
+    """Median seconds in which a model reads `count` tokens at once after the prompts."""
+    padded, lengths = generation.pad_prompts(model.config, prompts, settings.new_tokens)
+    begun = generation.prefill(model, padded, lengths, jax.random.key(0), generation.GREEDY)
+    slots = round_up(settings.prompt_tokens + settings.new_tokens + count)
+    layers, seconds = widen(begun.cache, slots).layers, []
+    tokens = jnp.zeros((settings.batch, count), jnp.int32)
+    for _ in range(settings.repeats + 1):
+        began = time.perf_counter()
+        tokens, layers = read_again(model, tokens, layers, lengths, PASSES)
+        jax.block_until_ready(tokens)
+        seconds.append((time.perf_counter() - began) / PASSES)
+    return float(np.median(seconds[1:]))
+
+
 def time_drafted(model, draft, prompts, count, acceptance, settings):
     """Median seconds of a token with a draft, tokens of a cycle, and seconds of a cycle."""
     seconds, accounts = [], []
@@ -166,13 +196,24 @@ def main(_):
     }
     for name, milliseconds in alone.items():
         print(f"{name} alone: {milliseconds:.3f} ms a token, {1e3 / milliseconds:.1f} tokens/s")
-    print("accepted  drafted  tokens/s  of alone  tokens a cycle  ms a cycle  ms of the draft")
+    first = 1e3 * time_pass(draft, prompts, 2, settings)
+    print(
+        "accepted  drafted  tokens/s  of alone  tokens a cycle  ms a cycle = first two of the "
+        "draft + its others + verification + rest"
+    )
     rows = []
     for count in settings.draft_tokens:
+        verification = 1e3 * time_pass(model, prompts, count + 1, settings)
         for acceptance in settings.acceptance:
             seconds, tokens, cycle = time_drafted(
                 model, draft, prompts, count, acceptance, settings
             )
+            parts = {
+                "first_two_of_the_draft": first,
+                "others_of_the_draft": (count - 1) * alone["draft"],
+                "verification": verification,
+            }
+            parts["rest"] = 1e3 * cycle - sum(parts.values())
             row = {
                 "acceptance": acceptance,
                 "draft_tokens": count,
@@ -180,11 +221,13 @@ def main(_):
                 "of_alone": alone["model"] / 1e3 / seconds,
                 "tokens_of_a_cycle": tokens,
                 "milliseconds_of_a_cycle": 1e3 * cycle,
+                "milliseconds_of_its_parts": parts,
             }
             rows.append(row)
             print(
                 f"{acceptance:8.2f}  {count:7}  {1 / seconds:8.1f}  {row['of_alone']:8.2f}  "
-                f"{tokens:14.2f}  {1e3 * cycle:10.2f}  {count * alone['draft']:15.2f}",
+                f"{tokens:14.2f}  {1e3 * cycle:10.2f} = "
+                + " + ".join(f"{part:.2f}" for part in parts.values()),
                 flush=True,
             )
             write_json(settings.out, describe(settings, alone, sizes, rows))

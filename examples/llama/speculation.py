@@ -84,7 +84,7 @@ def advance(split, draft, now, *, cycles, count, sampling, forced=None):
         keys = jax.random.split(jax.random.fold_in(now.key, now.cycles), count + 2)
         drafted, chances, draft_caches = _draft(draft, now, keys[:count], sampling)
         read = jnp.concatenate([now.tokens[:, 1:], drafted], axis=1)
-        wanted, caches = _run(split, read, Cache(now.caches, now.lengths))
+        wanted, caches = run(split, read, Cache(now.caches, now.lengths))
         accepted, own = _judge(wanted, drafted, chances, keys[count:], sampling, forced)
         place = jnp.arange(count + 1)
         given = jnp.pad(drafted, ((0, 0), (0, 1)))
@@ -107,7 +107,7 @@ def advance(split, draft, now, *, cycles, count, sampling, forced=None):
     return jax.lax.scan(cycle, now, length=cycles)
 
 
-def _run(split, tokens, cache):
+def run(split, tokens, cache):
     """Logits [B, T, V] of tokens [B, T] after what the cache holds, and the caches with them."""
     table, norm, head = split.ends.build()
     blocks = [block for piece in split.layers for block in piece.build()]
@@ -119,7 +119,7 @@ def _draft(draft, now, keys, sampling):
     """Tokens [B, K], the logits [B, K, V] that they were drawn by, and the draft's caches."""
 
     def draw(read, caches, lengths, key):
-        scores, caches = _run(draft, read, Cache(caches, lengths))
+        scores, caches = run(draft, read, Cache(caches, lengths))
         scores = scores[:, -1]
         if sampling.temperature:
             scores = sampling.cut(scores)
@@ -337,7 +337,7 @@ def _begin(split, draft, padded, lengths, new_tokens, most, key, sampling):
         jnp.asarray(lengths),
         widen(begun.cache, slots).layers,
         widen(read.cache, slots).layers,
-        jnp.full(len(lengths), new_tokens - 1),
+        jnp.full(len(lengths), new_tokens - 1, jnp.int32),
         jax.random.fold_in(key, 1),
         jnp.int32(0),
     )
