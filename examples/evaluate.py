@@ -1,6 +1,7 @@
 """Perplexity and bits per byte of dense, pruned and packed models on a text file.
 
     python -m examples.evaluate --checkpoint=DENSE --checkpoint=PACKED --pruned --text=FILE
+    python -m examples.evaluate --checkpoint=DRAFT --against=DENSE
 
 Windowing: the text is cut into windows of --length tokens, each --stride tokens behind the one
 before, and only the last --stride predictions of a window count (all of them in the first), so
@@ -17,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from examples import cli, stdlib_text
-from examples.llama import checkpoint, evaluation, parallel
+from examples.llama import checkpoint, evaluation, parallel, speculation
 from examples.llama import tokenizer as tokenizers
 from examples.records import write_json
 from macko_jax.format.quantization import NAMES
@@ -29,6 +30,12 @@ flags.DEFINE_multi_string(
 )
 flags.DEFINE_bool(
     "pruned", False, "Evaluate packed models once more with their matrices decompressed."
+)
+flags.DEFINE_string(
+    "against",
+    None,
+    "Directory of the model that drafts are for, or that was compressed: how often each agrees "
+    "with it is said, too.",
 )
 flags.DEFINE_string(
     "text", None, "Text file, in UTF-8; by default the held-out standard library modules."
@@ -66,6 +73,7 @@ class Settings:
 
     checkpoint: tuple[str, ...]
     pruned: bool
+    against: str | None
     text: str | None
     length: int | None
     stride: int | None
@@ -95,26 +103,31 @@ class Settings:
                 pruned = checkpoint.load_packed(directory, dtype=dtype, unpack=True, mesh=mesh)
                 yield directory, "pruned", pruned
 
+    def other(self):
+        """The model to compare with, if there is one."""
+        if self.against is None:
+            return None
+        dtype = jnp.dtype(self.dtype)
+        return checkpoint.load_any(self.against, dtype=dtype, tensor_parallel=self.tensor_parallel)
+
     def windowing(self, config):
         """The length of a window and the stride between two."""
         length = evaluation.window_length(self.length, config)
         return length, self.stride or max(length // 2, 1)
 
 
-def evaluate(directory, kind, model, text, settings):
-    """Evaluates a model and prints a line; what it found."""
+def evaluate(directory, kind, model, text, other, settings):
+    """Evaluates a model, beside another if there is one, and prints a line; what it found."""
     tokenizer = tokenizers.load_tokenizer(directory, model.config.vocab_size)
     tokens = np.array(tokenizer.encode(text))
     length, stride = settings.windowing(model.config)
+    windowing = {"length": length, "stride": stride, "batch": settings.batch}
+    windowing["limit"] = settings.eval_windows or None
     with jax.default_matmul_precision("highest"):
-        nats, count = evaluation.total_nats(
-            model,
-            tokens,
-            length=length,
-            stride=stride,
-            batch=settings.batch,
-            limit=settings.eval_windows or None,
-        )
+        nats, count = evaluation.total_nats(model, tokens, **windowing)
+        if other is not None:
+            speculation.check_draft(other.config, model.config)
+            agreement = evaluation.agreement(model, other, tokens, **windowing)
     # Bytes per token of the whole text, should only some of its windows have been read.
     size = len(text.encode()) / (len(tokens) - 1)
     result = {
@@ -132,13 +145,23 @@ def evaluate(directory, kind, model, text, settings):
         f"stride {stride}",
         flush=True,
     )
+    if other is not None:
+        result["agreement"] = {"with": settings.against, **agreement}
+        print(
+            f"  agrees with {settings.against}: the same likeliest token in "
+            f"{agreement['same_likeliest']:.1%} of all places, a token that it draws would be "
+            f"accepted in {agreement['overlap']:.1%}, divergence {agreement['divergence']:.4f} "
+            "nats",
+            flush=True,
+        )
     return result
 
 
 def main(_):
     settings = cli.settings(Settings)
     text = settings.read_text()
-    results = [evaluate(*model, text, settings) for model in settings.models()]
+    other = settings.other()
+    results = [evaluate(*model, text, other, settings) for model in settings.models()]
     if settings.out:
         described = {
             "text": settings.text,

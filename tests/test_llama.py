@@ -268,6 +268,23 @@ def test_bits_per_token_is_the_mean_of_the_next_token_losses():
 
 
 @pytest.mark.slow
+def test_agreement_is_that_of_the_distributions():
+    model, tokens = make_model(), np.asarray(make_tokens(21))
+    other = nnx.clone(model)
+    other.norm.scale[...] *= jnp.linspace(-1, 3, other.norm.scale[...].size)
+    options = {"length": 20, "stride": 20, "batch": 1}
+    found = evaluation.agreement(model, other, tokens, **options)
+    q, p = (
+        np.asarray(jax.nn.softmax(forward(each, jnp.asarray(tokens[None, :-1])))[0], np.float64)
+        for each in (model, other)
+    )
+    assert found["same_likeliest"] == np.mean(p.argmax(-1) == q.argmax(-1))
+    np.testing.assert_allclose(found["overlap"], np.minimum(p, q).sum(-1).mean(), rtol=1e-5)
+    divergence = np.sum(p * np.log(p / q), axis=-1).mean()
+    np.testing.assert_allclose(found["divergence"], divergence, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_packed_model_computes_what_the_pruned_model_does(tmp_path):
     model = nnx.clone(make_model())
     for _, module in nnx.iter_modules(model):

@@ -422,9 +422,12 @@ def test_scripts_compress_and_evaluate(tmp_path):
     run(
         "evaluate",
         f"--checkpoint={tmp_path / 'dense'} --checkpoint={out} --pruned --text={text}",
-        f"--length=32 --eval_windows=4 --out={found}",
+        f"--length=32 --eval_windows=4 --out={found} --against={tmp_path / 'dense'}",
     )
     results = json.loads(found.read_text())["results"]
+    itself, other, _ = (result["agreement"] for result in results)
+    assert itself["same_likeliest"] == 1 and abs(itself["overlap"] - 1) < 1e-5
+    assert abs(itself["divergence"]) < 1e-5 < other["divergence"] and other["overlap"] < 1
     assert [result["kind"] for result in results] == ["dense", "packed", "pruned"]
     dense, packed, pruned = (result["perplexity"] for result in results)
     assert abs(packed / pruned - 1) < 1e-4 < abs(dense / pruned - 1)

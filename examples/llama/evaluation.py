@@ -59,6 +59,22 @@ def _sum_nats(logits, targets, counts):
     return -jnp.sum(likelihood[..., 0], where=counts)
 
 
+def _batches(config, tokens, length, stride, batch, limit=None):
+    """Windows of a text in batches of one shape: inputs, targets, counts; and how many are done."""
+    config.check_tokens(tokens)
+    cut = windows(tokens, length, stride)
+    if limit is not None and limit < len(cut[0]):
+        chosen = np.linspace(0, len(cut[0]) - 1, limit).round().astype(int)
+        cut = [array[chosen] for array in cut]
+    total = len(cut[0])
+    for first in range(0, total, batch):
+        part = [array[first : first + batch] for array in cut]
+        missing = batch - len(part[0])
+        if missing and first:  # one compiled shape serves the last batch as well
+            part = [np.pad(array, ((0, missing), (0, 0))) for array in part]
+        yield *part, (min(first + batch, total), total)
+
+
 def total_nats(model, tokens, *, length, stride, batch, limit=None, progress=None):
     """Negative log-likelihood of a text.
 
@@ -73,23 +89,43 @@ def total_nats(model, tokens, *, length, stride, batch, limit=None, progress=Non
     Returns:
       The sum in nats, and the number of predicted tokens.
     """
-    model.config.check_tokens(tokens)
     graph, state = nnx.split(model)
-    cut = windows(tokens, length, stride)
-    if limit is not None and limit < len(cut[0]):
-        chosen = np.linspace(0, len(cut[0]) - 1, limit).round().astype(int)
-        cut = [array[chosen] for array in cut]
-    inputs, targets, counts = cut
-    total = 0.0
-    for first in range(0, len(inputs), batch):
-        part = [array[first : first + batch] for array in (inputs, targets, counts)]
-        missing = batch - len(part[0])
-        if missing and first:  # one compiled shape serves the last batch as well
-            part = [np.pad(array, ((0, missing), (0, 0))) for array in part]
-        total += float(_sum_nats(logits(graph, state, part[0]), *part[1:]))
+    nats, predicted = 0.0, 0
+    for inputs, *rest, done in _batches(model.config, tokens, length, stride, batch, limit):
+        nats += float(_sum_nats(logits(graph, state, inputs), *rest))
+        predicted += int(rest[-1].sum())
         if progress:
-            progress(min(first + batch, len(inputs)), len(inputs))
-    return total, int(counts.sum())
+            progress(*done)
+    return nats, predicted
+
+
+@jax.jit
+def _sum_agreement(logits, other, counts):
+    p, q = (jax.nn.log_softmax(array) for array in (other, logits))
+    same = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
+    both = jnp.sum(jnp.exp(jnp.minimum(p, q)), axis=-1)
+    apart = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    return jnp.stack([jnp.sum(array, where=counts) for array in (same, both, apart)])
+
+
+def agreement(model, other, tokens, *, length, stride, batch, limit=None):
+    """How a model agrees with another one on a text; see `total_nats` for the arguments.
+
+    Where `model` drafts for `other`, a drafted token is accepted as often as the first two say.
+
+    Returns:
+      A dict: "same_likeliest", the share of places where both have the same likeliest token;
+      "overlap", the mean of sum_t min(p_t, q_t) over the vocabulary, p and q their distributions;
+      "divergence", the mean of sum_t p_t log(p_t / q_t) in nats, p those of `other`.
+    """
+    parts = [nnx.split(each) for each in (model, other)]
+    sums, predicted = np.zeros(3), 0
+    for inputs, _, counts, _ in _batches(model.config, tokens, length, stride, batch, limit):
+        both = [logits(graph, state, inputs) for graph, state in parts]
+        sums += np.asarray(_sum_agreement(*both, counts), np.float64)
+        predicted += int(counts.sum())
+    names = ("same_likeliest", "overlap", "divergence")
+    return dict(zip(names, (sums / predicted).tolist()))
 
 
 def bits_per_token(model, tokens, **options):
