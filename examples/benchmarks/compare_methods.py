@@ -66,7 +66,10 @@ flags.DEFINE_multi_integer(
     "bits", [], "Bits of dense weights, by rtn and gptq; repeatable.", lower_bound=2, upper_bound=8
 )
 flags.DEFINE_enum(
-    "values", "stored", ["stored", *NAMES], "Type of the packed values; stored: bfloat16."
+    "values",
+    "stored",
+    ["stored", *NAMES],
+    "Type of the packed values; stored: the checkpoint's own.",
 )
 flags.DEFINE_integer("windows", 32, "Windows to calibrate on.", lower_bound=1)
 flags.DEFINE_integer(
@@ -128,7 +131,11 @@ def run_all(settings):
     record = load(settings.out)
     if record is not None and record["settings"] != settings.described():
         raise ValueError(f"{settings.out} has other settings; give another --out")
-    model = checkpoint.load(settings.checkpoint, dtype=jnp.float32, param_dtype=jnp.bfloat16)
+    model = checkpoint.load(
+        settings.checkpoint,
+        dtype=jnp.float32,
+        param_dtype=checkpoint.stored_dtype(settings.checkpoint),
+    )
     length = evaluation.window_length(settings.length, model.config)
     tokens, calibration, bytes_per_token = read_texts(settings, model.config.vocab_size)
     batches = compression.calibration_batches(calibration, length, settings.windows, BATCH)
