@@ -1,5 +1,6 @@
 """Double Sparse Factorization: reference errors, budgets, hard inputs, closed forms, symmetries."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsf_jax
+from dsf_jax.pipeline.solve import Assignment, solve
 from dsf_jax.solvers import budget, problem
 from dsf_jax.solvers.admm import Schedule, improve_factor, refit_coupled, refit_rows, solve_rows
 from dsf_jax.solvers.factorize import _factorize, _Numbers, choose_options
@@ -86,7 +88,8 @@ def test_hard_inputs_have_defined_results(name):
         assert result.relative_error == min(result.alternatives.values())
         # What the result says of itself holds for what it holds.
         unseen = name == "zero gram"
-        assert result.note == ("its inputs are all zero" if unseen else None)
+        if name != "dead inputs":
+            assert result.note == ("its inputs are all zero" if unseen else None)
         error = dsf_jax.relative_output_error(weight, result.product(), None if unseen else gram)
         np.testing.assert_allclose(error, result.relative_error, rtol=1e-4, atol=1e-6)
         assert (result.right is not None) == (result.method == "dsf")
@@ -152,6 +155,32 @@ def test_dead_inputs_keep_weights_where_live_ones_leave_room():
     assert found.nnz == int(0.9 * weight.size)
     lost = np.linalg.norm((found.product() - weight)[:, ~live]) / np.linalg.norm(weight[:, ~live])
     assert lost < 0.7
+    kept = np.count_nonzero(found.right[:, ~live])
+    assert found.note == f"12 of its 16 inputs are zero and keep {kept} non-zeros"
+
+
+def test_where_all_that_live_inputs_need_fits_one_matrix_is_exact():
+    weight, gram = small_layer(12, 16)
+    live = np.arange(16) >= 12
+    found = dsf_jax.factorize(weight, gram * live * live[:, None], density=0.5, **FAST)
+    assert (found.right, found.relative_error) == (None, 0)
+    np.testing.assert_array_equal(found.left[:, live], weight[:, live])
+    assert found.note == "12 of its 16 inputs are zero and keep 48 non-zeros"
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", "dsf"])
+def test_groups_of_tiny_weights_are_solved_as_others(method):
+    layers = [small_layer(seed=seed) for seed in (0, 1)]
+    weights, grams = (np.stack(arrays) for arrays in zip(*layers))
+    options = dict(FAST, compare_single=False) if method == "dsf" else {}
+    asked = Assignment(method, 0.5, options)
+    base, tiny = (
+        solve({"a": weights * size}, {"a": grams}, asked, jax.devices()[0], weights.dtype)["a"]
+        for size in np.float32([1, 1e-30])
+    )
+    assert tiny.nonzeros == base.nonzeros <= 0.5 * weights.size
+    assert tiny.error == pytest.approx(base.error, rel=0.05)
+    np.testing.assert_allclose(tiny.product * 1e30, base.product, atol=0.05)
 
 
 def test_factors_of_nan_are_an_error():

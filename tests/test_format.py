@@ -160,6 +160,12 @@ def test_lanes_have_two_groups_where_rows_have_them(rows, groups):
     assert lanes == 1 or 2 * lanes <= groups
 
 
+def test_the_former_name_of_two_bank_warns():
+    with pytest.warns(DeprecationWarning, match="'choice' is now called 'two_bank'"):
+        matrix = macko_jax.compress(np.eye(4, dtype=np.float16), encoding="choice")
+    assert matrix.encoding == "two_bank"
+
+
 @pytest.mark.parametrize(
     "encoding, density, ratio",
     [("delta5", 0.1, 0.9), ("delta5", 0.05, 0.76), ("delta5", 0.02, 0.65)],

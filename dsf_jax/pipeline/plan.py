@@ -13,6 +13,7 @@ from dsf_jax.pipeline.allocation import allocate_densities, probe_errors
 from dsf_jax.pipeline.rules import Rule, Rules, default_skip, match_rules
 from dsf_jax.pipeline.settings import Calibration
 from dsf_jax.pipeline.solve import METHODS, Assignment, check_method
+from dsf_jax.solvers.methods import Method
 from dsf_jax.solvers.problem import is_finite
 from dsf_jax.trace import stages
 from dsf_jax.trace.calibration import CalibrationPass
@@ -103,23 +104,22 @@ def _why_skipped(layer: Layer, rule: Rule | None, layers: Sequence[Layer]) -> st
 def _assign(layer: Layer, rule: Rule | None, default: Assignment) -> Assignment:
     """What is asked for a layer, with its options checked."""
     asked = rule or Rule(".*")
-    options = dict(default.options if asked.options is None else asked.options)
-    assignment = Assignment(
-        asked.method or default.method, asked.density or default.density, options, default.values
-    )
-    check_method(assignment.method, layer.path)
-    method = assignment.solver
+    name = asked.method or default.method
+    check_method(name, layer.path)
+    method = METHODS[name]
+    if asked.options is not None:
+        options = dict(asked.options)
+    elif name == default.method:
+        options = dict(default.options)
+    else:
+        options = _options_for(method, default.options)
+    assignment = Assignment(name, asked.density or default.density, options, default.values)
     unknown = sorted(set(options) - set(method.option_names))
     if unknown:
-        source, remedy = "options", ""
-        if rule is not None:
-            source = f"the options of rule {rule.path!r}"
-            if rule.options is None:
-                source = f"the options of the call, which rule {rule.path!r} inherits,"
-                remedy = "; give the rule options of its own, such as options={}"
+        source = "options" if asked.options is None else f"the options of rule {asked.path!r}"
         raise ValueError(
             f"layer {layer.path!r}: {source} hold {', '.join(map(repr, unknown))}, which method "
-            f"{method.name!r} does not take; it takes {', '.join(method.option_names)}{remedy}"
+            f"{name!r} does not take; it takes {', '.join(method.option_names)}"
         )
     method.check(options, assignment.density, (layer.rows, layer.cols), layer.path)
     if method.gives_pairs and (layer.groups > 1 or layer.stack):
@@ -166,8 +166,13 @@ def _why_singles(dense: CalibrationPass, assignments: Mapping[str, Assignment]) 
 def _best_single(asked: Assignment) -> Assignment:
     """What is asked of a layer that was to become a pair and gets one matrix."""
     method = METHODS["admm"]
-    options = {name: asked.options[name] for name in method.option_names if name in asked.options}
+    options = _options_for(method, asked.options)
     return dataclasses.replace(asked, method=method.name, options=options)
+
+
+def _options_for(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of another method's options that this one takes, too."""
+    return {name: options[name] for name in method.option_names if name in options}
 
 
 def _why_no_pair(network: Network, layer: Layer) -> str | None:

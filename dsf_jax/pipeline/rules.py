@@ -26,7 +26,8 @@ class Rule(PathRule):
       skip: Leave the layers as they are.
       density: Kept non-zeros over out * in; None takes that of the call.
       method: A name in `METHODS`; None takes that of the call.
-      options: Further keyword arguments of the method; None takes those of the call.
+      options: Further keyword arguments of the method; None takes those of the call, of which a
+        rule with another method takes what that method knows.
 
     Raises:
       ValueError: An invalid regular expression or density.

@@ -1,5 +1,6 @@
 """One layer of a model solved by any method: a matrix with zeros, or a pair of factors."""
 
+import collections
 import dataclasses
 import functools
 import time
@@ -199,11 +200,10 @@ def _output_sizes(problems: Sequence[Problem]) -> list[float]:
 def _name(asked: str, found: Sequence[Factorization]) -> str:
     """The method asked for, with what the solver resorted to in brackets."""
     used = found[-1].method
-    unseen = [solution.note for solution in found if solution.note]
+    notes = collections.Counter(solution.note for solution in found if solution.note)
     remarks = [] if used == "dsf" or used == asked else [used]
-    if unseen:
-        of = f" ({len(unseen)} of {len(found)} groups)" if len(found) > 1 else ""
-        remarks.append(f"{unseen[0]}{of}")
+    for note, groups in notes.items():
+        remarks.append(f"{note} ({groups} of {len(found)} groups)" if len(found) > 1 else note)
     return f"{asked} ({'; '.join(remarks)})" if remarks else asked
 
 

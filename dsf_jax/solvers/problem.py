@@ -30,12 +30,14 @@ class Problem:
       name: What to call the layer in an error; None for a matrix without a name.
       unseen: Whether the Gram matrix given is zero: no input reached the layer (an expert that got
         no token, a layer behind a dead one), so that its weights alone can say what matters.
+      dead: How many inputs are zero throughout where others are not; see `NormalizedProblem`.
     """
 
     weight: jax.Array
     gram: jax.Array
     name: str | None = None
     unseen: bool = False
+    dead: int = 0
 
     @classmethod
     def of(
@@ -59,7 +61,7 @@ class Problem:
         checked, layer = _check_weight(weight, name), layer_prefix(name)
         given = None if gram is None else _check_gram(gram, checked.shape, name)
         # One program and one wait for all that has to be known of the values.
-        finite, gram_finite, seen, asymmetry, size = np.asarray(_inspect(checked, given))
+        finite, gram_finite, alive, asymmetry, size = np.asarray(_inspect(checked, given))
         if not finite:
             _raise_infinite(checked, f"{layer}weight")
         if given is not None and not gram_finite:
@@ -69,10 +71,11 @@ class Problem:
                 f"{layer}gram is not symmetric: entries differ from their mirror images by up to "
                 f"{asymmetry:.3g} where the largest is {size:.3g}; give sum x x^T"
             )
-        unseen = given is not None and not seen
+        unseen = given is not None and not alive
         if given is None or unseen:
             given = jnp.eye(checked.shape[1], dtype=jnp.float32)
-        return cls(checked, given, name, unseen)
+            alive = checked.shape[1]
+        return cls(checked, given, name, unseen, checked.shape[1] - int(alive))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,10 +83,19 @@ class Problem:
         rows, cols = self.weight.shape
         return rows, cols
 
-    @property
-    def note(self) -> str | None:
-        """What a user should know of the problem; None where there is nothing to say."""
-        return "its inputs are all zero" if self.unseen else None
+    def note(self, factor: jax.Array) -> str | None:
+        """What a user should know of the problem and a solution; None where there is nothing.
+
+        Args:
+          factor: What the solution multiplies inputs by, `[rows, in]`: V, or the right factor.
+        """
+        if self.unseen:
+            return "its inputs are all zero"
+        if not self.dead:
+            return None
+        diagonal = jnp.diagonal(self.gram)
+        kept = jnp.sum((factor != 0) & ~_alive(diagonal / jnp.max(diagonal)))
+        return f"{self.dead} of its {self.shape[1]} inputs are zero and keep {kept} non-zeros"
 
     def error(self, approximation: jax.Array) -> float:
         """Relative output error of a matrix `[out, in]` in the place of W; NaN where it has any."""
@@ -118,6 +130,11 @@ class NormalizedProblem(NamedTuple):
         return weight / self.scale * self.unit
 
 
+def _alive(diagonal: jax.Array) -> jax.Array:
+    """Which inputs were seen, by the diagonal of G over its largest entry."""
+    return diagonal > 1e-12
+
+
 def normalize(weight: jax.Array, gram: jax.Array, damping: float) -> NormalizedProblem:
     """Builds the scaled problem from checked float32 arrays; see `NormalizedProblem`.
 
@@ -133,7 +150,7 @@ def normalize(weight: jax.Array, gram: jax.Array, damping: float) -> NormalizedP
     # Only the size of G relative to itself matters; this keeps tiny or huge activations in range.
     size = jnp.max(jnp.abs(diagonal))
     diagonal = diagonal / jnp.where(size > 0, size, 1)
-    alive = diagonal > 1e-12
+    alive = _alive(diagonal)
     mean = jnp.sum(jnp.where(alive, diagonal, 0)) / jnp.maximum(jnp.sum(alive), 1)
     scale = jnp.sqrt(jnp.where(alive, diagonal, jnp.where(mean > 0, mean, 1) * DEAD_SIZE**2))
     inverse = jnp.where(alive, 1 / scale, 0)
@@ -238,13 +255,15 @@ def _check_gram(gram: ArrayLike, shape: tuple[int, ...], name: str | None) -> ja
 
 @jax.jit
 def _inspect(weight: jax.Array, gram: jax.Array | None) -> jax.Array:
-    """Whether W and G are finite and G has an input; G's asymmetry and its largest entry."""
+    """Whether W and G are finite; how many inputs G has seen, its asymmetry and largest entry."""
     finite = jnp.all(jnp.isfinite(weight))
-    of_gram = (True, False, 0.0, 0.0)
+    of_gram = (True, 0, 0.0, 0.0)
     if gram is not None:
         asymmetry, size = jnp.max(jnp.abs(gram - gram.T)), jnp.max(jnp.abs(gram))
-        seen = jnp.any(jnp.diagonal(gram) > 0)
-        of_gram = jnp.all(jnp.isfinite(gram)), seen, asymmetry, size
+        diagonal = jnp.diagonal(gram)
+        largest = jnp.max(diagonal)
+        alive = jnp.sum(_alive(diagonal / jnp.where(largest > 0, largest, 1)))
+        of_gram = jnp.all(jnp.isfinite(gram)), alive, asymmetry, size
     return jnp.stack([jnp.asarray(fact, jnp.float32) for fact in (finite, *of_gram)])
 
 

@@ -99,7 +99,7 @@ def best_solution(
       FloatingPointError: Every candidate holds NaN.
     """
     found = {
-        method: Factorization(left, right, method, np.nan, {}, problem.note)
+        method: Factorization(left, right, method, np.nan, {})
         for method, (left, right) in candidates.items()
     }
     errors = {method: problem.error(solution.product()) for method, solution in found.items()}
@@ -110,4 +110,7 @@ def best_solution(
             f"{layer_prefix(problem.name)}{' and '.join(candidates)} came to NaN; look at the size "
             f"of its weights and of its Gram matrix, or choose another method"
         )
-    return dataclasses.replace(found[best], relative_error=errors[best], alternatives=errors)
+    note = problem.note(found[best].factors[-1])
+    return dataclasses.replace(
+        found[best], relative_error=errors[best], alternatives=errors, note=note
+    )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -202,7 +203,7 @@ def compress(
       arXiv 2511.13061, section 3 (the storage format).
     """
     weight = check_weight(weight, "compress")
-    check_layout(encoding, lanes)
+    encoding = check_layout(encoding, lanes)
     put = _placement(weight)
     if weight.size < WORTH_COMPILING:
         weight = np.asarray(weight)
@@ -250,12 +251,20 @@ def check_weight(weight, caller: str):
     return weight
 
 
-def check_layout(encoding: str | None, lanes: int | None) -> None:
-    """Raises ValueError for an unknown encoding, or lanes that cannot share a row."""
+def check_layout(encoding: str | None, lanes: int | None) -> str | None:
+    """The encoding by its name of today; raises ValueError where there is none, or for the lanes.
+
+    The former name of "two_bank" goes with the next version.
+    """
+    if encoding == "choice":
+        message = "the encoding 'choice' is now called 'two_bank'"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+        encoding = "two_bank"
     if encoding is not None and encoding not in ENCODINGS:
         raise ValueError(f"encoding must be None or one of {list(ENCODINGS)}, got {encoding!r}")
     if lanes is not None:
         check_lanes(lanes)
+    return encoding
 
 
 def stored_values(weight, dtype):

@@ -246,7 +246,7 @@ def shard(
         no multiple of the number of shards.
     """
     _check_sharding(sharding)
-    check_layout(encoding, lanes)
+    encoding = check_layout(encoding, lanes)
     if isinstance(weight, ShardedMatrix):
         weight = weight.join()
     dimension = dimension_of(sharding.spec)
