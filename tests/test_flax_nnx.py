@@ -429,13 +429,20 @@ def test_a_lora_layer_is_packed_beside_its_adapter(tmp_path):
 
 def test_code_that_reads_a_kernel_is_told_what_there_is():
     packed, _ = substitute(fill_kernels(linear(16, 16)))
-    assert not hasattr(packed, "kernel")
+    assert (packed.kernel.shape, packed.kernel.dtype) == ((16, 16), jnp.float32)
+    assert (packed.kernel.ndim, packed.kernel.size) == (2, 256)
+    x = jnp.ones(16)
+    for read in (lambda kernel: x @ kernel, np.asarray, jnp.asarray):
+        with pytest.raises(TypeError, match="MackoLinear has no 'kernel'"):
+            read(packed.kernel)
     with pytest.raises(AttributeError, match=r"MackoLinear has no 'kernel': .*decompress\(layer"):
         packed.kernel[...]
     pair = fill_kernels(linear(16, 16))
     become_pair(pair, jnp.ones((1, 16, 2)), jnp.ones((1, 2, 16)))
     with pytest.raises(AttributeError, match=r"FactorPair has no 'kernel': its two layers"):
         pair.kernel[...]
+    assert (pair.kernel.shape, pair.kernel.dtype) == ((16, 16), jnp.float32)
+    assert not hasattr(pair.kernel, "value")
 
 
 class LoudLinear(nnx.Linear):

@@ -22,8 +22,8 @@ class MackoConv(PackedLayer):
     """
 
     def __init__(self, conv: nnx.Conv, matrix: MackoMatrix):
-        super().__init__(matrix, conv.bias)
-        self.kernel_shape = conv.kernel.get_value().shape[-len(conv.kernel_size) - 2 :]
+        shape = conv.kernel.get_value().shape[-len(conv.kernel_size) - 2 :]
+        super().__init__(matrix, conv.bias, shape)
         # All that a convolution is but its arrays: strides, padding, dtypes, groups.
         bare: Any = nnx.clone(conv)
         bare.kernel = nnx.data(None)

@@ -186,9 +186,8 @@ class MackoEinsum(PackedLayer):
     """
 
     def __init__(self, einsum: nnx.Einsum, matrix: MackoMatrix):
-        super().__init__(matrix, einsum.bias)
+        super().__init__(matrix, einsum.bias, tuple(einsum.kernel_shape))
         self.einsum_str = einsum.einsum_str
-        self.kernel_shape = einsum.kernel_shape
         self.dtype = einsum.dtype
         self.promote_dtype = einsum.promote_dtype
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from macko_jax.format.matrix import MackoMatrix
 from macko_jax.format.sharded import Matrix, ShardedMatrix
+from macko_jax.nn.absent import AbsentKernel
 from macko_jax.nn.projection import project
 from macko_jax.ops.fused import Step, fused_chain, in_turn
 
@@ -36,9 +37,10 @@ class PackedLayer(nnx.Module):
     Args:
         matrix: [out, in], the transpose of the kernel with its axes flattened; whole or in shards.
         bias: an `nnx.Param` that the layer takes over, or None.
+        kernel_shape: of the kernel that was here, without the axes of a stack.
     """
 
-    def __init__(self, matrix: Matrix, bias: nnx.Param | None = None):
+    def __init__(self, matrix: Matrix, bias: nnx.Param | None, kernel_shape: tuple[int, ...]):
         scaled = matrix.scales is not None
         self.values = (MackoIndex if scaled else nnx.Param)(matrix.values)
         self.scales = nnx.data(nnx.Param(matrix.scales) if scaled else None)
@@ -46,18 +48,22 @@ class PackedLayer(nnx.Module):
         self.row_offsets = MackoIndex(matrix.row_offsets)
         self.starts = MackoIndex(matrix.starts)
         self.bias = nnx.data(bias)
+        self.kernel_shape = kernel_shape
         self.shape = matrix.shape
         self.encoding = matrix.encoding
         self.lanes = matrix.lanes
         self.shards = (matrix.sharding, matrix.parts) if isinstance(matrix, ShardedMatrix) else None
 
     @property
-    def kernel(self) -> NoReturn:
-        """There is none: code that reads the kernel of the layer that was here is told so."""
-        raise AttributeError(
+    def kernel(self) -> AbsentKernel:
+        """The shape and dtype of the kernel that was here; there are no numbers to read."""
+        held = self.values if self.scales is None else self.scales
+        return AbsentKernel(
+            self.kernel_shape,
+            held.dtype,
             f"a {type(self).__name__} has no 'kernel': it holds `matrix`, [out, in], whose dense "
             "form macko_jax.decompress(layer.matrix) gives. To keep the layer dense, pack the "
-            "model with a Rule of its path and skip=True"
+            "model with a Rule of its path and skip=True",
         )
 
     @property
@@ -100,13 +106,14 @@ class MackoLinear(PackedLayer):
         dtype: Any = None,
         promote_dtype=promote_dtype,
     ):
-        expected = (math.prod(as_tuple(out_features)), math.prod(as_tuple(in_features)))
+        inputs, outputs = as_tuple(in_features), as_tuple(out_features)
+        expected = (math.prod(outputs), math.prod(inputs))
         if matrix.shape != expected:
             raise ValueError(
                 f"The matrix has shape {matrix.shape}; a layer from {in_features} to "
                 f"{out_features} features needs [out, in] = {expected}"
             )
-        super().__init__(matrix, bias)
+        super().__init__(matrix, bias, inputs + outputs)
         self.in_features = in_features
         self.out_features = out_features
         self.axis = axis

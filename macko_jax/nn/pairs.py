@@ -6,12 +6,13 @@ module stays as it is, and its `kernel` is a `FactorizedKernel`, which runs insi
 """
 
 import functools
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from flax import linen as nn
 from flax import nnx
 
+from macko_jax.nn.absent import AbsentKernel
 from macko_jax.nn.einsum import Contraction, why_no_einsum
 from macko_jax.nn.linear import as_tuple
 
@@ -22,23 +23,31 @@ class FactorPair(nnx.Module):
     Args:
         right: maps the input to the inner dimension, without bias.
         left: maps the inner dimension to the output, with the bias of the layer replaced.
+        kernel_shape: of the kernel that they stand for, without the axes of a stack; None where
+            none is known.
     """
 
     right: Any
     left: Any
 
-    def __init__(self, right: nnx.Module, left: nnx.Module):
+    def __init__(
+        self, right: nnx.Module, left: nnx.Module, kernel_shape: tuple[int, ...] | None = None
+    ):
         self.right = right
         self.left = left
+        self.kernel_shape = kernel_shape
 
     @property
-    def kernel(self) -> NoReturn:
-        """There is none: code that reads the kernel of the layer that was here is told so."""
-        raise AttributeError(
+    def kernel(self) -> AbsentKernel:
+        """The shape and dtype of the kernel that was here; there are no numbers to read."""
+        message = (
             "a FactorPair has no 'kernel': its two layers, `right` and then `left`, stand for it. "
             "To keep the layer whole, compress the model with a Rule of its path and skip=True, or "
             "with method='admm'"
         )
+        if self.kernel_shape is None:
+            raise AttributeError(message)
+        return AbsentKernel(self.kernel_shape, self.left.kernel.dtype, message)
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Apply the two layers.
@@ -95,7 +104,7 @@ def abstract_pair(
         own = len(layer.kernel_shape)
     else:
         own = pair.right.kernel.get_value().ndim - 1 + len(as_tuple(layer.out_features))
-    stack = kernel.shape[: kernel.ndim - own]
+    stack, pair.kernel_shape = kernel.shape[: kernel.ndim - own], kernel.shape[kernel.ndim - own :]
     for factor in (pair.right, pair.left):
         shape = factor.kernel.get_value().shape
         factor.kernel = nnx.Param(jax.ShapeDtypeStruct((*stack, *shape), kernel.dtype))
