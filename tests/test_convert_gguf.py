@@ -1,6 +1,7 @@
 """Converting GGUF files: names, the order of rotary pairs, quantized tensors, the tokenizer."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from examples.llama import checkpoint, from_gguf, tokenizer
 gguf = pytest.importorskip("gguf")
 
 ROOT = pathlib.Path(__file__).parent.parent
+LLAMA = [f"llama.{name}" for name in ("attention.head_count", "embedding_length")]
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 64, 4, 2, 16, 96, 2
 
 
@@ -116,7 +118,28 @@ def test_converted_model_is_the_one_that_was_written(tmp_path, stored):
     assert text.decode(text.encode("hé\n 12")) == "hé\n 12"
     assert text.stop_tokens == {1}
     template = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert template == {"chat_template": "{{ messages }}"}
+    names = {"bos_token": "<|start|>", "eos_token": "<|end|>"}
+    assert template == names | {"chat_template": "{{ messages }}"}
+
+
+def test_files_that_are_no_whole_gguf_are_named(tmp_path, stored):
+    source = write(tmp_path / "model.gguf", stored)
+    whole = source.read_bytes()
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(ValueError, match="pipe.gguf is not a regular file"):
+        from_gguf.convert(tmp_path / "pipe.gguf", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="none.gguf is missing"):
+        from_gguf.convert(tmp_path / "none.gguf", tmp_path / "out")
+    huge = whole[:8] + b"\xff" * 8 + whole[16:]  # the number of tensors
+    for damaged in (b"", b"{}" * 40, whole[:1000], huge, whole[:-5000]):
+        source.write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.gguf is not a whole GGUF file"):
+            from_gguf.convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="lacks the field tokenizer.ggml.tokens"):
+        from_gguf.read_config(
+            from_gguf.Fields({"general.architecture": "llama"} | dict.fromkeys(LLAMA, 1)), set(), ""
+        )
 
 
 def test_other_models_are_refused(tmp_path, stored):

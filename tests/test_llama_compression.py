@@ -266,7 +266,7 @@ def test_a_run_goes_on_with_nothing_damaged_and_of_no_other_model(dense, packed,
     other = bytearray(weights.read_bytes())
     other[-1] ^= 1  # another model, of the same shapes and sizes
     weights.write_bytes(other)
-    with pytest.raises(ValueError, match="holds a run with another files"):
+    with pytest.raises(ValueError, match="holds a run that differs in files"):
         again()
     with pytest.raises(ValueError, match="dense holds config.json and no report.json"):
         compression.compress_checkpoint(dense[0], source, windows, **SETTINGS)

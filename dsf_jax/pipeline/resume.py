@@ -110,6 +110,9 @@ class WorkDirectory:
 
 def _metadata(file: pathlib.Path) -> dict[str, str] | None:
     """The metadata of a file; None, with a warning, where it is damaged and will be redone."""
+    if not file.is_file():  # a pipe would be waited for
+        _warn_of_damage(file, "it is no regular file")
+        return None
     try:
         with safe_open(file, framework="numpy") as arrays:
             return arrays.metadata() or {}

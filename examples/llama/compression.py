@@ -515,7 +515,7 @@ class _Record:
         other = sorted(key for key in now if earlier.get(key) != now[key])
         if other:
             raise ValueError(
-                f"{self.path.parent} holds a run with another {', '.join(other)}. Give another "
+                f"{self.path.parent} holds a run that differs in {', '.join(other)}. Give another "
                 "directory, or empty this one"
             )
 

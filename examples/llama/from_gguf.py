@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from examples.llama.json_file import regular_file
 from examples.records import write_json
 from macko_jax.io.atomic import replacing
 
@@ -26,8 +27,17 @@ OTHER_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+# What the package gguf raises for a file that is damaged.
+DAMAGE = (ValueError, LookupError, TypeError, OverflowError, AttributeError, MemoryError, OSError)
 CONTROL = 3  # the type of tokens that stand for no text
 DIGITS_ONE_BY_ONE = ("smollm", "starcoder", "refact", "command-r")  # pre-tokenizers, by name
+
+
+class Fields(dict):
+    """The metadata of a GGUF file, by name; one that is missing is a ValueError."""
+
+    def __missing__(self, name):
+        raise ValueError(f"the GGUF file lacks the field {name}")
 
 
 def stored_name(name: str) -> str:
@@ -66,10 +76,8 @@ def read_config(fields: dict, tensors: set[str], dtype: str) -> dict:
     """The fields of config.json, from those of a GGUF file."""
 
     def field(name, default=None):
-        value = fields.get(f"llama.{name}", default)
-        if value is None:
-            raise ValueError(f"the GGUF file lacks the field llama.{name}")
-        return value
+        name = f"llama.{name}"
+        return fields[name] if default is None else fields.get(name, default)
 
     architecture = fields.get("general.architecture")
     if architecture != "llama":
@@ -149,8 +157,12 @@ def convert(source, directory, dtype="float16") -> None:
             "GGUF files are read by the package gguf: pip install gguf, or install this project "
             "with the extra [hf]"
         ) from error
-    reader = gguf.GGUFReader(source)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    source = regular_file(source)
+    try:
+        reader = gguf.GGUFReader(source)
+        fields = Fields({name: field.contents() for name, field in reader.fields.items()})
+    except DAMAGE as error:
+        raise ValueError(f"{source} is not a whole GGUF file ({error}); fetch it again") from error
     config = read_config(fields, {tensor.name for tensor in reader.tensors}, dtype)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
@@ -170,11 +182,11 @@ def convert(source, directory, dtype="float16") -> None:
         tokenizer.save(str(temporary))
     with replacing(directory / "model.safetensors") as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
-    if "tokenizer.chat_template" in fields:
-        write_json(
-            directory / "tokenizer_config.json",
-            {"chat_template": fields["tokenizer.chat_template"]},
-        )
     ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    if "tokenizer.chat_template" in fields:
+        tokens = fields["tokenizer.ggml.tokens"]
+        names = {n.removesuffix("_id"): tokens[i] for n, i in ends.items() if i is not None}
+        template = fields["tokenizer.chat_template"]
+        write_json(directory / "tokenizer_config.json", names | {"chat_template": template})
     write_json(directory / "generation_config.json", ends)
     write_json(directory / "config.json", config)  # last: a directory without it is no model
