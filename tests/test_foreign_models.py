@@ -107,3 +107,33 @@ def test_partitioned_parameters_of_nnx_are_pruned_factorized_packed_and_loaded(t
     macko_jax.save_model(tmp_path / "boxed.safetensors", packed)
     loaded = macko_jax.load_model(tmp_path / "boxed.safetensors", make)
     np.testing.assert_allclose(loaded(X), found(X), atol=1e-4)
+
+
+class Odd(nnx.Module):
+    """A model with layers of other numbers than real ones, of none, and of one."""
+
+    def __init__(self):
+        def linear(*shape, init=nnx.initializers.ones, **options):
+            return nnx.Linear(*shape, kernel_init=init, rngs=nnx.Rngs(0), **options)
+
+        self.phase = linear(16, 4, param_dtype=jnp.complex64)
+        self.empty, self.after = linear(16, 0), linear(0, 4)
+        self.narrow, self.one = linear(16, 1), linear(1, 1)
+
+    def __call__(self, x):
+        return jnp.real(self.phase(x)) + self.after(self.empty(x)) + self.one(self.narrow(x))
+
+
+def test_layers_of_complex_numbers_and_of_none_are_left_alone_and_reported():
+    model, report = dsf_jax.compress_model(Odd(), [X], method="wanda")
+    assert [layer.path for layer in report.layers] == ["narrow"]
+    assert report.skipped == {
+        "phase": "complex64 numbers; only real ones are compressed",
+        "empty": "empty",
+        "after": "empty",
+        "one": "too small: its matrix has one input",
+    }
+    np.testing.assert_array_equal(model.phase.kernel[...], Odd().phase.kernel[...])
+    packed, report = dsf_jax.pack(model)
+    assert {"phase", "empty", "after"} <= set(report.skipped)
+    np.testing.assert_allclose(packed(X), model(X), rtol=1e-5)

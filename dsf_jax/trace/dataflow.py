@@ -212,6 +212,13 @@ def trace(network: Network, batch: Any) -> Dataflow:
     return flow
 
 
+def _why_unfit(parameter: jax.ShapeDtypeStruct) -> str | None:
+    """Why a parameter is no matrix that a method could solve; None if it is one."""
+    if not jnp.issubdtype(parameter.dtype, jnp.floating):
+        return f"{parameter.dtype} numbers; only real ones are compressed"
+    return "empty" if 0 in parameter.shape else None
+
+
 class _Tracer:
     """Flattens a program into a `Dataflow`."""
 
@@ -223,7 +230,7 @@ class _Tracer:
         names = [self.name(v.aval) for v in closed.jaxpr.invars]
         self.flow.leaves, self.flow.batch = names[:leaves], names[leaves:]
         for i, name in enumerate(self.flow.leaves):
-            if network.roles[i] == "parameter":
+            if network.roles[i] == "parameter" and _why_unfit(self.flow.shapes[name]) is None:
                 self.flow.views[name] = View(i)
         constants = [self.constant(c) for c in closed.consts]
         outputs = self.flatten(closed.jaxpr, constants, names)
@@ -460,6 +467,8 @@ class _Tracer:
                 continue
             if role == "other":
                 reason = "no parameter: an nnx.Variable that is no nnx.Param, or not in 'params'"
+            elif reason := _why_unfit(shape):
+                pass
             elif leaf in self.obstacles:
                 kind = self.obstacles[leaf]
                 what = OBSTACLES.get(kind, f"an operand of {kind!r}")

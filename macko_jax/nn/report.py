@@ -225,12 +225,12 @@ def why_no_kernel(name: object, kinds: str) -> str:
 
 
 def is_matrix(name: object, array: Any) -> bool:
-    """Whether a parameter of that name is one of floats with two axes or more.
+    """Whether a parameter of that name is one of real or complex numbers with two axes or more.
 
     What Flax calls a bias or a scale is none: it has the axes of a layer's output, or of a stack.
     """
     shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", jnp.dtype(bool))
-    return len(shape) > 1 and name not in VECTORS and jnp.issubdtype(dtype, jnp.floating)
+    return len(shape) > 1 and name not in VECTORS and jnp.issubdtype(dtype, jnp.inexact)
 
 
 @dataclasses.dataclass(frozen=True)
