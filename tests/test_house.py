@@ -156,3 +156,40 @@ def test_every_quoted_record_exists():
             quoted[name] = path
     assert quoted
     assert {name: path for name, path in quoted.items() if name not in records()} == {}
+
+
+# What a flag is about, wherever a script has it: a part of each of its helps.
+FLAGS = {
+    "batch": "at a time|per (step|call)",
+    "calibration": "Text file to calibrate on",
+    "checkpoint": "[Dd]irectory of a|Hugging Face directory",
+    "dsf_options": "JSON object of options",
+    "eval_windows": "Windows to evaluate",
+    "length": "Tokens of a",
+    "new_tokens": "[Tt]okens",
+    "out": "File|[Dd]irectory|[Rr]ecord",
+    "repeats": "Timed|Passes",
+    "seed": "Seed of",
+    "temperature": "0 takes the likeliest token",
+    "tensor_parallel": "Devices that share",
+    "text": "Text file",
+    "windows": "Windows to calibrate on",
+}
+# Other words for what these and --density name.
+SYNONYMS = {
+    *("output", "output_dir", "outdir", "save", "model", "model_path", "sparsity", "keep"),
+    *("num_windows", "nsamples", "samples", "max_tokens", "max_new_tokens", "tokens"),
+    *("seq_len", "sequence_length", "batch_size", "random_seed", "devices_per_model", "tp"),
+}
+
+
+def test_a_flag_has_one_meaning_and_a_meaning_one_flag():
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(getattr(node, "func", None), "attr", "")
+            if not name.startswith("DEFINE_"):
+                continue
+            flag, *others = map(ast.unparse, node.args)
+            flag = ast.literal_eval(flag)
+            assert flag not in SYNONYMS, f"{path.name}: --{flag} has another name elsewhere"
+            assert re.search(FLAGS.get(flag, ""), " ".join(others)), f"{path.name}: --{flag}"
