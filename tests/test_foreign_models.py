@@ -64,7 +64,7 @@ def test_parameters_alone_are_no_variables():
 def partitioned(box):
     """A module whose kernels have names of axes, and its variables as `init` gives them."""
     init = box(nn.initializers.lecun_normal(), ("embed", "mlp"))
-    layer = nn.Dense(16, kernel_init=init)
+    layer = nn.Dense(16, kernel_init=init, bias_init=box(nn.initializers.normal(), ("mlp",)))
     module = nn.Sequential([layer, nn.relu, layer.clone()])
     return module, module.init(jax.random.key(0), X)
 

@@ -381,7 +381,7 @@ def _run_packed(next_function: Callable, args, kwargs, context):
             f"{path!r} is a {type(layer).__name__} with a packed kernel; {reason}. Leave it dense "
             f"with Rule({path!r}, skip=True)"
         )
-    bias = layer.get_variable("params", "bias") if layer.use_bias else None
+    bias = nn.meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
     if isinstance(layer, nn.Einsum):
         return _run_einsum(layer, kernel, bias, *args, **kwargs)
     if isinstance(kernel, Matrix):
