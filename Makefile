@@ -15,7 +15,7 @@ PYTEST = $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 # pytest fails where it finds no test at all, which ARGS may ask of those that are fast, or slow.
 OR_NONE = $(if $(ARGS),|| test $$? -eq 5)
 
-.PHONY: demo llm test test-fast test-slow lint format docs dist clean
+.PHONY: demo llm test test-fast test-jax test-slow lint format docs dist clean
 
 demo: $(VENV)/installed
 	$(RUN) -m examples.demo $(ARGS)
@@ -29,6 +29,10 @@ test: $(VENV)/installed
 
 test-fast: $(VENV)/installed
 	$(PYTEST) -m "not slow" $(OR_NONE)
+
+# Those that depend on JAX, for another version of it.
+test-jax: $(VENV)/installed
+	$(PYTEST) -m "not slow and not once" $(OR_NONE)
 
 test-slow: $(VENV)/installed
 	$(PYTEST) -m slow $(OR_NONE)

@@ -105,6 +105,7 @@ def interpret(plan, matrices, **others):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "encoding,values,blocks,ahead",
     [*((*stored, 5, 2) for stored in STORED), ("delta4", None, 1, 3), ("two_bank", "int8", 1, 3)],
@@ -126,6 +127,7 @@ def test_program(encoding, values, blocks, ahead, monkeypatch):
     assert_close(found, exact(matrices, x, residual, scale), np.finfo(np.float16).eps)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kept", [False, True])
 def test_only_what_is_needed_is_published(kept):
     """Of gate and up their product, unless they are results themselves."""
@@ -144,6 +146,7 @@ def test_only_what_is_needed_is_published(kept):
     assert_close(found, wanted, np.finfo(np.float16).eps)
 
 
+@pytest.mark.once
 def test_what_is_no_number_is_published_as_such():
     """Not as what is missing, for which other blocks would wait for ever."""
     ops = interpreter.NumpyLanes(

@@ -186,6 +186,7 @@ def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.once
 def test_equal_trees_give_equal_bytes(path):
     tree = {"b": matrix(dtype=jnp.bfloat16), "a": [jnp.ones(3), jnp.arange(5, dtype=jnp.int8)]}
     macko_jax.save(path, tree)
@@ -213,6 +214,7 @@ def test_tensors_are_aligned_and_any_name_is_allowed(path):
             ] == 0
 
 
+@pytest.mark.once
 def test_threads_save_to_one_path(path):
     def work(value):
         macko_jax.save(path, {"x": jnp.full(20_000, value)})
@@ -326,6 +328,7 @@ def test_changed_tensors_and_tree(path):
             macko_jax.load(path)
 
 
+@pytest.mark.once
 def test_every_truncation_is_refused(path):
     macko_jax.save(path, {"m": matrix(3, 20), "x": jnp.ones(3)})
     whole = path.read_bytes()
@@ -335,6 +338,7 @@ def test_every_truncation_is_refused(path):
             macko_jax.load(path)
 
 
+@pytest.mark.once
 def test_a_changed_byte_never_changes_the_tree(path):
     expected = {"m": matrix(3, 20), "x": jnp.ones(3)}
     macko_jax.save(path, expected)
@@ -373,6 +377,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("encoding, lanes", LAYOUTS)
 @pytest.mark.parametrize("broken", BROKEN)
 def test_matrices_that_contradict_themselves(path, broken, encoding, lanes):

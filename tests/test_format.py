@@ -37,6 +37,7 @@ def special_values() -> np.ndarray:
     return np.resize(pattern, (7, 71))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_arrays_follow_the_layout(case):
     weight = case.weight()
@@ -96,6 +97,7 @@ def test_round_trip_of_any_bits(layout_, data):
     assert_same_bits(matrix.starts, slowly[3])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("cols", [256, 1000, 4096])
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -130,6 +132,7 @@ def test_the_fastest_encoding_is_chosen(density, cols, expected, dtype):
     assert encoding == expected
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "rows, cols, density, expected",
     [
@@ -153,6 +156,7 @@ def test_the_fastest_lanes_are_chosen(rows, cols, density, expected):
     assert choose.choose_lanes(rows, rows * groups) == expected
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("rows", [1, 100, 40_000])
 @pytest.mark.parametrize("groups", [0, 1, 2, 3, 9, 20, 40])
 def test_lanes_have_two_groups_where_rows_have_them(rows, groups):
@@ -166,6 +170,7 @@ def test_the_former_name_of_two_bank_warns():
     assert matrix.encoding == "two_bank"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "encoding, density, ratio",
     [("delta5", 0.1, 0.9), ("delta5", 0.05, 0.76), ("delta5", 0.02, 0.65)],
@@ -263,6 +268,7 @@ def test_room_is_not_asked_for_beyond_what_fits(monkeypatch):
         macko_jax.compress(weight, capacity=choose.shared_capacity)
 
 
+@pytest.mark.once
 @hypothesis.given(st.integers(0, 2**28))
 def test_shared_capacity_has_room_and_few_values(groups):
     capacity = choose.shared_capacity(groups)
@@ -335,6 +341,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", CASES[6:8], ids=str)
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_arrays_are_refused(case, name):

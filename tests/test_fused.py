@@ -48,6 +48,7 @@ def assert_exact(y, dense, x, scale, add, rounding=0.0):
     assert np.all(np.abs(y - exact) <= bound), np.abs(y - exact).max()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("encoding,values", STORED)
 @pytest.mark.parametrize("kind,add", KINDS)
 @pytest.mark.parametrize("shape", [(5, 1, 0.6), (1, 700, 0.5), (37, 301, 0.5)], ids=str)

@@ -17,6 +17,8 @@ from examples.llama import checkpoint, tokenizer
 from macko_jax.flax_linen import FactorizedKernel
 from tests.cases import LAYOUTS
 
+pytestmark = pytest.mark.once
+
 LLAMA = pathlib.Path(__file__).parent / "data/llama/llama3"
 DEEP = "[" * 50_000  # written as it is
 ODD = [

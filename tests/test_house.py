@@ -94,6 +94,7 @@ def imports_of(path: pathlib.Path) -> set[str]:
     return names
 
 
+@pytest.mark.once
 def test_no_file_imports_a_script():
     """One process can hold the flags of one script only: absl refuses a name defined twice."""
     importers = [*python_files(), *sorted((ROOT / "tests").glob("*.py"))]
@@ -116,6 +117,7 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return lines
 
 
+@pytest.mark.once
 def test_functions_are_short():
     long = {}
     for path in python_files():

@@ -43,6 +43,7 @@ def interpret(matrix, x, settings):
     return execute(spmv.program, plan, arrays, {"y": y}, blocks=plan.blocks, warps=settings.warps)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", select.KERNELS)
 def test_every_kernel_has_the_functions_of_the_protocol(name):
     for function in ("why_not", "plan", "program", "run"):
@@ -54,6 +55,7 @@ def test_every_kernel_has_the_functions_of_the_protocol(name):
         assert len(found) - len(wanted) == (name == "chain" and function == "run")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("encoding,lanes", list(itertools.product(ENCODINGS, [1, 8, 32])))
 @pytest.mark.parametrize("rows,cols,density", SHAPES)
 def test_program_on_shapes(rows, cols, density, encoding, lanes):
@@ -63,6 +65,7 @@ def test_program_on_shapes(rows, cols, density, encoding, lanes):
     assert_product(interpret(matrix, x, SETTINGS), dense, x)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(
@@ -84,6 +87,7 @@ def test_program_on_types_and_batches(batch, x_dtype, per_pass, ahead, dtype, en
     assert_product(interpret(matrix, x, settings), dense, x)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("batch,x_dtype", [(1, "float32"), (1, "float16"), (3, "bfloat16")])
 @pytest.mark.parametrize("lanes", [8, 32])
 @pytest.mark.parametrize("rows,cols,density", SHAPES)
@@ -95,6 +99,7 @@ def test_program_with_two_copies(rows, cols, density, lanes, batch, x_dtype):
     assert_product(interpret(matrix, x, settings), dense, x)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("x_dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("encoding,cols", [("delta4", 301), ("delta5", 300), ("two_bank", 300)])
 def test_program_with_a_narrow_x(cols, encoding, x_dtype):
@@ -107,6 +112,7 @@ def test_program_with_a_narrow_x(cols, encoding, x_dtype):
         Vectors("float16", length=8, count=2, batch=2, narrow=True)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("warps", [1, 2, 3])
 def test_fewer_warps_work_than_a_block_has(warps):
     dense = sparse(37, 301, 0.3, jnp.float16)
@@ -143,6 +149,7 @@ def transposed(problem, packed, y, warps=4, **settings):
     return partial.sum(1, dtype=np.float32)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("encoding", ["delta4", "delta5"])
 @pytest.mark.parametrize("dtype", quantization.NAMES)
 @pytest.mark.parametrize("dense_dtype", ["float16", "bfloat16", "float32"])
@@ -155,6 +162,7 @@ def test_8_bit_values_are_densified_exactly(dtype, dense_dtype, encoding):
     np.testing.assert_array_equal(found.astype(np.float64), exact.astype(np.float64))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "rows,cols,density,dtype,lanes,encoding",
     [
@@ -208,6 +216,7 @@ def test_other_programs(rows, cols, density, dtype, lanes, encoding):
         np.testing.assert_allclose(out.astype(np.float32), wanted, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_programs_on_8_bit_values(dtype, encoding):
@@ -224,6 +233,7 @@ def test_programs_on_8_bit_values(dtype, encoding):
     assert_product(found, dense.T, y)
 
 
+@pytest.mark.once
 def test_program_reads_only_its_own_rows():
     """Empty rows between full ones, and spare capacity that holds NaN."""
     dense = sparse(12, 90, 1.0, jnp.float32).copy()

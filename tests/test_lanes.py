@@ -17,6 +17,8 @@ from macko_jax.lanes.interpreter import InterpreterError, NumpyLanes
 from macko_jax.lanes.mosaic import MosaicLanes
 from macko_jax.lanes.vocabulary import FRESH, Lanes, prefetch_range, sum_over_lanes
 
+pytestmark = pytest.mark.once
+
 WARP = 32
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -235,6 +235,7 @@ def test_impossible_requests_are_refused(make, message):
         make()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("count", [2, 9, 16, 17, 30])
 @pytest.mark.parametrize("length, stride", [(8, 8), (8, 3), (8, 1)])
 def test_windows_predict_every_token_once(count, length, stride):
@@ -364,6 +365,7 @@ def test_factor_pairs_are_packed_and_stored(tmp_path):
         np.testing.assert_allclose(found, forward(model, tokens), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.once
 def test_cache_sizes_follow_the_live_length():
     sizes = [kv_cache.cache_slots(live) for live in range(1, 5000)]
     assert sorted(set(sizes)) == [512, 768, 1024, 1536, 2048, 3072, 4096, 6144]

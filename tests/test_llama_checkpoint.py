@@ -105,6 +105,7 @@ def test_saved_model_loads_again(tmp_path):
     ]
 
 
+@pytest.mark.once
 def test_older_configs_are_read():
     described = {
         "model_type": "llama",
@@ -130,6 +131,7 @@ def test_older_configs_are_read():
     assert checkpoint.config_from_json(qwen).sliding_windows == (None,) * 30 + (8, 8)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -152,6 +154,7 @@ def test_configs_that_do_not_fit_are_refused(tmp_path, changes, message):
         checkpoint.load(directory)
 
 
+@pytest.mark.once
 def test_tensors_that_do_not_fit_are_refused(tmp_path):
     directory = copy_of(tmp_path, "llama3")
     edit_tensors(directory, lambda tensors: tensors.pop("lm_head.weight"))
@@ -164,6 +167,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
         checkpoint.load(directory)
 
 
+@pytest.mark.once
 def test_tensors_of_integers_are_refused(tmp_path):
     directory = copy_of(tmp_path, "llama3")
     name = "model.norm.weight"
@@ -172,6 +176,7 @@ def test_tensors_of_integers_are_refused(tmp_path):
         checkpoint.load(directory)
 
 
+@pytest.mark.once
 def test_files_beside_the_model_are_left_out(tmp_path):
     directory = copy_of(tmp_path, "llama3")
     stray = {"tok_embeddings.weight": np.zeros((4, 4), np.float32)}
@@ -188,6 +193,7 @@ def test_files_beside_the_model_are_left_out(tmp_path):
         checkpoint.load(directory)
 
 
+@pytest.mark.once
 def test_shards_that_disagree_are_refused(tmp_path):
     directory = copy_of(tmp_path, "llama3")
     (directory / "model.safetensors").rename(directory / "a.safetensors")
@@ -197,6 +203,7 @@ def test_shards_that_disagree_are_refused(tmp_path):
         checkpoint.load(directory)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "value",
     [
@@ -222,6 +229,7 @@ def test_index_names_files_beside_it(tmp_path, value):
         checkpoint.load(directory)
 
 
+@pytest.mark.once
 def test_rope_scaling_takes_the_place_of_rope_parameters():
     described = json.loads((DATA / "llama2" / "config.json").read_text())
     assert described["rope_parameters"]["rope_type"] == "default"
@@ -258,6 +266,7 @@ FIELDS = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("field", FIELDS)
 def test_fields_of_a_wrong_type_are_named(field):
     described = json.loads((DATA / "qwen2_windows" / "config.json").read_text())
@@ -270,6 +279,7 @@ def test_fields_of_a_wrong_type_are_named(field):
         assert len(str(caught.value)) < 200
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -292,6 +302,7 @@ def test_hyperparameters_that_give_nonsense_are_refused_quickly(tmp_path, change
     assert time.perf_counter() - began < 5
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("text", ["[]", "true", '"x"', "null", "3", "[" * 10**5, "{", "\xff"])
 def test_files_that_hold_no_object_are_named(tmp_path, text):
     directory = copy_of(tmp_path, "llama2")
@@ -302,6 +313,7 @@ def test_files_that_hold_no_object_are_named(tmp_path, text):
         shutil.copy(DATA / "llama2" / name, directory)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", checkpoint.INDEX])
 def test_pipes_are_not_waited_for(tmp_path, name):
     directory = copy_of(tmp_path, "llama3")
@@ -352,6 +364,7 @@ def test_missing_files_are_named(tmp_path):
         checkpoint.load(tmp_path)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_survives_being_written(family):
     config = checkpoint.load_config(DATA / family)

@@ -121,6 +121,7 @@ def interpret(rows, rotation, cache, positions, heads, window, blanks=0):
     return results["out"].reshape(batch, -1), results["cache"], results["blank"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_program_is_attention(case):
     heads, kv_heads, slots, live, window = case
@@ -132,12 +133,14 @@ def test_program_is_attention(case):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("blanks", [8, 1000, 100_000])
 def test_program_makes_blanks_for_the_chain_after_it(blanks):
     _, _, blank = interpret(*make(4, 2, 64, [5]), 4, None, blanks)
     assert (blank == staging.BLANK).all()
 
 
+@pytest.mark.once
 def test_a_token_past_the_last_slot_changes_nothing():
     rows, rotation, cache, positions = make(4, 2, 64, [65])
     found, changed, _ = interpret(rows, rotation, cache, positions, 4, None)

@@ -7,6 +7,8 @@ import pytest
 
 from examples.llama import tokenizer as tokenizers_of_models
 
+pytestmark = pytest.mark.once
+
 tokenizers = pytest.importorskip("tokenizers")
 
 

@@ -8,6 +8,8 @@ import pytest
 from examples import records
 from macko_jax.io.atomic import remove_unfinished, replacing
 
+pytestmark = pytest.mark.once
+
 
 def test_what_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "made" / "model.safetensors"

@@ -12,6 +12,8 @@ from macko_jax.nn import report as reports
 from macko_jax.nn.report import LayerReport, PackedLayerReport, PackingReport
 from macko_jax.nn.rules import PathRule, Rule, assign_rules
 
+pytestmark = pytest.mark.once
+
 PATHS = ["embed", "layers/0/up", "layers/0/down", "layers/1/up", "layers/1/down", "head"]
 
 

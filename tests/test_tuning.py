@@ -15,6 +15,8 @@ from macko_jax.gpu import densify, gather, occupancy, select, spmv, spmv_transpo
 from macko_jax.gpu.kernel import Fusion
 from tests.kernels import ENCODINGS, ask_for
 
+pytestmark = pytest.mark.once
+
 RESULTS = pathlib.Path(__file__).parents[1] / "docs/results"
 
 
