@@ -81,6 +81,7 @@ def test_values_in_padded_positions_change_nothing_of_a_compressed_model():
     np.testing.assert_allclose(errors, other_errors, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_count_as_repeated_tokens_do_and_the_report_says_where_they_cannot():
     module, variables, x = encoder()
     options = dict(variables=variables, rngs={"dropout": jax.random.key(2)})

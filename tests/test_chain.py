@@ -164,6 +164,7 @@ def lowered(platform, arguments):
     return function.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.slow
 def test_one_kernel_on_cuda_where_it_serves():
     served = make(136, 272, 144)
     assert lowered("cuda", served).count("@mosaic_gpu") == 1
@@ -234,6 +235,7 @@ def test_derivatives_are_those_of_the_products():
     assert np.any(of_values)
 
 
+@pytest.mark.slow
 def test_one_vector_on_each_device():
     matrices, x, residual, scale = make(136, 272, 144)
     count = jax.device_count()

@@ -142,6 +142,7 @@ def test_llama3_rope_scaling_keeps_short_and_stretches_long_wavelengths():
     assert np.all(np.diff(scaled) < 0)
 
 
+@pytest.mark.slow
 def test_generation_follows_the_whole_sequence_model(monkeypatch):
     monkeypatch.setattr(kv_cache, "SMALLEST_CACHE", 64)
     model = make_model()

@@ -103,6 +103,7 @@ def test_tokens_are_those_of_one_device(tmp_path):
         np.testing.assert_allclose(found, forward(model, tokens), rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_decode_step_is_the_kernels_of_each_device(monkeypatch):
     """Queries, keys and values; attention; `out`; gate, up and down in a chain; two sums."""
     monkeypatch.setattr("examples.llama.attention.has_decode_kernel", lambda _: True)

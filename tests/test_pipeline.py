@@ -342,6 +342,7 @@ def test_allocation_meets_the_budget_and_is_best_among_the_probed():
     assert allocate_densities(curves, sizes, 0.5) == pytest.approx({"steep": 0.8, "flat": 0.2})
 
 
+@pytest.mark.slow
 def test_linen_model_and_forward():
     class Model(nn.Module):
         @nn.compact
@@ -399,6 +400,7 @@ def test_resume_after_being_killed(tmp_path):
     assert_same(again, expected)
 
 
+@pytest.mark.slow
 def test_damaged_file_is_solved_again_and_foreign_results_are_refused(tmp_path):
     model, batches = Net(), token_batches()
     call = dict(method="wanda", density=0.5, execution=Execution(work_dir=tmp_path))
@@ -759,6 +761,7 @@ def test_devices_work_side_by_side_and_resumed_layers_take_no_time():
     assert pace.seconds_left() == pytest.approx(6.0)
 
 
+@pytest.mark.slow
 def test_compilation_is_known_of_every_solution_and_counted_by_thread():
     before = compile_seconds()
     model = nnx.Linear(8, 24, rngs=nnx.Rngs(0))

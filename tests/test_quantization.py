@@ -173,6 +173,7 @@ def test_file_round_trip(dtype, tmp_path):
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
+@pytest.mark.slow
 def test_layers():
     rules = [macko_jax.Rule(dtype="int8", encoding="bitmask")]
     x = jnp.asarray(sparse(2, 64, "float32", seed=3))

@@ -132,6 +132,7 @@ def check_report(report):
         assert ("two factors via 5" in layer.note) == (layer.path in PAIRS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values, tolerance", [(None, 1e-5), pytest.param("int8", 0.05, marks=pytest.mark.slow)]
 )

@@ -78,6 +78,7 @@ def chained(matrices, x):
     return fused_chain(x, [*steps, Step(matrices[2], add=1)])
 
 
+@pytest.mark.slow
 def test_every_kernel_runs_once_before_its_first_use(gpu, monkeypatch):
     loss = lambda m, x: macko_jax.spmv(m, x).astype(jnp.float32).sum()
     lowered(jax.value_and_grad(loss, (0, 1), allow_int=True), packed(), X)
