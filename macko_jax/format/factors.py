@@ -8,7 +8,7 @@ import math
 
 import jax
 
-from macko_jax.format.sharded import Matrix, stack_of
+from macko_jax.format.sharded import Matrix
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["left", "right"], meta_fields=[])
@@ -45,7 +45,7 @@ class FactorizedKernel:
             if not isinstance(factor, Matrix) and getattr(factor, "ndim", 0) < 3:
                 raise ValueError(f"a factor must have 3 axes or be packed, got {factor!r}")
         shapes = [
-            (*stack_of(factor), *factor.shape) if isinstance(factor, Matrix) else factor.shape
+            (*factor.stack, *factor.shape) if isinstance(factor, Matrix) else factor.shape
             for factor in self.matrices
         ]
         (*stack, rows, inner), (*other, joined, _) = shapes

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from macko_jax.format import quantization
 from macko_jax.format.codes import ENCODINGS
 from macko_jax.format.layout import MAX_COLS, Layout, Positions
-from macko_jax.format.operators import Operators
+from macko_jax.format.operators import PackedMatrix
 from macko_jax.format.pack import Capacity, pack
 from macko_jax.format.promotion import own_promotion
 from macko_jax.format.rows import take_rows
@@ -29,7 +29,7 @@ __all__ = ["DTYPES", "QUANTIZED", "MackoMatrix", "compress", "decompress", "vali
     meta_fields=("shape", "encoding", "lanes"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class MackoMatrix(Operators):
+class MackoMatrix(PackedMatrix):
     """A sparse matrix [rows, cols] in a MACKO layout for GPUs; a pytree, made by `compress`.
 
     A matrix is an array of values and what says where each of them sits. Values lie in *slots*,
@@ -98,21 +98,6 @@ class MackoMatrix(Operators):
         return Positions(self.codes, self.row_offsets, self.starts)
 
     @property
-    def dtype(self):
-        """Type of the matrix's elements: of the values, or of the scales of 8-bit values."""
-        return (self.values if self.scales is None else self.scales).dtype
-
-    @property
-    def stored(self) -> int:
-        """Number of slots of one matrix, elements and padding: the length of `values`."""
-        return self.values.shape[-1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays held."""
-        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
-
-    @property
     def nnz(self) -> int:
         """Number of elements kept, of all matrices of a stack; needs concrete arrays.
 
@@ -127,12 +112,6 @@ class MackoMatrix(Operators):
         if self.encoding == "bitmask":
             return int(np.bitwise_count(np.asarray(array)).sum(dtype=np.int64))
         return int(np.count_nonzero(np.asarray(array)))
-
-    @property
-    def density(self) -> float:
-        """nnz over the number of positions."""
-        stack = int(np.prod(self.values.shape[:-1], dtype=np.int64))
-        return self.nnz / max(1, stack * self.shape[0] * self.shape[1])
 
     def __getitem__(self, index) -> "MackoMatrix":
         """Rows `matrix[start:stop]`, as a matrix; outside of JAX's transformations."""

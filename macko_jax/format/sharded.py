@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from macko_jax.format.choose import shared_capacity
 from macko_jax.format.layout import Layout
 from macko_jax.format.matrix import MackoMatrix, check_layout, check_weight, stored_values
-from macko_jax.format.operators import Operators
+from macko_jax.format.operators import PackedMatrix
 from macko_jax.format.pack import Capacity, pack
 from macko_jax.format.unpack import densify
 from macko_jax.format.validate import QUANTIZED, check_metadata, validate
@@ -30,7 +30,7 @@ ROWS, COLUMNS = 0, 1
     meta_fields=("shape", "encoding", "lanes", "sharding", "parts"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class ShardedMatrix(Operators):
+class ShardedMatrix(PackedMatrix):
     """A sparse matrix [rows, cols] whose rows or columns lie on n devices; made by `shard`.
 
     Every shard is a `MackoMatrix` of its own, and all of them have arrays of equal shapes, which
@@ -91,19 +91,9 @@ class ShardedMatrix(Operators):
         return Layout((shape[0], shape[1]), self.encoding, self.lanes, self.stored)
 
     @property
-    def dtype(self):
-        """Type of the matrix's elements: of the values, or of the scales of 8-bit values."""
-        return (self.values if self.scales is None else self.scales).dtype
-
-    @property
-    def stored(self) -> int:
-        """Number of slots of one shard."""
-        return self.values.shape[-1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays, on all devices together."""
-        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
+    def stack(self) -> tuple[int, ...]:
+        """The leading axes of a stack of matrices, () for one."""
+        return self.values.shape[:-2]
 
     @property
     def nnz(self) -> int:
@@ -116,12 +106,6 @@ class ShardedMatrix(Operators):
             )
         counted = jnp.bitwise_count(array) if self.encoding == "bitmask" else array != 0
         return int(np.sum(jax.device_get(counted.sum(-1)), dtype=np.int64))
-
-    @property
-    def density(self) -> float:
-        """nnz over the number of positions."""
-        stack = int(np.prod(self.values.shape[:-2], dtype=np.int64))
-        return self.nnz / max(1, stack * self.shape[0] * self.shape[1])
 
     @property
     def specs(self) -> "ShardedMatrix":
@@ -198,11 +182,6 @@ class ShardedMatrix(Operators):
 
 
 Matrix = MackoMatrix | ShardedMatrix
-
-
-def stack_of(matrix: Matrix) -> tuple[int, ...]:
-    """The leading axes of a stack of matrices, () for one."""
-    return matrix.values.shape[: -2 if isinstance(matrix, ShardedMatrix) else -1]
 
 
 def shard(

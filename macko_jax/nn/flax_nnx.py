@@ -12,7 +12,7 @@ from jax import lax
 
 from macko_jax.format.factors import join_groups
 from macko_jax.format.matrix import MackoMatrix
-from macko_jax.format.sharded import Matrix, ShardedMatrix, stack_of
+from macko_jax.format.sharded import Matrix, ShardedMatrix
 from macko_jax.nn.conv import MackoConv
 from macko_jax.nn.einsum import Contraction, MackoEinsum, why_no_contraction, why_no_einsum
 from macko_jax.nn.frameworks import describe_other
@@ -287,7 +287,7 @@ def _become_as_stored(layer: Any, path: tuple, node: Any) -> list[str]:
     if reason:
         return [f"{place}: is packed, but {reason}"]
     expected = _kernel_axes(layer).matrix_shape(layer.kernel.get_value().shape)
-    found = (*stack_of(matrix), *matrix.shape)
+    found = (*matrix.stack, *matrix.shape)
     if found != expected:
         return [f"{place}: the matrix [out, in] has shape {found}, the model needs {expected}"]
     _become_packed(layer, matrix)

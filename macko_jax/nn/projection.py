@@ -16,7 +16,7 @@ import numpy as np
 from macko_jax.format import quantization
 from macko_jax.format.choose import shared_capacity
 from macko_jax.format.matrix import MackoMatrix, compress
-from macko_jax.format.sharded import Matrix, stack_of
+from macko_jax.format.sharded import Matrix
 from macko_jax.nn.report import PackedLayerReport
 from macko_jax.nn.rules import VALUE_DTYPES, Rule
 from macko_jax.ops.fused import fused_spmv
@@ -175,7 +175,7 @@ def report_packed(
         kind: what to call the layer.
     """
     first, last = matrices[0], matrices[-1]
-    stack = stack_of(first) if isinstance(first, Matrix) else first.shape[:-2]
+    stack = first.stack if isinstance(first, Matrix) else first.shape[:-2]
     shape = (*stack, first.shape[-2], last.shape[-1])
     nonzeros = sum(
         matrix.nnz if isinstance(matrix, Matrix) else int(jnp.count_nonzero(matrix))
