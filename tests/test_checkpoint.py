@@ -1,9 +1,7 @@
 """Saving and loading: exact round trips, and no broken file is ever accepted."""
 
-import concurrent.futures
 import dataclasses
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +42,11 @@ def path(tmp_path):
     return tmp_path / "tree.safetensors"
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("encoding, lanes", LAYOUTS)
-def test_matrix_round_trip(path, encoding, lanes, dtype):
+@pytest.mark.parametrize(
+    "layout, dtype", list(zip(LAYOUTS, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float16)))
+)
+def test_matrix_round_trip(path, layout, dtype):
+    encoding, lanes = layout
     expected = matrix(dtype=dtype, encoding=encoding, lanes=lanes)
     macko_jax.save(path, expected)
     found = macko_jax.load(path)
@@ -57,8 +57,22 @@ def test_matrix_round_trip(path, encoding, lanes, dtype):
         np.testing.assert_array_equal(found @ x, expected @ x)
 
 
+DTYPES = [
+    *(np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.float16),
+    *(np.float32, np.complex64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
+]
+
+
 def test_tree_round_trip(path):
+    stacked = [matrix(seed=seed, encoding="bitmask", lanes=1, capacity=40) for seed in range(3)]
+    weight = np.where(np.arange(420).reshape(6, 70) % 3, 0, 1.5).astype(np.float16)
     expected = {
+        "stack": jax.tree.map(lambda *a: jnp.stack(a), *stacked),
+        "without elements": [matrix(density=0.0), matrix(1, 1, 1.0), matrix(rows=0)],
+        "8 bits": [macko_jax.compress(weight, dtype=d) for d in ("int8", "float8_e4m3fn")],
+        "dtypes": [jnp.asarray(np.arange(12).reshape(3, 4).astype(d)) for d in DTYPES],
+        "wide": [np.array([2**53 - 1, 1], d) for d in (np.int64, np.uint64, np.float64)],
+        "bits": jnp.asarray([np.nan, np.inf, -np.inf, -0.0, 1e-45, 3.0], jnp.float32),
         "layers": {0: {"kernel": matrix()}, 1: [matrix(seed=1), (matrix(seed=2), None)]},
         "config": {"name": "näme", "width": 128, "rate": 1e-4, "tied": True, "window": None},
         "strings": {"1": jnp.arange(3)},
@@ -76,63 +90,6 @@ def test_tree_round_trip(path):
     assert found["empty"] == {} and found["config"] == expected["config"]
     assert found["layers"][1][1][1] is None
     assert_same(found, expected)
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        np.bool_,
-        np.int8,
-        np.uint8,
-        np.int16,
-        np.uint16,
-        np.int32,
-        np.uint32,
-        np.float16,
-        ml_dtypes.bfloat16,
-        np.float32,
-        np.complex64,
-        ml_dtypes.float8_e4m3fn,
-        ml_dtypes.float8_e5m2,
-    ],
-)
-def test_dtypes(path, dtype):
-    expected = {
-        "x": jnp.asarray(np.arange(12).reshape(3, 4).astype(dtype)),
-        "scalar": jnp.asarray(np.array(1).astype(dtype)),
-    }
-    macko_jax.save(path, expected)
-    assert_same(macko_jax.load(path), expected)
-
-
-@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.float64])
-def test_64_bit_arrays_are_not_shortened(path, dtype):
-    expected = np.array([2**53 - 1, 1], dtype)
-    macko_jax.save(path, {"x": expected})
-    found = macko_jax.load(path)["x"]
-    assert found.dtype == expected.dtype
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_float_bits_survive(path):
-    expected = jnp.asarray([np.nan, np.inf, -np.inf, -0.0, 1e-45, 3.0], jnp.float32)
-    macko_jax.save(path, [expected])
-    assert_same(macko_jax.load(path), [expected])
-
-
-def test_stacked_matrices(path):
-    stacked = jax.tree.map(
-        lambda *a: jnp.stack(a),
-        *[matrix(seed=seed, encoding="bitmask", lanes=1, capacity=40) for seed in range(3)],
-    )
-    macko_jax.save(path, stacked)
-    assert_same(macko_jax.load(path), stacked)
-
-
-def test_matrices_without_elements(path):
-    expected = [matrix(density=0.0), matrix(rows=1, cols=1, density=1.0), matrix(rows=0)]
-    macko_jax.save(path, expected)
-    assert_same(macko_jax.load(path), expected)
 
 
 def test_other_readers_can_look_inside(path):
@@ -154,21 +111,6 @@ def test_existing_file_is_replaced_and_nothing_is_left_behind(path):
     for value in (1.0, 2.0):
         macko_jax.save(str(path), {"x": jnp.full(4, value)})
         np.testing.assert_array_equal(macko_jax.load(str(path))["x"], np.full(4, value))
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("moment", ["pathlib.Path.chmod", "os.replace"])
-def test_a_failed_save_leaves_the_old_file(path, monkeypatch, moment):
-    macko_jax.save(path, {"x": jnp.ones(4)})
-
-    def fail(*args, **kwargs):
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(moment, fail)
-        with pytest.raises(OSError, match="no space"):
-            macko_jax.save(path, {"x": jnp.zeros(4)})
-    np.testing.assert_array_equal(macko_jax.load(path)["x"], np.ones(4))
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -212,27 +154,6 @@ def test_tensors_are_aligned_and_any_name_is_allowed(path):
             assert (8 + length + entry["data_offsets"][0]) % {"I8": 1, "F32": 4}[
                 entry["dtype"]
             ] == 0
-
-
-@pytest.mark.once
-def test_threads_save_to_one_path(path):
-    def work(value):
-        macko_jax.save(path, {"x": jnp.full(20_000, value)})
-        return np.unique(macko_jax.load(path)["x"]).size
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(work, map(float, range(40)))) == {1}
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_file_has_the_mode_of_the_umask(path, umask):
-    previous = os.umask(umask)
-    try:
-        macko_jax.save(path, {"x": jnp.ones(4)})
-    finally:
-        os.umask(previous)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_save_names_the_place_of_what_it_cannot_store(path):
@@ -356,33 +277,9 @@ def test_a_changed_byte_never_changes_the_tree(path):
     assert refused > 0.9 * len(whole)  # the rest is white space and the like
 
 
-BROKEN = {
-    "too few values": lambda m: dict(values=m.values[:-8]),
-    "offsets that decrease": lambda m: dict(row_offsets=m.row_offsets.at[2].set(0)),
-    "offsets beyond the end": lambda m: dict(row_offsets=m.row_offsets.at[-1].add(8)),
-    "offsets that begin late": lambda m: dict(row_offsets=m.row_offsets.at[0].set(1)),
-    "too few offsets": lambda m: dict(row_offsets=m.row_offsets[:-1]),
-    "floating offsets": lambda m: dict(row_offsets=m.row_offsets.astype(jnp.float32)),
-    "other codes": lambda m: dict(codes=~jnp.zeros_like(m.codes)),
-    "signed codes": lambda m: dict(codes=m.codes.astype(jnp.int32)),
-    "too few starts": lambda m: dict(starts=m.starts[:-1]),
-    "other starts": lambda m: dict(starts=m.starts + 1),
-    "integer values": lambda m: dict(values=m.values.astype(jnp.int32)),
-    "more columns": lambda m: dict(shape=(6, 70_000)),
-    "fewer columns": lambda m: dict(shape=(6, 40)),
-    "negative rows": lambda m: dict(shape=(-6, 70)),
-    "fractional shape": lambda m: dict(shape=(6.5, 70)),
-    "unknown encoding": lambda m: dict(encoding="csr"),
-    "three lanes": lambda m: dict(lanes=3),
-}
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("encoding, lanes", LAYOUTS)
-@pytest.mark.parametrize("broken", BROKEN)
-def test_matrices_that_contradict_themselves(path, broken, encoding, lanes):
-    whole = matrix(encoding=encoding, lanes=lanes)
-    macko_jax.save(path, {"layer": dataclasses.replace(whole, **BROKEN[broken](whole))})
+def test_a_matrix_that_contradicts_itself_is_refused(path):
+    whole = matrix()
+    macko_jax.save(path, {"layer": dataclasses.replace(whole, values=whole.values[:-8])})
     with pytest.raises(ValueError, match="Cannot load .*tree.safetensors"):
         macko_jax.load(path)
 
@@ -412,29 +309,6 @@ def test_former_encodings_are_refused_with_the_cure(path, encoding):
     macko_jax.save(path, {"layer": matrix(encoding="delta4", lanes=2)})
     rename_encoding(path, "delta4", encoding)
     with pytest.raises(ValueError, match=f"'{encoding}'.* macko_jax 0.1 .*compress.* pack"):
-        macko_jax.load(path)
-
-
-@pytest.mark.parametrize("lanes", ["1.0", "4.0", "true", "null"])
-def test_lanes_that_are_no_integer_are_refused(path, lanes):
-    macko_jax.save(path, {"layer": matrix(lanes=4)})
-
-    def change(tensors, description):
-        description["tree"] = description["tree"].replace('"lanes":4', f'"lanes":{lanes}')
-        description["crc32"] = checkpoint._crc32(description["tree"].encode())
-
-    rewrite(path, change)
-    with pytest.raises(ValueError, match="lanes must be an integer"):
-        macko_jax.load(path)
-
-
-def test_one_broken_matrix_of_a_stack(path):
-    matrices = [matrix(seed=seed, encoding="bitmask", lanes=1, capacity=40) for seed in range(3)]
-    matrices[1] = dataclasses.replace(
-        matrices[1], row_offsets=matrices[1].row_offsets.at[2].set(99)
-    )
-    macko_jax.save(path, jax.tree.map(lambda *a: jnp.stack(a), *matrices))
-    with pytest.raises(ValueError, match="Cannot load"):
         macko_jax.load(path)
 
 

@@ -52,12 +52,7 @@ def test_arrays_follow_the_layout(case):
     assert matrix.nbytes == sum(getattr(matrix, name).nbytes for name in FIELDS)
 
 
-@pytest.mark.parametrize("case", CASES[::4], ids=str)
-def test_round_trip(case):
-    assert_same_bits(macko_jax.decompress(case.matrix()), case.weight())
-
-
-@pytest.mark.parametrize("case", CASES[1::8], ids=str)
+@pytest.mark.parametrize("case", CASES[1::16], ids=str)
 def test_device_packing_is_bit_identical(case):
     weight = jnp.asarray(case.weight())
     expected = case.matrix()
@@ -80,6 +75,7 @@ def test_special_values(encoding, dtype):
         assert_same_bits(array, getattr(matrix, name))
 
 
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(st.sampled_from([("bitmask", 1), *itertools.product(ENCODINGS, [4])]), st.data())
 def test_round_trip_of_any_bits(layout_, data):
     (rows, cols), (encoding, lanes) = (6, 133), layout_
@@ -222,22 +218,7 @@ def test_empty_shapes(shape, encoding):
     assert macko_jax.spmv(matrix, jnp.ones((2, shape[1]))).tolist() == [[0] * shape[0]] * 2
 
 
-@pytest.mark.parametrize("encoding, lanes", LAYOUTS[::3])
-def test_stacks(encoding, lanes):
-    rng = np.random.default_rng(0)
-    weights = (rng.random((3, 2, 640)) < 0.3).astype(np.float32)
-    matrices = [
-        macko_jax.compress(w, encoding=encoding, lanes=lanes, capacity=128) for w in weights
-    ]
-    stack = jax.tree.map(lambda *a: jnp.stack(a), *matrices)
-    np.testing.assert_array_equal(macko_jax.decompress(stack), weights)
-    assert stack.nnz == np.count_nonzero(weights) and stack.stored == 128 * 8
-    assert stack.density == np.count_nonzero(weights) / weights.size
-
-
-@pytest.mark.parametrize(
-    "encoding, on_device", [*((encoding, False) for encoding in ENCODINGS), ("two_bank", True)]
-)
+@pytest.mark.parametrize("encoding, on_device", [("delta4", False), ("two_bank", True)])
 def test_capacity_may_be_a_function_of_the_groups(encoding, on_device):
     weight = (np.random.default_rng(0).random((5, 600)) < 0.5).astype(np.float16)
     weight, groups = jnp.asarray(weight) if on_device else weight, []
@@ -317,6 +298,10 @@ def _with(name, index, value):
     return change
 
 
+def _as(name, dtype):
+    return lambda m: dataclasses.replace(m, **{name: np.asarray(getattr(m, name)).astype(dtype)})
+
+
 BROKEN = {
     "rows out of order": (_with("row_offsets", 3, 2**30), "row_offsets"),
     "negative offset": (_with("row_offsets", 0, -1), "row_offsets"),
@@ -338,6 +323,13 @@ BROKEN = {
     "cut values": (lambda m: dataclasses.replace(m, values=m.values[:-1]), "values"),
     "cut codes": (lambda m: dataclasses.replace(m, codes=m.codes[:-1]), "codes"),
     "dtype": (lambda m: dataclasses.replace(m, values=np.zeros(m.stored, np.int32)), "int32"),
+    "offsets that begin late": (_with("row_offsets", 0, 1), "row_offsets"),
+    "floating offsets": (_as("row_offsets", np.float32), "row_offsets"),
+    "signed codes": (_as("codes", np.int32), "codes"),
+    "too few starts": (lambda m: dataclasses.replace(m, starts=m.starts[:-1]), "starts"),
+    "more columns": (lambda m: dataclasses.replace(m, shape=(33, 70_000)), "starts|codes"),
+    "fewer columns": (lambda m: dataclasses.replace(m, shape=(33, 40)), "column|codes"),
+    "fractional shape": (lambda m: dataclasses.replace(m, shape=(33.5, 301)), "shape"),
 }
 
 
@@ -386,6 +378,9 @@ def test_stacks_are_validated():
     ]
     stack = jax.tree.map(lambda *a: np.stack(a), *matrices)
     macko_jax.validate(stack)
+    assert stack.nnz == np.count_nonzero(weights) and stack.stored == 40 * 8
+    assert stack.density == np.count_nonzero(weights) / weights.size
+    np.testing.assert_allclose(macko_jax.decompress(stack), weights, rtol=2e-3)
     for name in (*FIELDS, "scales"):
         cut = dataclasses.replace(stack, **{name: getattr(stack, name)[:2]})
         with pytest.raises(ValueError, match=f"leading axes.* {name} "):

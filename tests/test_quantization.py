@@ -163,16 +163,6 @@ def test_transformations_of_one_vector():
     close(by_scales, (2 * y * y / np.asarray(matrix.scales)).sum(0), rtol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_file_round_trip(dtype, tmp_path):
-    matrix = macko_jax.compress(sparse(), dtype=dtype)
-    macko_jax.save(tmp_path / "m.safetensors", {"m": matrix})
-    again = macko_jax.load(tmp_path / "m.safetensors")["m"]
-    assert jax.tree.structure(again) == jax.tree.structure(matrix)
-    for a, b in zip(jax.tree.leaves(matrix), jax.tree.leaves(again)):
-        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
-
-
 @pytest.mark.slow
 def test_layers():
     rules = [macko_jax.Rule(dtype="int8", encoding="bitmask")]
