@@ -36,13 +36,15 @@ def sparse(seed, *shape, density=0.3):
 
 LAYERS = {
     "linear": (lambda r: nnx.Linear(6, 10, rngs=r), (3, 4, 6), 1),
-    "no_bias": (lambda r: nnx.Linear(6, 10, use_bias=False, rngs=r), (3, 6), 1),
     "general": (lambda r: nnx.LinearGeneral((3, 4), (2, 5), axis=(1, -1), rngs=r), (2, 3, 7, 4), 1),
-    "conv": (lambda r: nnx.Conv(4, 10, (3, 2), strides=2, rngs=r), (2, 7, 8, 4), 1),
+    "conv": (lambda r: nnx.Conv(4, 10, (3, 2), 2, kernel_dilation=2, rngs=r), (2, 7, 8, 4), 1),
     "circular": (lambda r: nnx.Conv(4, 10, (3, 3), padding="CIRCULAR", rngs=r), (2, 7, 8, 4), 1),
     "causal": (lambda r: nnx.Conv(4, 10, (3,), padding="CAUSAL", rngs=r), (2, 7, 4), 1),
-    "dilated": (lambda r: nnx.Conv(4, 10, (3, 3), kernel_dilation=2, rngs=r), (2, 7, 8, 4), 1),
-    "grouped": (lambda r: nnx.Conv(4, 10, (3, 3), feature_group_count=2, rngs=r), (2, 7, 8, 4), 2),
+    "grouped": (
+        lambda r: nnx.Conv(4, 10, (3, 3), feature_group_count=2, use_bias=False, rngs=r),
+        (2, 7, 8, 4),
+        2,
+    ),
 }
 
 

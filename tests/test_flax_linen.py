@@ -411,12 +411,3 @@ def test_partition_and_combine_are_inverse(variables, inputs):
     whole = flax_linen.combine(trainable, fixed)
     assert jax.tree.structure(whole) == jax.tree.structure(packed)
     jax.tree.map(np.testing.assert_array_equal, whole, packed)
-
-
-@pytest.mark.slow
-def test_packed_checkpoint(variables, inputs, tmp_path):
-    packed, _ = flax_linen.substitute(Network(), variables, inputs)
-    macko_jax.save(tmp_path / "packed.safetensors", packed)
-    loaded = macko_jax.load(tmp_path / "packed.safetensors")
-    run = jax.jit(functools.partial(flax_linen.apply, Network()))
-    np.testing.assert_array_equal(run(loaded, inputs), run(packed, inputs))

@@ -116,16 +116,11 @@ def test_every_linear_is_replaced(dense, inputs, expected):
     packed, report = substitute(dense, BITMASK)
     assert sorted(layer.path for layer in report.packed) == PATHS
     assert not report.skipped
+    assert packed.shared is packed.blocks[0]
     kinds = {type(module) for _, module in nnx.iter_modules(packed)}
     assert MackoLinear in kinds and not kinds & {nnx.Linear, nnx.LinearGeneral}
     np.testing.assert_allclose(run(packed, inputs), expected, rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(packed.first(inputs), dense.first(inputs), rtol=2e-5, atol=2e-5)
-
-
-def test_a_shared_layer_stays_shared(dense):
-    packed, _ = substitute(dense)
-    assert packed.shared is packed.blocks[0]
-    assert isinstance(packed.shared, MackoLinear)
 
 
 def test_the_model_itself(inputs):
@@ -192,8 +187,7 @@ F16, BF16, F32 = jnp.float16, jnp.bfloat16, jnp.float32
 
 
 @pytest.mark.parametrize(
-    "param_dtype, dtype, x_dtype",
-    [(F16, None, F16), (BF16, None, F32), (F32, None, F16), (F32, BF16, F16), (F16, F32, F16)],
+    "param_dtype, dtype, x_dtype", [(BF16, None, F32), (F32, BF16, F16), (F16, F32, F16)]
 )
 def test_dtypes_are_promoted_as_in_linear(param_dtype, dtype, x_dtype):
     dense = fill_kernels(linear(40, 24, dtype=dtype, param_dtype=param_dtype))
@@ -303,28 +297,6 @@ def with_values(layer, values):
     return layer.matrix
 
 
-def test_index_arrays_are_no_parameters(dense):
-    packed, _ = substitute(dense)
-    indices = jax.tree.leaves(nnx.state(packed, MackoIndex))
-    assert len(indices) == 3 * len(PATHS)
-    assert all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in indices)
-    assert all(
-        jnp.issubdtype(leaf.dtype, jnp.floating)
-        for leaf in jax.tree.leaves(nnx.state(packed, nnx.Param))
-    )
-
-
-def test_split_and_merge(dense, inputs, expected):
-    packed, _ = substitute(dense, BITMASK)
-    graph, params, rest = nnx.split(packed, nnx.Param, ...)
-
-    @jax.jit
-    def merge_and_run(params, rest, x):
-        return nnx.merge(graph, params, rest)(x)
-
-    np.testing.assert_allclose(merge_and_run(params, rest, inputs), expected, rtol=2e-5, atol=2e-5)
-
-
 @pytest.mark.slow
 def test_orbax_restores_a_model_that_is_known_by_its_code_alone(dense, inputs, tmp_path):
     model = nnx.clone(dense)
@@ -379,7 +351,7 @@ def test_vmapped_and_scanned_stack():
     dense = fill_kernels(create(nnx.Rngs(0)))
     # The matrices of a stack have different numbers of non-zeros; one of them has none.
     dense.linear.kernel[...] = dense.linear.kernel[...].at[2].set(0).at[1, :, :20].set(0)
-    packed, report = substitute(dense, BITMASK)
+    packed, report = substitute(dense, Rule(encoding="delta4", lanes=2))
     assert report.packed[0].shape == (4, 24, 24)
     x = jax.random.normal(jax.random.key(0), (3, 24))
     np.testing.assert_allclose(chain(packed, x), chain(dense, x), rtol=1e-5, atol=1e-5)
@@ -626,19 +598,6 @@ def test_packed_checkpoint_without_dense_weights(dense, inputs, tmp_path):
         nnx.state(packed, (nnx.Param, nnx.BatchStat)),
     )
     assert model.dropout.rngs.key[...] == packed.dropout.rngs.key[...]
-
-
-def test_restored_stack():
-    @nnx.split_rngs(splits=3)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def create(rngs):
-        return linear(8, 12, rngs=rngs)
-
-    packed, _ = substitute(fill_kernels(create(nnx.Rngs(0))), BITMASK)
-    restored = from_pure_dict(nnx.eval_shape(lambda: create(nnx.Rngs(0))), to_pure_dict(packed))
-    x = jnp.ones((3, 8))
-    each = nnx.jit(nnx.vmap(lambda layer, x: layer(x)))
-    np.testing.assert_array_equal(each(restored, x), each(packed, x))
 
 
 def test_tree_that_does_not_fit_the_model(dense):

@@ -241,15 +241,7 @@ def test_program_reads_only_its_own_rows():
     matrix = macko_jax.compress(dense, capacity=150, encoding="delta4")
     values = np.asarray(matrix.values).copy()
     values[8 * int(matrix.row_offsets[-1]) :] = np.nan
-    matrix = macko_jax.MackoMatrix(
-        values,
-        matrix.codes,
-        matrix.row_offsets,
-        matrix.starts,
-        matrix.shape,
-        matrix.encoding,
-        matrix.lanes,
-    )
+    matrix = dataclasses.replace(matrix, values=values)
     x = vectors(1, 90)
     assert_product(interpret(matrix, x, SETTINGS), dense, x)
 
@@ -287,12 +279,7 @@ def test_lowers_to_the_kernel_for_cuda_alone():
 
 @pytest.mark.parametrize(
     "shape,density,dtype,encoding,limit",
-    [
-        ((4096, 4096), 0.5, "float16", None, 8),
-        ((16, 4096), 0.1, "float16", None, 32),
-        ((16, 4096), 0.5, "float32", "delta4", 20),
-        ((16, 4096), 0.1, "float32", "delta4", 40),
-    ],
+    [((16, 4096), 0.1, "float16", None, 32), ((16, 4096), 0.5, "float32", "delta4", 20)],
 )
 def test_many_vectors_go_through_a_dense_matrix(shape, density, dtype, encoding, limit):
     lower = functools.partial(
@@ -309,9 +296,7 @@ def test_derivatives_lower_to_kernels():
     assert "stablehlo.select" not in text  # padding is left out by the kernel
 
 
-@pytest.mark.parametrize(
-    "density,dtype,limit", [(0.5, "float16", 2), (0.1, "float16", 3), (0.5, "float32", 1)]
-)
+@pytest.mark.parametrize("density,dtype,limit", [(0.1, "float16", 3), (0.5, "float32", 1)])
 def test_the_transposed_product_of_many_goes_through_a_dense_matrix(density, dtype, limit):
     lower = functools.partial(
         lowered,
@@ -512,28 +497,3 @@ def test_8_bit_values_on_gpu(shape, dtype, encoding):
         assert np.linalg.norm(found - exact) <= 2.0**-10 * np.linalg.norm(exact)
     transpose = jax.jit(lambda m, y: jax.vjp(lambda x: product(m, x), x[:1])[1](y)[0])
     assert_product(np.asarray(transpose(matrix, y)), dense.T, y)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_gradients_on_gpu():
-    dense = sparse(130, 200, 0.4, jnp.float32)
-    matrix = macko_jax.compress(dense, encoding="delta4")
-    x, y = vectors(1, 200)[0], vectors(1, 130)[0]
-
-    def loss(values, x):
-        m = macko_jax.MackoMatrix(
-            values,
-            matrix.codes,
-            matrix.row_offsets,
-            matrix.starts,
-            matrix.shape,
-            matrix.encoding,
-            matrix.lanes,
-        )
-        return jnp.vdot(macko_jax.spmv(m, x), y)
-
-    by_values, by_x = jax.jit(jax.grad(loss, (0, 1)))(matrix.values, x)
-    np.testing.assert_allclose(by_x, y @ dense, rtol=1e-4, atol=1e-4)
-    tangent = np.asarray(jax.jvp(lambda v: loss(v, x), (matrix.values,), (matrix.values,))[1])
-    np.testing.assert_allclose(tangent, np.vdot(by_values, matrix.values), rtol=1e-4)

@@ -133,9 +133,7 @@ def check_report(report):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "values, tolerance", [(None, 1e-5), pytest.param("int8", 0.05, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("values, tolerance", [(None, 1e-5), ("int8", 0.05)])
 def test_packed_models_equal_the_compressed_ones(nnx_model, variables, x, values, tolerance):
     packed, report = dsf_jax.pack(nnx_model, values, RULES)
     check_report(report)

@@ -31,7 +31,7 @@ def assert_product(actual, weight, x):
     np.testing.assert_array_less(error, error_bound(weight, x, actual.dtype) + 1e-300)
 
 
-@pytest.mark.parametrize("case", CASES[::2], ids=str)
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_one_vector(case):
     x = case.vectors()
     assert_product(macko_jax.spmv(case.matrix(), x), case.weight(), x)
@@ -163,13 +163,6 @@ def test_any_matrix_against_float64(encoding, density, seed, scale):
     x = rng.standard_normal(203).astype(np.float32)
     matrix = macko_jax.compress(weight, encoding=encoding, lanes=4, capacity=17 * 26)
     assert_product(macko_jax.spmv(matrix, x), weight, x)
-
-
-def test_results_are_the_same_from_run_to_run():
-    matrix, x = CASES[15].matrix(), CASES[15].vectors(3)
-    first = np.asarray(macko_jax.spmv(matrix, x))
-    for _ in range(3):
-        np.testing.assert_array_equal(macko_jax.spmv(matrix, x), first)
 
 
 def test_errors_name_what_was_given():

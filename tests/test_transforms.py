@@ -108,31 +108,6 @@ def test_padding_has_no_tangent_and_no_second_derivative(case):
         close(moved(every), moved(elements * every))
 
 
-def test_jvp_linearize_and_vjp_agree():
-    matrix, weight, x = single(BITMASK)
-    f = lambda v, x: jnp.sin(macko_jax.spmv(with_values(matrix, v), x))
-    primals = matrix.values, x
-    tangents = jnp.where(matrix.values != 0, 0.5, 0), jnp.cos(x)
-    cotangent = jnp.cos(jnp.arange(99, dtype=jnp.float32)).reshape(3, 33)
-
-    @jax.jit
-    def derivatives(primals, tangents, cotangent):
-        out, tangent = jax.jvp(f, primals, tangents)
-        again, linear = jax.linearize(f, *primals)
-        _, pull = jax.vjp(f, *primals)
-        return out, again, tangent, linear(*tangents), pull(cotangent)
-
-    out, again, tangent, linear_tangent, pulled = derivatives(primals, tangents, cotangent)
-    close(again, out)
-    close(linear_tangent, tangent)
-    paired = sum(jnp.vdot(a, b) for a, b in zip(pulled, tangents))
-    close(paired, jnp.vdot(cotangent, tangent), rtol=1e-3)
-    dense_tangents = jnp.where(weight != 0, 0.5, 0), tangents[1]
-    close(
-        tangent, jax.jvp(lambda w, x: jnp.sin(x @ w.T), (weight, x), dense_tangents)[1], atol=1e-3
-    )
-
-
 def test_second_derivatives():
     """Hessian-vector products, in both orders of modes and across values and x."""
     matrix, weight, x = single(DELTA4)
@@ -184,49 +159,6 @@ def test_vmap():
     close(nested, scale[:, None, None] * expected)
 
 
-def test_stacks_of_matrices_under_vmap_and_scan():
-    rng = np.random.default_rng(0)
-    weights = [
-        np.where(rng.random((24, 24)) < d, rng.standard_normal((24, 24)), 0).astype(np.float32)
-        for d in (0.1, 0.6, 0.3)
-    ]
-    matrices = [macko_jax.compress(w, encoding="delta4", lanes=2, capacity=800) for w in weights]
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices)
-    x = jnp.asarray(rng.standard_normal((3, 24)), jnp.float32)
-
-    def chain(values, x):  # a network of three layers
-        def layer(h, m):
-            return jnp.tanh(macko_jax.spmv(m, h)), None
-
-        return jax.lax.scan(layer, x, with_values(stack, values))[0]
-
-    def dense_chain(weights, x):
-        for w in weights:
-            x = jnp.tanh(x @ w.T)
-        return x
-
-    @jax.jit
-    def products(values, x):
-        gradient = jax.grad(lambda *p: jnp.sum(chain(*p)), argnums=(0, 1))
-        return (
-            jax.vmap(macko_jax.spmv)(with_values(stack, values), x),
-            chain(values, x),
-            gradient(values, x),
-        )
-
-    each, chained, (by_values, by_x) = products(stack.values, x)
-    close(each, [w @ v for w, v in zip(weights, x)])
-    close(chained, dense_chain(weights, x))
-    by_weights, dense_by_x = jax.grad(lambda *p: jnp.sum(dense_chain(*p)), argnums=(0, 1))(
-        jnp.asarray(weights), x
-    )
-    close(by_x, dense_by_x)
-    close(
-        macko_jax.decompress(with_values(stack, by_values)),
-        jnp.where(jnp.asarray(weights) != 0, by_weights, 0),
-    )
-
-
 def test_per_example_gradients_and_checkpoint():
     matrix, weight, x = single(BITMASK)
     loss = jax.checkpoint(sparse_loss(matrix))
@@ -251,31 +183,14 @@ def test_padding_mask_costs_nothing_at_run_time():
     ]
 
 
-@pytest.mark.parametrize("transform", ["plain", "gradient"])
 @pytest.mark.parametrize("case", PAIR, **ids)
-def test_lowers_for_other_platforms(case, transform):
-    """Traced here, lowered for any platform, and for several at once."""
+def test_lowers_for_other_platforms(case):
+    """All three products are traced here, lowered for any platform, and for several at once."""
     matrix, _, x = single(case)
-    f = {
-        "plain": macko_jax.spmv,
-        "gradient": lambda m, x: jax.grad(sparse_loss(m), argnums=(0, 1))(m.values, x),
-    }[transform]
-    traced = jax.jit(f).trace(matrix, x)
+    traced = jax.jit(lambda m, x: jax.grad(sparse_loss(m), (0, 1))(m.values, x)).trace(matrix, x)
     for platform in ("cpu", "cuda", "tpu"):
         assert "func" in traced.lower(lowering_platforms=(platform,)).as_text()
     assert "func" in traced.lower(lowering_platforms=("cpu", "cuda")).as_text()
-
-
-def test_export_for_several_platforms():
-    matrix, _, x = single(DELTA4)
-    leaves, tree = jax.tree.flatten(matrix)
-    product = jax.jit(lambda leaves, x: macko_jax.spmv(jax.tree.unflatten(tree, leaves), x))
-    exported = jax.export.export(
-        product,
-        platforms=("cpu", "cuda"),
-        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
-    )(leaves, x)
-    close(exported.call(leaves, x), macko_jax.spmv(matrix, x))
 
 
 def test_one_primitive_per_product():
