@@ -2,19 +2,16 @@
 
 import json
 import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from examples.llama import checkpoint, from_gguf, tokenizer
+from tests.scripts import run
 
 gguf = pytest.importorskip("gguf")
 
-ROOT = pathlib.Path(__file__).parent.parent
 LLAMA = [f"llama.{name}" for name in ("attention.head_count", "embedding_length")]
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 64, 4, 2, 16, 96, 2
 
@@ -156,12 +153,11 @@ def test_other_models_are_refused(tmp_path, stored):
 def test_llm_goes_from_the_file_to_a_packed_model_beside_dense(stored, tmp_path):
     write(tmp_path / "small.gguf", stored)
     out = tmp_path / "out"
-    command = [
-        *(sys.executable, "-m", "examples.llm", f"--gguf={tmp_path / 'small.gguf'}"),
-        *(f"--out={out}", "--length=32", "--windows=2", "--eval_windows=2", "--new_tokens=4"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run(
+        "llm",
+        f"--gguf={tmp_path / 'small.gguf'} --out={out}",
+        "--length=32 --windows=2 --eval_windows=2 --new_tokens=4",
+    )
     dense, packed = json.loads((out / "results.json").read_text())["rows"]
     assert (packed["method"], packed["density"]) == ("wanda", 0.5)
     assert packed["bytes"] < dense["bytes"] and packed["perplexity"] != dense["perplexity"]

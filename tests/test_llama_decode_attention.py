@@ -1,5 +1,6 @@
 """The GPU kernel of one token's attention: its program on the CPU, its lowering, its results."""
 
+import dataclasses
 import math
 
 import jax
@@ -18,6 +19,7 @@ from examples.llama.split import SplitModules
 from macko_jax.gpu import staging
 from macko_jax.lanes import interpreter
 from macko_jax.nn.flax_nnx import become_pair
+from tests.test_llama import CONFIG
 
 HAS_GPU = any(device.platform == "gpu" for device in jax.local_devices())
 # heads, key-value heads, slots, live tokens of each sequence, window; fewer slots than two blocks
@@ -211,21 +213,12 @@ def decode(model, tokens, prompt):
 
 
 @pytest.mark.parametrize(
-    "batch, qk_norm, windows", [(1, False, None), (2, True, (3, None))], ids=str
+    "batch, qk_norm, windows",
+    [(1, False, None), pytest.param(2, True, (3, None), marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_model_decodes_with_it_as_without(batch, qk_norm, windows, monkeypatch):
-    config = llama.Config(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=DIM,
-        max_position_embeddings=96,
-        qk_norm=qk_norm,
-        sliding_windows=windows,
-    )
+    config = dataclasses.replace(CONFIG, head_dim=DIM, qk_norm=qk_norm, sliding_windows=windows)
     model = llama.Llama(config, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (batch, 9)))
     monkeypatch.setattr(attention, "has_decode_kernel", lambda cache: False)
@@ -245,17 +238,8 @@ def test_model_decodes_with_it_as_without(batch, qk_norm, windows, monkeypatch):
 @pytest.mark.parametrize("pairs", [False, True])
 def test_packed_model_decodes_as_its_dense_twin(pairs):
     """On a GPU through chains of products, elsewhere through the products one after the other."""
-    config = llama.Config(
-        vocab_size=61,
-        hidden_size=256,
-        intermediate_size=272,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=DIM,
-        max_position_embeddings=96,
-        qkv_bias=True,
-    )
+    shape = dict(hidden_size=256, intermediate_size=272, num_attention_heads=2, head_dim=DIM)
+    config = dataclasses.replace(CONFIG, qkv_bias=True, **shape)
     dense = llama.Llama(config, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
 

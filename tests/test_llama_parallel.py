@@ -67,13 +67,6 @@ def test_dense():
 
 
 @pytest.mark.slow
-def test_packed():
-    other = assert_same(packed(pruned_model(num_hidden_layers=1)), 2)
-    matrix = other.layers[0].attention.qkv.matrix
-    assert isinstance(matrix, macko_jax.ShardedMatrix) and matrix.count == 2
-
-
-@pytest.mark.slow
 def test_packed_on_four_devices():
     other = assert_same(packed(pruned_model(num_key_value_heads=4)), 4)
     matrix = other.layers[1].attention.qkv.matrix

@@ -35,12 +35,8 @@ def texts(*arguments, **options):
     return np.array(rows)
 
 
-slow = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "variant", ["llama", *(pytest.param(v, marks=slow) for v in ("qwen2", "windows"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "windows"])
 def test_the_likeliest_tokens_are_the_model_s_own(variant):
     model = make_model(**VARIANTS[variant])
     expected = continuations(model, PROMPTS, 20)
@@ -58,7 +54,7 @@ def test_the_likeliest_tokens_are_the_model_s_own(variant):
             assert 0 < account.acceptance < 1 and "accepted 0." in str(account)
 
 
-@slow
+@pytest.mark.slow
 def test_a_packed_model_drafts_and_shares_what_is_the_same():
     model = make_model()
     pruned = nnx.clone(model)
@@ -75,7 +71,7 @@ def test_a_packed_model_drafts_and_shares_what_is_the_same():
     np.testing.assert_array_equal(found, continuations(model, PROMPTS, 20)[:, :12])
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.8}])
 def test_drawn_tokens_have_the_model_s_distribution(options):
     """Chi-square of 400 draws of two tokens after the first, against exact probabilities."""
@@ -116,7 +112,7 @@ def test_drawn_tokens_have_the_model_s_distribution(options):
     assert statistic < len(often) + 6 * np.sqrt(2 * len(often))
 
 
-@slow
+@pytest.mark.slow
 def test_draft_tokens_are_chosen_by_what_was_measured():
     assert choose_draft_tokens(0.0, 1.0, 3.0) == 1
     assert choose_draft_tokens(1.0, 0.1, 3.0, most=6) == 6
@@ -130,7 +126,7 @@ def test_draft_tokens_are_chosen_by_what_was_measured():
     assert [account.draft_tokens for account in accounts[:2]] == [1, 4] and len(accounts) > 2
 
 
-@slow
+@pytest.mark.slow
 def test_forced_acceptance_and_what_is_refused():
     model = make_model()
     accounts, compiled = [], speculation.advance._cache_size()

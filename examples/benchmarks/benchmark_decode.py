@@ -40,6 +40,7 @@ from absl import flags
 from flax import nnx
 
 from examples import cli, llama
+from examples.benchmarks import timing
 from examples.benchmarks.random_models import RandomModel, array_bytes
 from examples.llama import checkpoint, generation
 from examples.llama.cache import Cache, final_slots, widen
@@ -241,23 +242,6 @@ def time_prefills(decoder, repeats):
     return np.array(seconds[1:])  # the first warms up
 
 
-def time_generations(decoder, repeats):
-    """Seconds of each call after the prefill, [repeats, calls].
-
-    As in `llama.generate`, the device is given a call while the one before it runs. A CPU would run
-    the second call before the host can note when the first one ended; it is given one at a time.
-    """
-    in_turn = iter if jax.default_backend() == "cpu" else generation.one_ahead
-    rows = []
-    for _ in range(repeats + 1):
-        ready = []
-        for tokens in in_turn(decoder.draw()):
-            jax.block_until_ready(tokens)
-            ready.append(time.perf_counter())
-        rows.append(np.diff(ready))
-    return np.array(rows[1:])
-
-
 def kernel_times(function, arguments, calls=1):
     """Microseconds of each kernel on the device, largest first, by name, divided by `calls`.
 
@@ -334,7 +318,7 @@ def measure(name, density, make, settings):
     streamed = weights - (0 if tied else model.embed.embedding.nbytes)
     decoder = Decoder(model, settings)
     prefill = time_prefills(decoder, settings.repeats)
-    per_token = time_generations(decoder, settings.repeats) / settings.chunk
+    per_token = timing.time_generations(decoder, settings.repeats) / settings.chunk
     speed = settings.batch / float(np.median(per_token.mean(axis=1)))
     sizes = peak_bytes(decoder)
     record = {

@@ -1,4 +1,4 @@
-"""Timing of products: distinct matrices from memory, not from a cache; results checked first."""
+"""Timing of products, whose matrices come from memory and are checked first, and of generations."""
 
 import dataclasses
 import datetime
@@ -11,6 +11,8 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from examples.llama import generation
 
 # Bytes of distinct matrices that are read in turn: ten times the L2 cache of an H200 (60 MB), and
 # several times the last-level cache of a CPU; and how many they are at most, each a product to
@@ -122,3 +124,20 @@ def _clocks() -> str | None:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def time_generations(decoder, repeats):
+    """Seconds of each call after the prefill, [repeats, calls].
+
+    As in `llama.generate`, the device is given a call while the one before it runs. A CPU would run
+    the second call before the host can note when the first one ended; it is given one at a time.
+    """
+    in_turn = iter if jax.default_backend() == "cpu" else generation.one_ahead
+    rows = []
+    for _ in range(repeats + 1):
+        ready = []
+        for tokens in in_turn(decoder.draw()):
+            jax.block_until_ready(tokens)
+            ready.append(time.perf_counter())
+        rows.append(np.diff(ready))
+    return np.array(rows[1:])
