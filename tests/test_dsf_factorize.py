@@ -51,7 +51,7 @@ def test_quality_preset_is_several_times_better():
 
 
 @pytest.mark.slow
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     density=st.floats(0.001, 1),
     levels=st.integers(1, 3),
@@ -65,14 +65,6 @@ def test_budget_is_never_exceeded(density, levels, seed, preset):
     result = dsf_jax.factorize(weight, gram, density=density, preset=preset, **options)
     assert result.nnz <= density * weight.size
     assert result.density == result.nnz / weight.size
-
-
-@pytest.mark.slow
-def test_budget_is_used_up():
-    weight, gram = small_layer()
-    for density in (0.6, 0.4):
-        result = dsf_jax.factorize(weight, gram, density=density, compare_single=False, **FAST)
-        assert result.nnz >= 0.95 * density * weight.size
 
 
 @pytest.mark.slow
@@ -116,15 +108,6 @@ def test_repeats_are_bitwise_equal_and_seeds_differ():
     np.testing.assert_array_equal(first.left, again.left)
     np.testing.assert_array_equal(first.right, again.right)
     assert not np.array_equal(first.left, other.left)
-
-
-def test_invariant_to_units():
-    weight, gram = small_layer()
-    options = dict(FAST, density=0.5, compare_single=False)
-    # Powers of two, so that not even the rounding differs.
-    base = dsf_jax.factorize(weight, gram, **options)
-    scaled = dsf_jax.factorize(weight / 1024, gram * 2.0**18, **options)
-    np.testing.assert_allclose(scaled.product() * 1024, base.product(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e25])
@@ -230,10 +213,9 @@ def test_stack_equals_single_layers():
         assert together.relative_error == pytest.approx(alone.relative_error, rel=0.05)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_short_floats_are_solved_in_float32(dtype):
+def test_short_floats_are_solved_in_float32():
     weight, gram = small_layer()
-    rounded = jnp.asarray(weight, dtype)
+    rounded = jnp.asarray(weight, jnp.bfloat16)
     result = dsf_jax.factorize(rounded, jnp.asarray(gram, jnp.float32), density=0.5, **FAST)
     exact = dsf_jax.factorize(rounded.astype(jnp.float32), gram, density=0.5, **FAST)
     assert result.left.dtype == jnp.float32
