@@ -10,6 +10,8 @@ import macko_jax
 from tests.cases import CASES, pack_as_paper
 from tests.test_format import assert_same_bits, special_values
 
+pytestmark = pytest.mark.once
+
 
 def assert_paper_layout(weight):
     *arrays, rows, cols = macko_jax.to_macko_spmv(macko_jax.compress(weight))

@@ -112,6 +112,7 @@ def test_directory_holds_the_model_and_the_report(packed):
     assert stored["settings"]["method"] == "wanda"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "killed_at", [4, 6, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 12))]
 )
@@ -152,6 +153,7 @@ def test_killed_run_goes_on(dense, packed, windows, tmp_path, killed_at):
     assert names(tmp_path) == names(packed[0])
 
 
+@pytest.mark.once
 def test_second_run_in_a_directory_is_refused_and_harms_nothing(dense, packed, windows, tmp_path):
     def start_another(progress):
         half_written = tmp_path / ".packed-00001.safetensors.Qx4a9Z.unfinished" / "file"
@@ -167,6 +169,7 @@ def test_second_run_in_a_directory_is_refused_and_harms_nothing(dense, packed, w
     assert contents(tmp_path) == contents(packed[0])
 
 
+@pytest.mark.once
 def test_time_left_is_by_the_pace_of_what_was_solved():
     seen = []
     blocks = [[(f"{i}/{j}", (32, 32), "wanda") for j in range(4)] for i in range(3)]
@@ -182,6 +185,7 @@ def test_time_left_is_by_the_pace_of_what_was_solved():
     np.testing.assert_allclose(seen[3].seconds_left, 8 * 10, rtol=0.01)
 
 
+@pytest.mark.once
 def test_other_settings_are_refused(dense, packed, windows):
     with pytest.raises(ValueError, match="another calibration, density"):
         compression.compress_checkpoint(
@@ -189,6 +193,7 @@ def test_other_settings_are_refused(dense, packed, windows):
         )
 
 
+@pytest.mark.once
 def test_directories_of_something_else_are_refused(dense, packed, windows, tmp_path):
     def refuse(source, out, message, **changes):
         before = names(out)
@@ -216,6 +221,7 @@ def test_directories_of_something_else_are_refused(dense, packed, windows, tmp_p
     refuse(dense[0], other, "packed-00000.safetensors and no report.json .* Give another directory")
 
 
+@pytest.mark.once
 def test_a_run_goes_on_with_nothing_damaged_and_of_no_other_model(dense, packed, windows, tmp_path):
     source, out = tmp_path / "dense", tmp_path / "out"
     shutil.copytree(dense[0], source)
@@ -357,6 +363,7 @@ def test_target_and_budget_are_met_and_resumed(dense, windows, tmp_path):
         )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -710,6 +710,7 @@ def run_of_blocks(blocks, *, compile_seconds, rate):
     return stages
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("compile_seconds", [0.1, 5.0, 60.0])
 @pytest.mark.parametrize("blocks", [1, 4, 32])
 def test_time_left_is_right_within_a_factor_of_two_from_the_third_layer_on(compile_seconds, blocks):
@@ -733,6 +734,7 @@ def test_time_left_is_right_within_a_factor_of_two_from_the_third_layer_on(compi
     assert pace.seconds_left() == 0
 
 
+@pytest.mark.once
 def test_devices_work_side_by_side_and_resumed_layers_take_no_time():
     tasks = {str(i): Task("wanda", ("shape", i % 2), 10.0, i % 2) for i in range(10)}
     pace = Pace([tasks])
@@ -759,6 +761,7 @@ def test_compilation_is_known_of_every_solution_and_counted_by_thread():
     assert compile_seconds(all_threads=True) >= compile_seconds()
 
 
+@pytest.mark.once
 def test_durations_read_well():
     assert [format_seconds(s) for s in (0.4219, 12.3, 200, 1260, 7500)] == [
         "0.42 s",
