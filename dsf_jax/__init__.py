@@ -8,6 +8,8 @@ from dsf_jax.pipeline.report import LayerReport, Progress, Report, print_progres
 from dsf_jax.pipeline.rules import Rule
 from dsf_jax.pipeline.run import Compressed, compress_model
 from dsf_jax.pipeline.settings import Calibration, Execution
+from dsf_jax.refinement.report import BlockReport, RefineProgress, RefineReport
+from dsf_jax.refinement.run import Refined, refine, refine_block
 from dsf_jax.solvers.factorize import Options, factorize, factorize_stack
 from dsf_jax.solvers.problem import relative_output_error
 from dsf_jax.solvers.pruners import prune
@@ -19,6 +21,7 @@ from macko_jax.nn.flax_linen import packed_kernels as factorized_kernels
 from macko_jax.nn.pairs import FactorPair
 
 __all__ = [
+    "BlockReport",
     "Calibration",
     "Compressed",
     "Execution",
@@ -28,6 +31,9 @@ __all__ = [
     "LayerReport",
     "Options",
     "Progress",
+    "RefineProgress",
+    "RefineReport",
+    "Refined",
     "Report",
     "Rule",
     "compress_model",
@@ -40,6 +46,8 @@ __all__ = [
     "pack",
     "print_progress",
     "prune",
+    "refine",
+    "refine_block",
     "relative_output_error",
 ]
 

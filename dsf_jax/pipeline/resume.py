@@ -31,6 +31,42 @@ def fingerprint(settings: Mapping[str, Any], *trees: Any) -> str:
     return digest.hexdigest()
 
 
+def claim(path: pathlib.Path, mark: str, differs: str) -> None:
+    """Makes a work directory a run's own, by a file with the run's fingerprint.
+
+    Args:
+      path: The directory; it is made if there is none.
+      mark: The fingerprint.
+      differs: What is different in another run, for the error.
+
+    Raises:
+      ValueError: The directory is another run's, or holds something else.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    own = path / "run.json"
+    if own.is_file():
+        try:
+            found = json.loads(own.read_text())["fingerprint"]
+        except (ValueError, LookupError, TypeError):
+            found = None
+        if found != mark:
+            raise ValueError(other_run(path, own.name, differs))
+        return
+    there = sorted(file.name for file in path.iterdir())
+    if there:
+        raise ValueError(other_run(path, there[0], differs))
+    with replacing(own) as temporary:
+        temporary.write_text(json.dumps({"fingerprint": mark}))
+
+
+def other_run(path: pathlib.Path, file: str, differs: str) -> str:
+    """What is said of a work directory that holds something else."""
+    return (
+        f"{path} holds results of another run ({file}): its {differs} were different. Give another "
+        "work_dir, or empty this one"
+    )
+
+
 class WorkDirectory:
     """A directory with one safetensors file per finished layer.
 
@@ -52,11 +88,8 @@ class WorkDirectory:
         for file in sorted(self.path.glob("*.safetensors")):
             found = _metadata(file)
             if found is not None and found.get("fingerprint") != mark:
-                raise ValueError(
-                    f"{self.path} holds results of another run ({file.name}): its model, "
-                    "batches, method or density were different. Give another work_dir, or empty "
-                    "this one"
-                )
+                differs = "model, batches, method or density"
+                raise ValueError(other_run(self.path, file.name, differs))
 
     def file(self, layer: str) -> pathlib.Path:
         """Where the solution of a layer is kept."""

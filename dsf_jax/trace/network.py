@@ -1,7 +1,7 @@
 """A Flax model as a flat list of leaves and a function of them, for NNX and linen alike."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -20,6 +20,9 @@ from macko_jax.nn.rules import layer_path
 
 Role = Literal["parameter", "state", "other"]
 
+# A linen layer may have a pair of factors already, in the place of its kernel.
+FACTORS = tuple(field.name for field in dataclasses.fields(FactorizedKernel))
+
 
 @dataclasses.dataclass
 class Network:
@@ -33,6 +36,7 @@ class Network:
       substitute: `substitute(leaves, factors)` is a new model (linen: variables) with other arrays,
         and with pairs of factors (left, right) in the place of some kernels, by index of leaf.
       modules: Flax modules by path; linen's are known once `apply` has been traced.
+      form: Networks of equal form have the same `apply`, if their forward passes are the same.
     """
 
     paths: list[tuple[str, ...]]
@@ -41,6 +45,7 @@ class Network:
     apply: Callable[[Sequence[jax.Array], Any], list]
     substitute: Callable[[Sequence[jax.Array], Mapping[int, tuple[jax.Array, jax.Array]]], Any]
     modules: dict[str, Any]
+    form: Hashable
 
     def module_path(self, leaf: int) -> str:
         """Path of the module whose kernel or embedding a leaf is; of other leaves their own."""
@@ -70,7 +75,7 @@ def read_network(
       TypeError: The model is neither an NNX nor a linen module.
       ValueError: A linen module without variables, or an NNX model with some or with keys.
     """
-    forward = forward or _call
+    forward = forward or call
     if isinstance(model, nnx.Module):
         for name, given in (("variables", variables), ("rngs", rngs)):
             if given is not None:
@@ -84,7 +89,8 @@ def read_network(
     raise TypeError(f"expected a flax.nnx.Module or a flax.linen.Module, {describe_other(model)}")
 
 
-def _call(model: Any, batch: Any) -> Any:
+def call(model: Any, batch: Any) -> Any:
+    """The forward pass of a model where none is given."""
     if isinstance(batch, tuple):
         return model(*batch)
     if isinstance(batch, dict):
@@ -114,7 +120,13 @@ def _read_nnx(model: nnx.Module, forward: Callable) -> Network:
         return new
 
     return Network(
-        paths, [leaf for _, leaf in with_paths], roles, apply, substitute, _modules(model)
+        paths,
+        [leaf for _, leaf in with_paths],
+        roles,
+        apply,
+        substitute,
+        _modules(model),
+        (graph, tree),
     )
 
 
@@ -158,6 +170,7 @@ def _read_linen(module: nn.Module, variables: Any, forward: Callable, rngs: Any)
         apply,
         substitute,
         modules,
+        (module, tree, id(rngs)),
     )
 
 
@@ -181,10 +194,18 @@ def _linen_role(collection: str) -> Role:
 
 
 def _names(path: tuple) -> tuple[str, ...]:
-    """Key path to names. A last attribute key is a Variable's or a box's own and names nothing."""
-    if isinstance(path[-1], jax.tree_util.GetAttrKey):
+    """Key path to names. A last attribute key is a Variable's or a box's own and names nothing,
+    unless it is that of a factor of a pair."""
+    if isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name not in FACTORS:
         path = path[:-1]
-    return tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    return tuple(str(_key(key)) for key in path)
+
+
+def _key(key: Any) -> Any:
+    for kind in ("key", "idx", "name"):
+        if hasattr(key, kind):
+            return getattr(key, kind)
+    return key
 
 
 def _arrays(tree: Any) -> list:
