@@ -21,10 +21,9 @@ from absl import flags
 
 import dsf_jax
 from dsf_jax.solvers.methods import METHODS
-from examples import cli, stdlib_text
-from examples.llama import checkpoint, compression, evaluation
-from examples.llama import tokenizer as tokenizers
-from examples.llama.recipe import GIVEN
+from examples import cli
+from examples.llama import compression, texts
+from examples.llama.recipe import GIVEN, BlockRefinement
 from macko_jax.format.codes import ENCODINGS
 from macko_jax.format.quantization import NAMES
 
@@ -70,9 +69,17 @@ flags.DEFINE_enum(
 flags.DEFINE_string(
     "calibration",
     None,
-    "Text file to calibrate on, in UTF-8; by default modules of Python's library for a byte-level "
+    "Text file to calibrate on, in UTF-8; or 'self' for text that the dense model writes, kept in "
+    "the directory of the packed model; by default modules of Python's library for a byte-level "
     "model, and topics of its help for others.",
 )
+flags.DEFINE_enum(
+    "refine", None, ["block"], "Train each block towards the dense one once its layers are solved."
+)
+flags.DEFINE_integer(
+    "refine_steps", BlockRefinement.steps, "Steps of it, a batch of windows each.", lower_bound=1
+)
+flags.DEFINE_float("refine_rate", BlockRefinement.rate, "Its learning rate.", lower_bound=0)
 flags.DEFINE_integer("windows", 128, "Windows to calibrate on.", lower_bound=1)
 flags.DEFINE_integer(
     "length",
@@ -110,6 +117,9 @@ class Settings:
     dsf_options: str
     values: str | None
     calibration: str | None
+    refine: str | None
+    refine_steps: int
+    refine_rate: float
     windows: int
     length: int | None
     batch: int
@@ -128,6 +138,7 @@ class Settings:
             "pattern": self.pattern,
             "dsf_options": cli.read_options(self.dsf_options),
             "values": self.values,
+            "refine": self.refine and BlockRefinement(self.refine_steps, self.refine_rate),
             "encoding": self.encoding,
         }
 
@@ -143,17 +154,9 @@ def read_windows(settings):
     """The calibration windows, [N, T]; None where nothing is calibrated."""
     if settings.method == GIVEN:
         return None
-    config = checkpoint.load_config(settings.checkpoint)
-    length = evaluation.window_length(settings.length, config)
-    tokenizer = tokenizers.load_tokenizer(settings.checkpoint, config.vocab_size)
-    if settings.calibration:
-        text = pathlib.Path(settings.calibration).read_text(encoding="utf-8")
-    elif config.vocab_size == 256:
-        modules = stdlib_text.read_modules(stdlib_text.CALIBRATION)
-        text = "\0".join(module.decode() for module in modules.values())
-    else:
-        text = stdlib_text.read_topics(held_out=False)
-    return compression.calibration_windows(tokenizer.encode(text), length, settings.windows)
+    return texts.calibration_windows(
+        settings.calibration, settings.checkpoint, settings.out, settings.windows, settings.length
+    )
 
 
 def peak_memory():

@@ -10,6 +10,8 @@ Kinds, and who writes their records:
   examples.benchmarks.compare_methods.
 - errors: relative output error by layer; report.json of examples.compress_llm, or what
   `to_dict` of a report of `dsf_jax.compress_model` gives, as JSON.
+- refine: loss by step, and the error of blocks before and after; report.json of
+  examples.refine_llm or compress_llm, or what `to_dict` of a report of `dsf_jax.refine` gives.
 
 Several records of one kind are joined: measurements of one device, or layers of one model.
 """
@@ -210,7 +212,52 @@ def draw_errors(records, pyplot):
     return figure
 
 
-KINDS = {"decode": draw_decode, "methods": draw_methods, "errors": draw_errors, "spmv": draw_spmv}
+def draw_refine(records, pyplot):
+    """Loss by step; and where blocks were refined, the error of each before and after."""
+    blocks = [block for record in records for block in _refined_blocks(record)]
+    wholes = [record for record in records if not _refined_blocks(record)]
+    count = bool(blocks) + bool(wholes)
+    figure, panels = pyplot.subplots(
+        1, count, figsize=(6 * count, 4.2), layout="constrained", squeeze=False
+    )
+    panels = list(panels[0])
+    if wholes:
+        axes = panels.pop(0)
+        for record in wholes:
+            name = pathlib.Path(record.get("settings", {}).get("checkpoint", "loss")).name
+            steps = range(1, len(record["losses"]) + 1)
+            (line,) = axes.plot(steps, record["losses"], linewidth=1, label=name)
+            if record["held_out"]:
+                style = {"marker": "o", "markersize": 4, "linestyle": "--"}
+                axes.plot(*zip(*record["held_out"]), color=line.get_color(), **style)
+        axes.set(xlabel="step", ylabel="loss; dashed: held out", yscale="log")
+        axes.legend(fontsize="small", frameon=False)
+    if blocks:
+        axes, places = panels.pop(0), range(len(blocks))
+        for name in ("before", "after"):
+            axes.plot(places, [block[name] for block in blocks], marker="o", label=name)
+        axes.set(xlabel="block", ylabel="relative error of its output", yscale="log")
+        axes.legend(fontsize="small", frameon=False)
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _refined_blocks(record):
+    """The blocks of a report of `refine`, or of examples.compress_llm."""
+    if "refined" in record:
+        return [record["refined"][key] for key in sorted(record["refined"], key=int)]
+    return record["blocks"]
+
+
+KINDS = {
+    "decode": draw_decode,
+    "methods": draw_methods,
+    "errors": draw_errors,
+    "refine": draw_refine,
+    "spmv": draw_spmv,
+}
 flags.DEFINE_enum("kind", "spmv", list(KINDS), "Which figure to draw.")
 flags.DEFINE_multi_string("record", ["runs/spmv.json"], "Record to draw; repeatable.")
 flags.DEFINE_string("implementation", "macko", "Whose speed-up --kind=spmv draws.")

@@ -205,6 +205,8 @@ class _Run:
         self.progress = _Progress(self.layers, callback)
         self.densities = None if recipe.method == GIVEN else self._uniform()
         self.keep = "host"  # where activations wait
+        self.forward = functools.partial(_forward, stored.config)
+        self.steps = {}  # of refinements, which blocks that are alike share
 
     def _layers(self):
         """For each block the (path, shape, method) of its layers that are not skipped."""
@@ -322,10 +324,9 @@ class _Run:
     def _share(self, hidden, density, paths):
         """Densities of least summed error, by a pass of the dense model that probes each layer."""
         curves, sizes = {}, {}
-        forward = functools.partial(_forward, self.stored.config)
         for i in range(len(self.model.layers)):
             block = self._read(i)
-            grams = dsf_jax.gram_matrices(block, hidden, forward=forward)
+            grams = dsf_jax.gram_matrices(block, hidden, forward=self.forward)
             for layer in LAYERS:
                 path = f"layers/{i}/{layer}"
                 if path in paths:
@@ -349,7 +350,7 @@ class _Run:
                 hidden,
                 rules=self.recipe.block_rules(self.assigned, index, densities),
                 values=self.recipe.values,
-                forward=functools.partial(_forward, self.stored.config),
+                forward=self.forward,
                 execution=dsf_jax.Execution(
                     devices=self.devices,
                     keep_activations=self.keep,
@@ -360,9 +361,30 @@ class _Run:
             )
         except ValueError as error:
             raise ValueError(f"block {index}: {error}") from error
-        self._write(index, compressed.model, compressed.report.layers, began)
+        finished = compressed.model
+        if self.recipe.refine is not None:
+            finished = self._refine(index, finished, hidden)
+        self._write(index, finished, compressed.report.layers, began)
         shutil.rmtree(work)
-        return compressed.model
+        return finished
+
+    def _refine(self, index, block, hidden):
+        """A compressed block trained towards the dense one on its present inputs."""
+        block, report = dsf_jax.refine_block(
+            block,
+            self._read(index),
+            hidden,
+            forward=self.forward,
+            steps=self.recipe.refine.steps,
+            learning_rate=self.recipe.refine.rate,
+            values=self.recipe.values,
+            name=f"layers/{index}",
+            steps_made=self.steps,
+        )
+        self.record.refined[str(index)] = report.blocks[0].to_dict()
+        if self.progress.callback is not None:
+            print(report.blocks[0], flush=True)
+        return block
 
     def _write(self, index, block, solved, began):
         """Packs a block and writes it; its report goes first, so that none is ever lost."""
@@ -373,7 +395,11 @@ class _Run:
             solved = self._as_given(index, block, packed, sizes, time.perf_counter() - began)
         layers = [
             _renamed(
-                dataclasses.replace(layer, bytes_after=sizes[layer.path].bytes_after),
+                dataclasses.replace(
+                    layer,
+                    nonzeros=sizes[layer.path].nonzeros,
+                    bytes_after=sizes[layer.path].bytes_after,
+                ),
                 f"layers/{index}",
             )
             for layer in solved
@@ -473,11 +499,12 @@ class _Record:
       parts: digests of the blocks' files by name.
       blocks: the reports of finished layers by block.
       shares: densities by path that a sensitivity budget has found; None before it has.
+      refined: what became of each block that was refined, by its number.
     """
 
     def __init__(self, path, settings, others):
         self.path, self.settings, self.others = path, settings, others
-        self.blocks, self.parts, self.shares = {}, {}, None
+        self.blocks, self.parts, self.shares, self.refined = {}, {}, None, {}
         if path.is_file():
             self._read()
         self._check_parts()
@@ -490,6 +517,7 @@ class _Record:
             if version == VERSION:
                 self.shares = found["shares"] and dict(found["shares"])
                 self.parts = dict(found["parts"])
+                self.refined = dict(found.get("refined", {}))
                 for layer in found["layers"]:
                     report = dsf_jax.LayerReport.from_dict(layer)
                     self.blocks.setdefault(int(report.path.split("/")[1]), []).append(report)
@@ -549,7 +577,7 @@ class _Record:
         """Writes what is known so far."""
         seconds = sum(layer.seconds for block in self.blocks.values() for layer in block)
         head = {"version": VERSION, "settings": self.settings}
-        head |= {"shares": self.shares, "parts": self.parts}
+        head |= {"shares": self.shares, "parts": self.parts, "refined": self.refined}
         write_json(self.path, head | self.report(seconds).to_dict())
 
     def _is_whole(self, index):

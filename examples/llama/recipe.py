@@ -1,6 +1,7 @@
 """What a checkpoint is compressed to: method and density of each layer, and how it is packed."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,28 @@ def paths(config):
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockRefinement:
+    """How each block is trained towards the dense one, once its layers are solved.
+
+    Attributes:
+      steps: of `dsf_jax.refine_block`, one batch of windows each.
+      rate: its learning rate.
+
+    Raises:
+      ValueError: one is not positive.
+    """
+
+    steps: int = 200
+    rate: float = 1e-4
+
+    def __post_init__(self):
+        if self.steps < 1 or not 0 < self.rate < math.inf:
+            raise ValueError(
+                f"refinement takes a positive number of steps and a positive rate, got {self}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a checkpoint is compressed to.
 
@@ -37,6 +60,7 @@ class Recipe:
       pattern: N:M pattern of the pruning methods, such as "2:4".
       dsf_options: options of the methods that give two factors, fields of `dsf_jax.Options`.
       values: "int8" or "float8_e4m3fn" to store values in 8 bits; None keeps the checkpoint's type.
+      refine: how each block is refined; None refines none.
       encoding: of the packed matrices; None chooses the fastest for the device at hand.
 
     Raises:
@@ -51,6 +75,7 @@ class Recipe:
     pattern: str | None = None
     dsf_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     values: str | None = None
+    refine: BlockRefinement | None = None
     encoding: str | None = None
 
     def __post_init__(self):
@@ -62,7 +87,8 @@ class Recipe:
         if self.method == GIVEN and self._asks_to_solve():
             raise ValueError(
                 "method 'given' packs the zeros that are there: it takes no target_bytes, no "
-                "budget, no pattern, no dsf_options, and no rules but those that skip"
+                "budget, no pattern, no dsf_options, no refinement, and no rules but those that "
+                "skip; examples.refine_llm refines what somebody else has pruned"
             )
         if self.pattern and (self.target_bytes or self.budget != "uniform"):
             raise ValueError(
@@ -76,6 +102,7 @@ class Recipe:
             or self.budget != "uniform"
             or self.pattern
             or self.dsf_options
+            or self.refine
             or any(not rule.skip for rule in self.rules)
         )
 

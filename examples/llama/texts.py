@@ -1,0 +1,42 @@
+"""Texts that models are calibrated and refined on: a file, what Python has, or the model's own."""
+
+import pathlib
+
+from examples import stdlib_text
+from examples.llama import checkpoint, evaluation
+from examples.llama import tokenizer as tokenizers
+from examples.llama.compression import calibration_windows as cut
+from examples.llama.own_text import own_windows
+
+OWN = "self"
+
+
+def calibration_windows(name, directory, out, count, length):
+    """Windows of the text that --calibration names.
+
+    Args:
+      name: a file, "self" for the dense model's own text, or None for what comes with Python.
+      directory: of the dense model.
+      out: directory in which the model's own text is kept.
+      count: windows.
+      length: tokens of each; None takes the model's positions, at most 2048.
+
+    Returns:
+      [count, length] int32.
+    """
+    config = checkpoint.load_config(directory)
+    length = evaluation.window_length(length, config)
+    if name == OWN:
+        return own_windows(directory, out, count, length)
+    tokenizer = tokenizers.load_tokenizer(directory, config.vocab_size)
+    return cut(tokenizer.encode(read_text(name, config)), length, count)
+
+
+def read_text(name, config):
+    """The text of a file, or by default one that comes with Python and suits the model."""
+    if name:
+        return pathlib.Path(name).read_text(encoding="utf-8")
+    if config.vocab_size == 256:
+        modules = stdlib_text.read_modules(stdlib_text.CALIBRATION)
+        return "\0".join(module.decode() for module in modules.values())
+    return stdlib_text.read_topics(held_out=False)
