@@ -194,6 +194,7 @@ def test_trained_values_are_packed_as_they_are(dense, pruned, values):
     assert report.nonzeros[1] <= report.nonzeros[0]
 
 
+@pytest.mark.slow
 def test_masks_that_move_keep_each_matrixs_budget(dense, pruned):
     refined, report = dsf_jax.refine(
         pruned.model, BATCHES, teacher=dense, steps=30, learning_rate=3e-3, masks="rechosen"
@@ -228,6 +229,7 @@ class LinenNet(nn.Module):
         return nn.Dense(5, name="head")(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["model", "block"])
 def test_linen_with_a_pair(stage):
     module, rng = LinenNet(), np.random.default_rng(0)
@@ -277,6 +279,59 @@ def test_a_mesh_gives_what_one_device_gives(dense, pruned):
         dsf_jax.refine(
             pruned.model, draw_batches(1, shape=(3, 8)), teacher=dense, steps=1, mesh=mesh
         )
+
+
+@pytest.mark.slow
+def test_ways_to_compute_a_step_agree(dense, pruned):
+    whole, halves = draw_batches(1), [batch[:2] for batch in draw_batches(1)]
+    halves.append(whole[0][2:])
+    common = dict(teacher=dense, learning_rate=3e-3)
+    one, first = dsf_jax.refine(pruned.model, whole, steps=4, **common)
+    two, second = dsf_jax.refine(pruned.model, halves, steps=4, accumulate=2, **common)
+    three, third = dsf_jax.refine(pruned.model, whole, steps=4, remat=True, **common)
+    for model, report in ((two, second), (three, third)):
+        np.testing.assert_allclose(report.losses, first.losses, rtol=1e-4)
+        for path, leaf in leaves(one).items():
+            np.testing.assert_allclose(leaves(model)[path], leaf, atol=1e-4)
+    for dtype in ("bfloat16", "float16"):
+        near, report = dsf_jax.refine(pruned.model, whole, steps=4, compute_dtype=dtype, **common)
+        np.testing.assert_allclose(report.losses, first.losses, rtol=0.1)
+        assert near.layers[0].up.kernel.get_value().dtype == jnp.float32
+    _, timed = dsf_jax.refine(pruned.model, whole, seconds=1.0, **common)
+    assert timed.steps == len(timed.losses) >= 1
+    hidden = dict(hidden=r"layers/\d+", hidden_weight=1.0)
+    _, matched = dsf_jax.refine(pruned.model, whole, steps=1, **hidden, **common)
+    x = y = whole[0]
+    x, y, apart = dense.embed(x), dense.embed(y), 0.0
+    for a, b in zip(dense.layers, pruned.model.layers):
+        x, y = a(x, scale=2.0)[0], b(y, scale=2.0)[0]
+        apart += float(jnp.sum((x - y) ** 2) / jnp.sum(x**2)) / 2
+    np.testing.assert_allclose(matched.losses[0] - first.losses[0], apart, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(steps=None), "give either steps or seconds"),
+        (dict(learning_rate=-1.0), "learning_rate must be positive"),
+        (dict(values="int4"), "values must be None or one of int8"),
+        (dict(stage="layer"), "stage must be one of model, block"),
+        (dict(layers="nothing"), "layers='nothing' matches no layer"),
+        (dict(train=["nothing"]), "train='nothing' matches no parameter"),
+        (dict(hidden="nothing"), "has to match modules that both models call"),
+        (dict(stage="block", blocks="nothing"), "no blocks found"),
+    ],
+)
+def test_what_cannot_be_served_is_said(dense, pruned, change, message):
+    with pytest.raises(ValueError, match=message):
+        dsf_jax.refine(pruned.model, BATCHES, **(dict(teacher=dense, steps=1) | change))
+
+
+def test_a_dense_model_has_nothing_to_refine(dense):
+    with pytest.raises(ValueError, match="none of its matrices holds an exact zero"):
+        dsf_jax.refine(dense, BATCHES, teacher=dense, steps=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rate'; settings are steps"):
+        dsf_jax.refine(dense, BATCHES, teacher=dense, steps=1, rate=1)
 
 
 class Killed(Exception):

@@ -35,6 +35,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, known: dict[str, Any]) -> None:
         """Writes a state, and what is known beside it as JSON."""
         arguments = self.orbax.args
+        if step == self.manager.latest_step():  # a run that stopped says so; the one before stays
+            self.manager.delete(step)
         self.manager.save(
             step,
             args=arguments.Composite(

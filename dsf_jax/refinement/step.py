@@ -26,7 +26,7 @@ from macko_jax.format import quantization
 CLIP = 1.0  # largest norm of a gradient that the default optimizer sees
 WARM_UP = 0.05  # of all steps
 LAST_RATE = 0.05  # of the learning rate is left at the end
-LOSS_SCALE = 2.0**12  # of float16 at the start
+LOSS_SCALE = 2.0**8  # of float16 at the start
 STEADY = 200  # steps without overflow after which it doubles
 
 
@@ -206,19 +206,22 @@ class Step:
 
         def scaled(parameters, part):
             total, count = self._loss(parameters, constants, part, fill)
-            return total * state.loss_scale, (total, count)
+            # The mean is scaled, not the sum, whose gradients would leave float16.
+            return total * (state.loss_scale / jnp.maximum(count, tiny)), (total, count)
 
-        def add(sums, part):
+        def of_part(part):
             gradient, (total, count) = jax.grad(scaled, has_aux=True)(state.parameters, part)
-            return jax.tree.map(jnp.add, sums, (gradient, total, count)), None
+            return jax.tree.map(lambda g: g * count, gradient), total, count
 
+        tiny = jnp.finfo(jnp.float32).tiny
         if self.settings.accumulate == 1:
-            gradient, (total, count) = jax.grad(scaled, has_aux=True)(state.parameters, data)
+            gradient, total, count = of_part(data)
         else:
             zero = jnp.float32(0)
             sums = (jax.tree.map(jnp.zeros_like, state.parameters), zero, zero)
+            add = lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None)
             (gradient, total, count), _ = jax.lax.scan(add, sums, data)
-        count = jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
+        count = jnp.maximum(count, tiny)
         gradient = jax.tree.map(lambda g: g / (count * state.loss_scale), gradient)
         new = self._moved(state, gradient, steps)
         finite = jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(gradient))
