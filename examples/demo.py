@@ -29,9 +29,7 @@ from dsf_jax.pipeline.solve import METHODS
 from examples import cli, llama, stdlib_text
 from examples.llama import checkpoint, compression, evaluation
 from examples.records import write_json
-from macko_jax.format.choose import layout_here
 from macko_jax.format.quantization import NAMES
-from macko_jax.nn.rules import Rule
 
 flags.DEFINE_string(
     "checkpoint",
@@ -192,7 +190,7 @@ def run_method(model, method, density, batches, grams, bench):
         callback=report,
     )
     pruned_at = time.perf_counter()
-    packed, packing = export.pack(pruned.model, settings.values, Rule(**layout_here()))
+    packed, packing = export.pack(pruned.model, settings.values)
     packed_at = time.perf_counter()
     show(
         f"    pruned in {pruned_at - began:.1f} s, packed {len(packing.packed)} of "

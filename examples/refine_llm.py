@@ -24,9 +24,7 @@ from examples import cli
 from examples.llama import refinement, texts
 from macko_jax.format.quantization import NAMES
 
-flags.DEFINE_string(
-    "checkpoint", None, "Required: directory of examples.compress_llm.", required=True
-)
+flags.DEFINE_string("checkpoint", None, "Required: directory of a packed model.", required=True)
 flags.DEFINE_string("teacher", None, "Required: directory of the dense model.", required=True)
 flags.DEFINE_string("out", None, "Required: directory of the refined model.", required=True)
 flags.DEFINE_float("minutes", None, "How long; a few steps are timed to find how many fit.")
@@ -34,18 +32,21 @@ flags.DEFINE_integer("steps", None, "How many steps in the place of --minutes.",
 flags.DEFINE_string(
     "calibration",
     None,
-    "Text file to train on, in UTF-8; or 'self' for text that the dense model writes, kept in the "
-    "directory of the refined model; by default what examples.compress_llm takes.",
+    "Text file to calibrate on, in UTF-8, which is to train on it; or 'self' for text that the "
+    "dense model writes, kept in the directory of the refined model; by default what "
+    "examples.compress_llm takes.",
 )
 flags.DEFINE_string("held_out", None, "Text file on which the loss is measured as well.")
-flags.DEFINE_integer("windows", 256, "Windows to train on.", lower_bound=1)
+flags.DEFINE_integer(
+    "windows", 256, "Windows to calibrate on, all of which are trained on.", lower_bound=1
+)
 flags.DEFINE_integer(
     "length",
     None,
     "Tokens of a window; by default the model's positions, at most 2048.",
     lower_bound=2,
 )
-flags.DEFINE_integer("batch", 4, "Windows a step.", lower_bound=1)
+flags.DEFINE_integer("batch", 4, "Windows per step.", lower_bound=1)
 flags.DEFINE_integer("held_out_windows", 16, "Windows of --held_out.", lower_bound=1)
 flags.DEFINE_float("learning_rate", LEARNING_RATE, "Largest learning rate.")
 flags.DEFINE_enum(
@@ -64,7 +65,7 @@ flags.DEFINE_integer(
     "devices", 1, "Devices to which the windows of a step are shared out; 0 for all.", lower_bound=0
 )
 flags.DEFINE_bool("remat", False, "Save memory: compute parts of the forward pass twice.")
-flags.DEFINE_integer("seed", 0, "Seeds the order of windows.")
+flags.DEFINE_integer("seed", 0, "Seed of the order of windows.")
 
 
 @dataclasses.dataclass(frozen=True)

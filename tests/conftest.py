@@ -39,6 +39,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+if jax.default_backend() == "cpu":
+    # Matrices are packed for a GPU, whose kernels the tests lower and interpret.
+    os.environ.setdefault("MACKO_JAX_CARD", "H200")
+
+
 def pytest_collection_modifyitems(items):
     if any(device.platform == "gpu" for device in jax.devices()):
         return

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import macko_jax
 from macko_jax import MackoMatrix
+from macko_jax.format import cards
 from macko_jax.io import checkpoint
 from tests.cases import LAYOUTS
 
@@ -341,3 +344,32 @@ def test_a_forged_description_is_refused(path, tree):
     rewrite(path, forge)
     with pytest.raises(ValueError, match="Cannot load"):
         macko_jax.load(path)
+
+
+@pytest.mark.once
+def test_what_is_packed_for_a_cpu_is_packed_anew_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.delenv(cards.VARIABLE, raising=False)
+    monkeypatch.setattr(cards, "live", lambda: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    rng = np.random.default_rng(0)
+    weight = (rng.normal(size=(8, 64)) * (rng.random((8, 64)) < 0.4)).astype(np.float16)
+    single, eight = macko_jax.compress(weight), macko_jax.compress(weight, dtype="int8")
+    stack = jax.tree.map(lambda array: jnp.stack([array, array]), single)
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    split = macko_jax.shard(single, NamedSharding(mesh, P("model", None)))
+    tree = {"single": single, "eight": eight, "stack": stack, "split": split}
+    assert {(m.encoding, m.lanes) for m in tree.values()} == {("bitmask", 1)}
+    path = tmp_path / "tree.safetensors"
+    macko_jax.save(path, tree)
+    assert_same(macko_jax.load(path, mesh), tree)
+    monkeypatch.setattr(cards, "live", lambda: cards.H200)
+    monkeypatch.setenv(cards.VARIABLE, "H200")  # the default backend is a CPU's still
+    for place in (None, mesh):
+        for name, found in macko_jax.load(path, place).items():
+            assert found.encoding in ("delta4", "two_bank")
+            macko_jax.validate(found.join() if name == "split" and place else found)
+            dense, expected = (
+                macko_jax.decompress(m.join() if hasattr(m, "join") else m)
+                for m in (found, tree[name])
+            )
+            assert_same(dense, expected)

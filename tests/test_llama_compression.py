@@ -187,7 +187,7 @@ def test_time_left_is_by_the_pace_of_what_was_solved():
 
 @pytest.mark.once
 def test_other_settings_are_refused(dense, packed, windows):
-    with pytest.raises(ValueError, match="another calibration, density"):
+    with pytest.raises(ValueError, match="differs in calibration, density"):
         compression.compress_checkpoint(
             dense[0], packed[0], windows[::-1].copy(), **SETTINGS | {"density": 0.4}
         )

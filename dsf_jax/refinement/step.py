@@ -96,6 +96,17 @@ def rate_at(step: jax.Array, steps: jax.Array) -> jax.Array:
     return jnp.minimum((step + 1) / warm_up, cosine)
 
 
+def _as_held(parameter: jax.Array, dtype: Any) -> jax.Array:
+    """A parameter as the model holds it; one of float16 is float32 that is rounded to it.
+
+    Its gradient would be float16 as well, which has no room for small ones.
+    """
+    if dtype != jnp.float16:
+        return parameter.astype(dtype)
+    rounded = parameter.astype(dtype).astype(parameter.dtype)
+    return parameter + jax.lax.stop_gradient(rounded - parameter)
+
+
 class Step:
     """The step of students of one form: it holds no array of theirs.
 
@@ -179,7 +190,7 @@ class Step:
         if self.settings.values is not None:
             rounded = self.student.rounded(seen, self.held, self.settings.values)
             seen = [x + jax.lax.stop_gradient(r - x) for x, r in zip(seen, rounded)]
-        seen = [x.astype(dtype) for x, dtype in zip(seen, self.held)]
+        seen = [_as_held(x, dtype) for x, dtype in zip(seen, self.held)]
         return self._cast(self.student.merge(frozen, seen))
 
     def _cast(self, tree: Any) -> Any:

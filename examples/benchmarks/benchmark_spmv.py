@@ -22,7 +22,6 @@ import macko_jax
 from examples import cli
 from examples.benchmarks import timing as benchmark
 from examples.records import write_json
-from macko_jax.format.choose import CPU
 from macko_jax.format.codes import ENCODINGS
 from macko_jax.io.atomic import replacing
 
@@ -50,7 +49,6 @@ MAKERS = {
         for short, dtype in ((None, None), ("int8", "int8"), ("fp8", "float8_e4m3fn"))
     },
     "macko_xla": macko(implementation="xla"),
-    "macko_cpu": macko(**CPU),
     "dense": lambda dense: (dense, lambda m, x: x @ m.T if x.ndim > 1 else m @ x),
     "bcsr": jax_sparse(sparse.BCSR),
     "bcoo": jax_sparse(sparse.BCOO),
@@ -96,8 +94,7 @@ flags.DEFINE_multi_enum(
     "implementation",
     ["macko", "dense"],
     [*MAKERS, *TORCH],
-    "What to time; repeatable. macko may end in an encoding and a type; macko_cpu is packed as the "
-    "examples pack on a CPU; torch is cuBLAS and "
+    "What to time; repeatable. macko may end in an encoding and a type; torch is cuBLAS and "
     "torch_csr cuSPARSE on compressed rows, where torch is installed.",
 )
 flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)

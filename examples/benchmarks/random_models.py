@@ -16,7 +16,6 @@ import macko_jax
 import macko_jax.flax_nnx
 from dsf_jax.solvers.budget import plan_pair
 from examples.llama import checkpoint, parallel
-from macko_jax.format.choose import layout_here
 
 
 def random_weight(key, density, rows, cols, dtype, sharding=None):
@@ -47,8 +46,7 @@ def pack(weight, layouts, encoding, values, sharding=None):
         compress = functools.partial(macko_jax.shard, sharding=sharding)
     kind = weight.shape, sharding
     if kind not in layouts:
-        layout = layout_here() if encoding is None else {"encoding": encoding}
-        packed = compress(weight, dtype=values, **layout)
+        packed = compress(weight, dtype=values, encoding=encoding)
         groups = packed.stored // 8
         layouts[kind] = {
             "dtype": values,

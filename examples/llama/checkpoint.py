@@ -26,7 +26,6 @@ from examples.llama.weights import (
     load,
     save,
 )
-from macko_jax.format.choose import layout_here
 
 __all__ = [
     "INDEX",
@@ -65,7 +64,7 @@ def load_any(directory, *, dtype=jnp.float32, param_dtype=None, values=None, ten
     if values is None:
         return load(directory, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
     model = load(directory, dtype=dtype, param_dtype=param_dtype)
-    rule = macko_jax.Rule("layers/.*", dtype=values, **layout_here())
+    rule = macko_jax.Rule("layers/.*", dtype=values)
     model = macko_jax.flax_nnx.substitute(model, rule)[0]
     return model if mesh is None else share(model, mesh)
 

@@ -12,7 +12,6 @@ from dsf_jax.pipeline.settings import check_choice
 from dsf_jax.solvers.methods import METHODS, check_method
 from dsf_jax.solvers.problem import check_density
 from dsf_jax.solvers.rounding import check_values
-from macko_jax.format.choose import layout_here
 
 GIVEN = "given"  # the method that packs what somebody else has pruned
 LAYERS = ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")  # of a block
@@ -161,15 +160,11 @@ class Recipe:
         return [
             *(macko_jax.Rule(re.escape(layer), skip=True) for layer in skipped),
             *(
-                macko_jax.Rule(re.escape(layer), dtype=self.values, **self.layout())
+                macko_jax.Rule(re.escape(layer), dtype=self.values, encoding=self.encoding)
                 for layer in LAYERS
                 if layer not in skipped
             ),
         ]
-
-    def layout(self):
-        """Encoding and lanes of the packed matrices; by default those of the device at hand."""
-        return layout_here() if self.encoding is None else {"encoding": self.encoding}
 
     def settings(self):
         """The recipe as a JSON object, for the record of a run."""

@@ -65,13 +65,13 @@ class PackedSizes:
         packed = compress(
             kept.reshape(sample, cols).astype(self.dtype),
             dtype=self.recipe.values,
-            **self.recipe.layout(),
+            encoding=self.recipe.encoding,
         )
         groups = math.ceil(packed.stored / GROUP * rows / sample)
         per_group = packed.values.dtype.itemsize * GROUP
         codes = packed.codes.nbytes * rows / sample
         size = shared_capacity(groups) * per_group + codes + 4 * (rows + 1)
-        lanes = self.recipe.layout().get("lanes") or choose_lanes(rows, groups)
+        lanes = packed.lanes if packed.encoding == "bitmask" else choose_lanes(rows, groups)
         size += rows * lanes * start_dtype(cols).itemsize
         return size + (0 if packed.scales is None else rows * self.dtype.itemsize)
 

@@ -1,9 +1,10 @@
 """Facts about GPUs, which matrices are packed for and kernels are planned for.
 
-They are those of the first GPU here; those of an H200 where there is none, so that what is packed
-or lowered on a machine without a GPU is meant for an H200; or those of the card that the
-environment variable MACKO_JAX_CARD names, one of `CARDS`. A matrix that is packed for one card, and
-a product that is planned for one, give the same results on others.
+They are those of the first GPU here; those of an H200 where there is none, so that what is lowered
+for CUDA on a machine without a GPU is meant for an H200; or those of the card that the environment
+variable MACKO_JAX_CARD names, one of `CARDS`. On a CPU matrices are packed for a GPU only where a
+card is named, see `choose`. A matrix that is packed for one card, and a product that is planned for
+one, give the same results on others.
 """
 
 import dataclasses

@@ -1,13 +1,12 @@
 """Which encoding and how many lanes a matrix gets when its caller names none.
 
 The rules are fitted to an H200, each with the record under docs/results that it comes from, and
-take the number of SMs and the shared memory of the card that is packed for; see `cards`. A choice
-only affects speed and size; every encoding runs on every platform. What is packed to run on a CPU
-is the faster with `CPU`, which nothing takes by itself: files go from CPUs to GPUs.
+take the number of SMs and the shared memory of the card that is packed for; see `cards`. On a CPU,
+unless a card is named, what is packed is meant for it and gets `CPU`. A choice only affects speed
+and size: every encoding runs on every platform, and `load` packs a bitmask anew on a GPU.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from macko_jax.format.layout import GROUP, LANES, WARP
 
 # The fastest on CPUs, for one vector and for many: 4096 x 4096 float32 at 0.5 takes 2.6 times as
 # long in "delta4" for one vector, and 6 times for 64 (docs/notebook/2026-11-30.md).
-CPU: dict[str, Any] = {"encoding": "bitmask", "lanes": 1}
+CPU = ("bitmask", 1)  # encoding and lanes
 # "delta5" is not looked at from this density on. It is the faster one up to the given share of the
 # bytes of "delta4", which is below a density of 0.12 (tuning_h200.json).
 SPARSE = 0.15
@@ -33,9 +32,9 @@ TWO_BANK_COLS = 18_000
 TWO_BANK_SLACK = 1024
 
 
-def layout_here() -> dict[str, Any]:
-    """The layout of what is packed to run here: on a CPU `CPU`, elsewhere what is chosen."""
-    return CPU if jax.default_backend() == "cpu" else {}
+def is_for_cpu() -> bool:
+    """Whether what is packed here is meant for a CPU."""
+    return jax.default_backend() == "cpu" and cards.named() is None
 
 
 def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from macko_jax.format import two_bank
-from macko_jax.format.choose import choose_encoding, choose_lanes
+from macko_jax.format.choose import CPU, choose_encoding, choose_lanes, is_for_cpu
 from macko_jax.format.codes import DELTA_BITS, code_parts, join_nibbles, join_parts
 from macko_jax.format.layout import (
     BANKS,
@@ -69,6 +69,8 @@ def pack(
     def count(encoding):
         return int(run(_count_groups, stored(encoding)).sum())
 
+    if encoding in (None, CPU[0]) and is_for_cpu():
+        encoding, lanes = CPU[0], lanes or CPU[1]
     encoding = encoding or choose_encoding(weight.shape, weight.dtype, count)
     groups = count(encoding)
     capacity = _check_capacity(groups, capacity, encoding)

@@ -12,12 +12,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from macko_jax.format.choose import shared_capacity
 from macko_jax.format.layout import Layout
 from macko_jax.format.matrix import MackoMatrix, check_layout, check_weight, stored_values
 from macko_jax.format.operators import PackedMatrix
 from macko_jax.format.pack import Capacity, pack
-from macko_jax.format.unpack import densify
+from macko_jax.format.repack import dense_values, kept_encoding, pack_alike
 from macko_jax.format.validate import QUANTIZED, check_metadata, validate
 
 ARRAYS = ("values", "codes", "row_offsets", "starts")  # of which every shard has its own
@@ -161,10 +160,10 @@ class ShardedMatrix(PackedMatrix):
             )
         if self.values.ndim != 2:
             raise ValueError("join takes one matrix, and this one is a stack; join them one by one")
-        whole = np.concatenate([*map(_dense_values, self.shards())], axis=self.dimension)
+        whole = np.concatenate([*map(dense_values, self.shards())], axis=self.dimension)
         order = np.argsort(_order(self.parts, self.count))
         arrays, encoding, lanes = pack(
-            np.take(whole, order, axis=self.dimension), self.encoding, None, None
+            np.take(whole, order, axis=self.dimension), kept_encoding(self.encoding), None, None
         )
         scales = self.scales
         if scales is not None:
@@ -230,14 +229,14 @@ def shard(
         weight = weight.join()
     dimension = dimension_of(sharding.spec)
     if isinstance(weight, MackoMatrix):
-        encoding = encoding or weight.encoding
+        encoding = encoding or kept_encoding(weight.encoding)
     raw, scales = _raw(weight, dtype)
     shape = (int(raw.shape[0]), int(raw.shape[1]))
     parts = (shape[dimension],) if parts is None else tuple(map(int, parts))
     no: Any = None
     empty = ShardedMatrix(no, no, no, no, shape, "", 1, sharding, parts)
     _check_parts(empty)
-    packed, encoding, lanes = _pack_alike(_pieces(raw, empty), encoding, lanes, capacity)
+    packed, encoding, lanes = pack_alike(_pieces(raw, empty), encoding, lanes, capacity)
     if scales is not None:
         if dimension == ROWS:
             scales = np.asarray(scales)[_order(parts, empty.count)]
@@ -250,7 +249,8 @@ def shard(
 def place(host: ShardedMatrix, mesh: Mesh | None) -> Matrix:
     """A matrix of NumPy arrays, checked and put on the devices of a mesh; whole without a mesh.
 
-    On another number of devices than it has shards it is split and packed anew.
+    On another number of devices than it has shards it is split and packed anew, and so is what does
+    not keep its encoding here.
 
     Raises:
       ValueError: the arrays contradict each other, or the mesh lacks an axis.
@@ -265,7 +265,8 @@ def place(host: ShardedMatrix, mesh: Mesh | None) -> Matrix:
             f"{sorted(missing)}; give a mesh with these axes, or none to have the matrix whole"
         )
     sharding = NamedSharding(mesh, spec)
-    if math.prod(mesh.shape[axis] for axis in host.axes) != host.count:
+    count = math.prod(mesh.shape[axis] for axis in host.axes)
+    if count != host.count or kept_encoding(host.encoding) is None:
         return shard(host, sharding, parts=host.parts)
     placed = jax.tree.map(
         lambda array, own: jax.device_put(array, NamedSharding(mesh, own)), host, host.specs
@@ -339,7 +340,7 @@ def _raw(weight, dtype):
                 "shard takes one matrix, and this MackoMatrix is a stack; shard its matrices one "
                 "by one with the same capacity"
             )
-        values = _dense_values(weight)
+        values = dense_values(weight)
         same = dtype is None or jnp.dtype(dtype) == weight.values.dtype
         if same and weight.scales is not None:
             return values, weight.scales
@@ -352,12 +353,6 @@ def _raw(weight, dtype):
     else:
         weight = check_weight(weight, "shard")
     return stored_values(weight, dtype)
-
-
-@jax.jit
-def _dense_values(matrix: MackoMatrix) -> jax.Array:
-    """The dense values [rows, cols], without the scales of 8-bit ones."""
-    return densify(matrix.layout, matrix.values, matrix.positions)
 
 
 def _pieces(dense, matrix: ShardedMatrix) -> list:
@@ -390,21 +385,6 @@ def _order(parts: Sequence[int], count: int) -> np.ndarray:
         np.arange(part).reshape(count, part // count) + begin for begin, part in zip(begins, parts)
     ]
     return np.concatenate(shares, axis=1).reshape(-1)
-
-
-def _pack_alike(pieces: Sequence, encoding, lanes, capacity: Capacity):
-    """The arrays of each packed shard, of equal shapes; the encoding and the lanes."""
-    packed = []
-    for piece in pieces:
-        arrays, encoding, lanes = pack(
-            piece, encoding, lanes, shared_capacity if capacity is None else capacity
-        )
-        packed.append(arrays)
-    most = max(values.shape[0] for values, *_ in packed) // 8
-    for i, (piece, (values, *_)) in enumerate(zip(pieces, packed)):
-        if values.shape[0] < 8 * most:
-            packed[i], *_ = pack(piece, encoding, lanes, most)
-    return packed, encoding, lanes
 
 
 def _place(leaves: Sequence, matrix: ShardedMatrix) -> jax.Array:

@@ -33,6 +33,7 @@ from safetensors.numpy import save_file
 
 from macko_jax.format.factors import FactorizedKernel
 from macko_jax.format.matrix import MackoMatrix, validate
+from macko_jax.format.repack import for_here
 from macko_jax.format.sharded import ShardedMatrix, place
 from macko_jax.io.atomic import replacing
 
@@ -101,7 +102,8 @@ def save(path: str | os.PathLike, tree: Any) -> None:
 def load(path: str | os.PathLike, mesh: Mesh | None = None) -> Any:
     """Load a pytree that `save` wrote, after checking it.
 
-    Leaves are read, checked on the host and put on JAX's default device one by one. Array leaves
+    Leaves are read, checked on the host and put on JAX's default device one by one. On a GPU, a
+    matrix that was packed for a CPU is packed anew, with the same values. Array leaves
     come back as JAX arrays with the dtype they were saved with; 64-bit ones come back as NumPy
     arrays while `jax_enable_x64` is off, for JAX would shorten them.
 
@@ -366,7 +368,7 @@ def _decode(node: dict, read: Callable[[dict], Any], mesh: Mesh | None = None) -
         if _is_abstract(host.values):
             return host
         validate(host)
-        return jax.tree.map(jnp.asarray, host)
+        return for_here(jax.tree.map(jnp.asarray, host))
     if "sharded" in node:
         return _decode_sharded(node, read, mesh)
     if "factors" in node:

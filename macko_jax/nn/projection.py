@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from macko_jax.format import quantization
-from macko_jax.format.choose import shared_capacity
+from macko_jax.format.choose import is_for_cpu, shared_capacity
 from macko_jax.format.matrix import MackoMatrix, compress
 from macko_jax.format.sharded import Matrix
 from macko_jax.nn.report import PackedLayerReport
@@ -84,7 +84,7 @@ def pack_weights(
         reason = f"rule {rule.path!r} says so"
     if reason:
         return None, dataclasses.replace(report, note=reason)
-    if jax.default_backend() == "cpu":
+    if is_for_cpu():
         _warn_of_cpu()
     if weights.ndim > 2:
         matrix = _pack_stack(rounded, rule)
@@ -105,9 +105,9 @@ def pack_weights(
 def _warn_of_cpu() -> None:
     """Says once a process what packing is for, where it is done for a CPU."""
     warnings.warn(
-        "packed on a CPU, where products with packed layers are several times slower than dense "
-        "ones; they pay on GPUs. If this model is to run on a CPU, keep it dense, or pack it by "
-        "Rule(encoding='bitmask', lanes=1), the fastest there",
+        "packed for a CPU, where products with packed layers are several times slower than dense "
+        "ones; they pay on GPUs. There `load` packs this model anew; to pack it for a GPU here, "
+        "name one, such as MACKO_JAX_CARD=H200, in the environment",
         stacklevel=2,
     )
 
