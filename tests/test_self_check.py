@@ -56,6 +56,7 @@ class FakeGpu:
 def gpu(monkeypatch, tmp_path):
     fake = FakeGpu()
     monkeypatch.setattr(cards, "live", lambda: fake.card)
+    monkeypatch.delenv(cards.VARIABLE, raising=False)
     monkeypatch.setattr(self_check, "_on_gpu", fake.on_gpu)
     monkeypatch.setattr(self_check, "_failures", {})
     monkeypatch.setattr(mosaic, "run", functools.partial(fake.run, mosaic.run))

@@ -169,6 +169,7 @@ def test_what_is_packed_and_planned_follows_the_card(monkeypatch):
 def test_a_named_card_has_no_more_than_the_gpu_here(monkeypatch):
     gpu = cards.Card("some GPU", (9, 0), 114, 227 * 1024)
     monkeypatch.setattr(cards, "live", lambda: gpu)
+    monkeypatch.delenv(cards.VARIABLE, raising=False)
     assert cards.here() == gpu
     on(monkeypatch, "RTX 5090")
     assert cards.here() == cards.Card("RTX 5090", (12, 0), 114, 99 * 1024)
