@@ -34,7 +34,7 @@ TWO_BANK_SLACK = 1024
 
 def is_for_cpu() -> bool:
     """Whether what is packed here is meant for a CPU."""
-    return jax.default_backend() == "cpu" and cards.named() is None
+    return jax.default_backend() == "cpu" and not (cards.named() or cards.live())
 
 
 def choose_encoding(shape, dtype, count_groups: Callable[[str], int]) -> str:
