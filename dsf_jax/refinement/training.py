@@ -22,7 +22,8 @@ from dsf_jax.refinement.student import Student
 WINDOW = 5  # steps, at least, after which losses are looked at
 DIVERGED = 4.0  # times the mean loss of the first window
 TINY = 1e-7  # a loss that is below it is not called diverged
-TRIAL = 3  # steps that say how long one takes
+# Steps that say how long one takes: at least so many, and so much of the time that there is.
+TRIAL, TRIAL_SHARE = 3, 0.02
 
 
 @dataclasses.dataclass
@@ -178,8 +179,8 @@ class Trainer:
         if found is not None:
             self.state, known = found
         else:
-            known["steps"] = self.settings.steps or self._steps_that_fit()
             self._measure(known, 0)
+            known["steps"] = self.settings.steps or self._steps_that_fit()
         earlier, saved = known["seconds"], time.perf_counter()
         steps, first = known["steps"], len(known["losses"])
         window = max(WINDOW, min(20, steps // 40))
@@ -254,12 +255,13 @@ class Trainer:
         assert self.settings.seconds is not None
         state, _, _ = self.advance(self._snapshot(), 0, 1)
         jax.block_until_ready(state)
-        compiled = time.perf_counter()
-        for step in range(TRIAL):
-            state, _, _ = self.advance(state, step, TRIAL)
-        jax.block_until_ready(state)
-        now = time.perf_counter()
-        return max(1, int((self.settings.seconds - (now - self.began)) * TRIAL / (now - compiled)))
+        compiled, spent, count = time.perf_counter(), 0.0, 0
+        while count < TRIAL or spent < TRIAL_SHARE * self.settings.seconds:
+            state, _, _ = self.advance(state, count, TRIAL)
+            jax.block_until_ready(state)
+            spent, count = time.perf_counter() - compiled, count + 1
+        left = self.settings.seconds - (compiled + spent - self.began)
+        return max(1, int(left * count / spent))
 
     def _save(self, known: dict[str, Any]) -> None:
         if self.directory is not None:
