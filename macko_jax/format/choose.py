@@ -15,8 +15,8 @@ from macko_jax.format import cards, two_bank
 from macko_jax.format.codes import code_bytes
 from macko_jax.format.layout import GROUP, LANES, WARP
 
-# The fastest on CPUs, for one vector and for many: 4096 x 4096 float32 at 0.5 takes 2.6 times as
-# long in "delta4" for one vector, and 6 times for 64 (docs/notebook/2026-11-30.md).
+# The fastest on CPUs, for one vector and for many: 4096 x 4096 float32 at 0.5 takes 2.2 times as
+# long in "delta4" for one vector, and 3.4 times for 64 (spmv_cpu.json).
 CPU = ("bitmask", 1)  # encoding and lanes
 # "delta5" is not looked at from this density on. It is the faster one up to the given share of the
 # bytes of "delta4", which is below a density of 0.12 (tuning_h200.json).

@@ -28,7 +28,7 @@ from macko_jax.format.layout import (
 )
 from macko_jax.ops import reference
 
-BLOCK = 2**18  # matrix elements decoded at a time, 1 MB of float32
+BLOCK = 2**20  # matrix elements decoded at a time, 4 MB of float32
 FEW = 8  # up to so many vectors, slots with deltas are gathered; more go through a dense decode
 
 
@@ -36,7 +36,7 @@ def spmv(layout: Layout, values, positions: Positions, x, *, out_dtype) -> jax.A
     """y = x A^T, [batch, cols] -> [batch, rows].
 
     Peak temporary memory, beyond the result: one 32-bit integer a bitmask word and a group, and
-    1 MB (bitmask); or 16 bytes a group up to 8 vectors, a dense matrix beyond (deltas).
+    4 MB (bitmask); or 16 bytes a group up to 8 vectors, a dense matrix beyond (deltas).
     """
     acc = reference.accumulator(out_dtype)
     batch, rows = x.shape[0], layout.shape[0]
