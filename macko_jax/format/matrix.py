@@ -275,8 +275,17 @@ def decompress(matrix: MackoMatrix) -> jax.Array:
 
 @jax.jit
 @own_promotion()
+def dense_values(matrix: MackoMatrix) -> jax.Array:
+    """The dense values [..., rows, cols], without the scales of 8-bit ones."""
+    if matrix.row_offsets.ndim > 1:
+        return jax.vmap(dense_values)(matrix)
+    return densify(matrix.layout, matrix.values, matrix.positions)
+
+
+@jax.jit
+@own_promotion()
 def _decompress(matrix: MackoMatrix) -> jax.Array:
     if matrix.row_offsets.ndim > 1:
         return jax.vmap(_decompress)(matrix)
-    dense = densify(matrix.layout, matrix.values, matrix.positions)
+    dense = dense_values(matrix)
     return dense if matrix.scales is None else quantization.dequantize(dense, matrix.scales)

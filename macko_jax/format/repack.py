@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from macko_jax.format import cards
 from macko_jax.format.choose import shared_capacity
-from macko_jax.format.matrix import WORTH_COMPILING, MackoMatrix
+from macko_jax.format.matrix import WORTH_COMPILING, MackoMatrix, dense_values
 from macko_jax.format.pack import Capacity, pack
-from macko_jax.format.unpack import densify
 
 
 def kept_encoding(encoding: str) -> str | None:
@@ -22,42 +20,21 @@ def kept_encoding(encoding: str) -> str | None:
 
 
 def for_here(matrix: MackoMatrix) -> MackoMatrix:
-    """The matrix, packed anew where it does not keep its encoding here."""
-    return matrix if kept_encoding(matrix.encoding) else repack(matrix)
-
-
-def repack(
-    matrix: MackoMatrix, encoding: str | None = None, lanes: int | None = None
-) -> MackoMatrix:
-    """A matrix or a stack of them in another layout.
-
-    Args:
-      matrix: A packed matrix; its values and scales stay as they are.
-      encoding, lanes: As for `compress`.
-
-    Returns:
-      The packed matrix, where JAX puts new arrays.
-    """
+    """The matrix or stack of them, packed anew where it does not keep its encoding here."""
+    if kept_encoding(matrix.encoding):
+        return matrix
     dense = dense_values(matrix)
     stack, shape = dense.shape[:-2], dense.shape[-2:]
     pieces = dense.reshape(-1, *shape)
     if pieces[0].size < WORTH_COMPILING:
         pieces = np.asarray(pieces)
-    packed, encoding, lanes = pack_alike(list(pieces), encoding, lanes, None)
+    packed, encoding, lanes = pack_alike(list(pieces), None, None, None)
     arrays = [jnp.stack([jnp.asarray(array) for array in arrays]) for arrays in zip(*packed)]
     arrays = [array.reshape(*stack, *array.shape[1:]) for array in arrays]
     values, codes, row_offsets, starts = arrays
     return MackoMatrix(
         values, codes, row_offsets, starts, matrix.shape, encoding, lanes, matrix.scales
     )
-
-
-@jax.jit
-def dense_values(matrix: MackoMatrix) -> jax.Array:
-    """The dense values [..., rows, cols], without the scales of 8-bit ones."""
-    if matrix.row_offsets.ndim > 1:
-        return jax.vmap(dense_values)(matrix)
-    return densify(matrix.layout, matrix.values, matrix.positions)
 
 
 def pack_alike(

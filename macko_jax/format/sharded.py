@@ -13,10 +13,16 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from macko_jax.format.layout import Layout
-from macko_jax.format.matrix import MackoMatrix, check_layout, check_weight, stored_values
+from macko_jax.format.matrix import (
+    MackoMatrix,
+    check_layout,
+    check_weight,
+    dense_values,
+    stored_values,
+)
 from macko_jax.format.operators import PackedMatrix
 from macko_jax.format.pack import Capacity, pack
-from macko_jax.format.repack import dense_values, kept_encoding, pack_alike
+from macko_jax.format.repack import kept_encoding, pack_alike
 from macko_jax.format.validate import QUANTIZED, check_metadata, validate
 
 ARRAYS = ("values", "codes", "row_offsets", "starts")  # of which every shard has its own

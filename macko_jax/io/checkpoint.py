@@ -103,9 +103,9 @@ def load(path: str | os.PathLike, mesh: Mesh | None = None) -> Any:
     """Load a pytree that `save` wrote, after checking it.
 
     Leaves are read, checked on the host and put on JAX's default device one by one. On a GPU, a
-    matrix that was packed for a CPU is packed anew, with the same values. Array leaves
-    come back as JAX arrays with the dtype they were saved with; 64-bit ones come back as NumPy
-    arrays while `jax_enable_x64` is off, for JAX would shorten them.
+    matrix that was packed for a CPU is packed anew, with the same values. Array leaves come back as
+    JAX arrays with the dtype they were saved with; 64-bit ones come back as NumPy arrays while
+    `jax_enable_x64` is off, for JAX would shorten them.
 
     Args:
         path: the file.
