@@ -363,16 +363,16 @@ class _Run:
             raise ValueError(f"block {index}: {error}") from error
         finished = compressed.model
         if self.recipe.refine is not None:
-            finished = self._refine(index, finished, hidden)
+            finished = self._refine(index, finished, block, hidden)
         self._write(index, finished, compressed.report.layers, began)
         shutil.rmtree(work)
         return finished
 
-    def _refine(self, index, block, hidden):
+    def _refine(self, index, compressed, dense, hidden):
         """A compressed block trained towards the dense one on its present inputs."""
-        block, report = dsf_jax.refine_block(
-            block,
-            self._read(index),
+        refined, report = dsf_jax.refine_block(
+            compressed,
+            dense,
             hidden,
             forward=self.forward,
             steps=self.recipe.refine.steps,
@@ -384,7 +384,7 @@ class _Run:
         self.record.refined[str(index)] = report.blocks[0].to_dict()
         if self.progress.callback is not None:
             print(report.blocks[0], flush=True)
-        return block
+        return refined
 
     def _write(self, index, block, solved, began):
         """Packs a block and writes it; its report goes first, so that none is ever lost."""
