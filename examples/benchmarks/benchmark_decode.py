@@ -22,14 +22,11 @@ model need ever fit on one. Memory is then that of one device.
 """
 
 import dataclasses
-import datetime
 import functools
 import gzip
-import importlib.metadata
 import json
 import math
 import pathlib
-import platform
 import tempfile
 import time
 
@@ -400,7 +397,7 @@ def print_table(records, with_names):
 def describe(settings, records):
     """The record of a run, as it is stored."""
     random = {"name": settings.config} | dataclasses.asdict(settings.model_config())
-    return {
+    return timing.environment() | {
         "config": None if settings.checkpoint else random,
         "dtype": settings.model_dtype().name,
         "batch": settings.batch,
@@ -413,11 +410,7 @@ def describe(settings, records):
         "pairs": settings.pairs,
         "repeats": settings.repeats,
         "seed": settings.seed,
-        "device": jax.devices()[0].device_kind,
-        "date": datetime.date.today().isoformat(),
         "command": cli.command("benchmarks.benchmark_decode"),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "results": records,
     }
 

@@ -10,10 +10,7 @@ the same arrays in both. Times are medians over generations, without the prefill
 """
 
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
-import platform
 import time
 
 import jax
@@ -23,6 +20,7 @@ from absl import flags
 from flax import nnx
 
 from examples import cli, llama
+from examples.benchmarks import timing
 from examples.benchmarks.random_models import RandomModel, array_bytes
 from examples.llama import generation, speculation
 from examples.llama.cache import Cache, round_up, widen
@@ -167,13 +165,9 @@ def time_drafted(model, draft, prompts, count, acceptance, settings):
 
 def describe(settings, alone, sizes, rows):
     """The record of a run, as it is stored."""
-    return {
+    return timing.environment() | {
         "settings": dataclasses.asdict(settings),
-        "device": jax.devices()[0].device_kind,
-        "date": datetime.date.today().isoformat(),
         "command": cli.command("benchmarks.benchmark_draft"),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "milliseconds_of_a_token_alone": alone,
         "bytes": sizes,
         "rows": rows,

@@ -20,6 +20,9 @@ from examples.llama import generation
 ROTATION = {"gpu": (600e6, 128), "cpu": (150e6, 24)}
 
 
+VERSIONS = ("jax", "jaxlib", "flax", "numpy")  # that a record keeps
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Seconds of one product: percentiles over repeats of a pass over all matrices."""
@@ -106,7 +109,7 @@ def environment() -> dict:
         "platform": device.platform,
         "cpu": platform.processor() or platform.machine(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "date": datetime.date.today().isoformat(),
     }
     if device.platform == "gpu":
