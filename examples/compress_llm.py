@@ -154,7 +154,7 @@ def read_windows(settings):
     """The calibration windows, [N, T]; None where nothing is calibrated."""
     if settings.method == GIVEN:
         return None
-    return texts.calibration_windows(
+    return texts.read_windows(
         settings.calibration, settings.checkpoint, settings.out, settings.windows, settings.length
     )
 

@@ -107,7 +107,7 @@ class Settings:
 
     def batches(self, name, count):
         """Windows of a text, a step's each."""
-        windows = texts.calibration_windows(name, self.teacher, self.out, count, self.length)
+        windows = texts.read_windows(name, self.teacher, self.out, count, self.length)
         whole = max(1, len(windows) // self.batch)
         return [part.copy() for part in np.split(windows[: whole * self.batch], whole)]
 

@@ -5,13 +5,13 @@ import pathlib
 from examples import stdlib_text
 from examples.llama import checkpoint, evaluation
 from examples.llama import tokenizer as tokenizers
-from examples.llama.compression import calibration_windows as cut
+from examples.llama.compression import calibration_windows
 from examples.llama.own_text import own_windows
 
 OWN = "self"
 
 
-def calibration_windows(name, directory, out, count, length):
+def read_windows(name, directory, out, count, length):
     """Windows of the text that --calibration names.
 
     Args:
@@ -29,7 +29,7 @@ def calibration_windows(name, directory, out, count, length):
     if name == OWN:
         return own_windows(directory, out, count, length)
     tokenizer = tokenizers.load_tokenizer(directory, config.vocab_size)
-    return cut(tokenizer.encode(read_text(name, config)), length, count)
+    return calibration_windows(tokenizer.encode(read_text(name, config)), length, count)
 
 
 def read_text(name, config):
