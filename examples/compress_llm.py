@@ -66,12 +66,12 @@ flags.DEFINE_string(
 flags.DEFINE_enum(
     "values", None, [*NAMES], "Store values in 8 bits; by default in the checkpoint's type."
 )
-flags.DEFINE_string(
+flags.DEFINE_multi_string(
     "calibration",
-    None,
+    [],
     "Text file to calibrate on, in UTF-8; or 'self' for text that the dense model writes, kept in "
-    "the directory of the packed model; by default modules of Python's library for a byte-level "
-    "model, and topics of its help for others.",
+    "the directory of the packed model; repeatable; by default modules of Python's library for a "
+    "byte-level model, and topics of its help for others.",
 )
 flags.DEFINE_enum(
     "refine", None, ["block"], "Train each block towards the dense one once its layers are solved."
@@ -80,7 +80,7 @@ flags.DEFINE_integer(
     "refine_steps", BlockRefinement.steps, "Steps of it, a batch of windows each.", lower_bound=1
 )
 flags.DEFINE_float("refine_rate", BlockRefinement.rate, "Its learning rate.", lower_bound=0)
-flags.DEFINE_integer("windows", 128, "Windows to calibrate on.", lower_bound=1)
+flags.DEFINE_integer("windows", 128, "Windows to calibrate on, of each text.", lower_bound=1)
 flags.DEFINE_integer(
     "length",
     None,
@@ -116,7 +116,7 @@ class Settings:
     pattern: str | None
     dsf_options: str
     values: str | None
-    calibration: str | None
+    calibration: tuple[str, ...]
     refine: str | None
     refine_steps: int
     refine_rate: float

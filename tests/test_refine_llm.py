@@ -103,6 +103,16 @@ def test_a_packed_model_is_refined_and_packed_again(dense, packed, tmp_path):
             check=False,
         )
         assert failed.returncode and message in failed.stderr
+    run(
+        "refine_llm",
+        f"--checkpoint={packed} --teacher={dense} --out={tmp_path / 'blocks'} --stage=block",
+        f"--steps=10 --learning_rate=1e-3 --calibration=self --calibration={tmp_path / 'text.txt'}",
+        "--windows=4 --length=16 --batch=4",
+    )
+    found = report_of(tmp_path / "blocks")
+    assert [block["path"] for block in found["blocks"]] == ["layers/0", "layers/1"]
+    assert all(block["after"] < block["before"] for block in found["blocks"])
+    assert found["settings"]["batches"] == [2, 4, 16]
     figure = tmp_path / "figure.png"
     pytest.importorskip("matplotlib")
     records = f"--record={tmp_path / 'out' / 'report.json'} --record={packed / 'report.json'}"

@@ -52,19 +52,20 @@ def refine(
 
     small, where p_t and q_t are the distributions that the dense and the compressed model give
     for token t (the softmax of their logits, in float32) and w_t is the token's weight. With
-    `hidden`, `hidden_weight` times the mean of sum w ||h - h'||^2 / sum w ||h||^2 over the outputs
-    h of modules is added.
+    `hidden`, `hidden_weight` times the mean relative error of the outputs of modules is added, as
+    it is made small for blocks.
 
     stage="block" goes through the blocks of the model in order. With the masks fixed it makes, for
     each of them,
 
-        sum_b ||F_dense(X_b) - F(X_b)||^2
+        sum_t w_t ||y_t - F(x_t)||^2 / ||y_t||^2  /  sum_t w_t
 
-    small over the values of the block F, where X_b is what the compressed and refined blocks before
-    it make of batch b. The loss that is reported is divided by sum_b ||F_dense(X_b)||^2. With
-    target="dense" the dense model's own output of the block takes the place of F_dense(X_b), so
-    that a block makes up for the errors before it. The whole model's pass is repeated for each
-    block; `refine_block` is for those who hold the inputs of their blocks.
+    small over the values of the block F, where x_t is what the compressed and refined blocks before
+    it make of token t, and y_t is the dense model's own output of the block, so that a block makes
+    up for the errors before it. With target="prefix" the dense block's output for x_t takes the
+    place of y_t; with relative_to="batch" it is sum_t w_t ||y_t - F(x_t)||^2 / sum_t w_t ||y_t||^2,
+    which a few tokens with outputs much larger than the others' decide. The whole model's pass is
+    repeated for each block; `refine_block` is for those who hold the inputs of their blocks.
 
     Zeros stay as they are in every matrix that was pruned; so packed sizes stay. By default a
     matrix was pruned if some of its entries are exactly zero: layers' kernels, both factors of a
@@ -91,7 +92,7 @@ def refine(
           where models call them; `hidden_weight` (1.0) is what they count.
         - `blocks` (None): a regular expression of the paths of blocks, such as r"layers/\\d+"; None
           takes the longest list of modules of one class that holds compressed layers.
-        - `target` ("prefix"): "prefix" or "dense", see above.
+        - `target` ("dense"): "dense" or "prefix", see above.
         - `mesh` (None): a `jax.sharding.Mesh`. Batches are shared out along their first axis and
           parameters are on all devices; the loss is that of one device.
 
@@ -141,7 +142,8 @@ def refine_block(
       block: An `nnx.Module`, or a linen module with `variables`; it is left as it is.
       dense_block: The block that it was made from, as `teacher` of `refine`.
       inputs: Batches of what the block is called with, such as hidden states `[B, T, features]`.
-      targets: What its output should be for each batch; None takes that of the dense block.
+      targets: What its output should be for each batch, such as the dense model's own; None takes
+        what the dense block makes of the inputs.
       variables, rngs, forward, token_weights: As for `refine`; the first array that `forward` gives
         is the output.
       held_out: Inputs on which the error is measured as well, towards the dense block.
@@ -161,6 +163,8 @@ def refine_block(
           pass rounds, and `pack` with the same `values` stores the result unchanged.
         - `layers` (None): which layers are compressed, where zeros do not say it: the `Report` of
           `compress_model`, or regular expressions of their paths.
+        - `relative_to` ("token"): what squared distances are relative to, "token" or "batch"; see
+          `refine`.
         - `train` ("compressed"): what is trained: compressed layers, biases and the scales of
           norms; "all" parameters; or regular expressions of the paths of parameters.
         - `accumulate` (1): batches a step; their gradients are added up one after the other.
@@ -323,7 +327,8 @@ def _refine_model(
         total: Any = divergence(wanted, logits, spread_weights, settings.temperature)
         for state, output in zip(states, hidden):
             each = settings.hidden_weight / len(states)
-            apart, size = squared_distance(state, output, spread(weights, state.shape[:-1]))
+            spread_state = spread(weights, state.shape[:-1])
+            apart, size = squared_distance(state, output, spread_state, settings.relative_to)
             total += each * count * apart / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
         return total, count
 
@@ -408,7 +413,8 @@ def _match(
             raise ValueError(
                 f"{name or 'the block'} gives {output.shape}, and is to give {target.shape}"
             )
-        return squared_distance(target, output, spread(weights, output.shape[:-1]))
+        spread_weights = spread(weights, output.shape[:-1])
+        return squared_distance(target, output, spread_weights, settings.relative_to)
 
     mark = _mark(
         settings,

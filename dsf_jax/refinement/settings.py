@@ -40,7 +40,8 @@ class Settings:
     hidden: str | None = None
     hidden_weight: float = 1.0
     blocks: str | None = None
-    target: Literal["prefix", "dense"] = "prefix"
+    target: Literal["prefix", "dense"] = "dense"
+    relative_to: Literal["token", "batch"] = "token"
     mesh: jax.sharding.Mesh | None = None
     remat: bool = False
     compute_dtype: Any = None
@@ -53,6 +54,7 @@ class Settings:
         self._check_length()
         check_choice("masks", self.masks, ("fixed", "rechosen"))
         check_choice("target", self.target, ("prefix", "dense"))
+        check_choice("relative_to", self.relative_to, ("token", "batch"))
         check_values(self.values)
         for name, bound in (("learning_rate", 0), ("temperature", 0), ("accumulate", 0)):
             if not bound < getattr(self, name) < math.inf:

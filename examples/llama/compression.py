@@ -229,14 +229,18 @@ class _Run:
         hidden = [self._held(embed(part)) for part in parts]
         del embed
         densities = self._shared(hidden) if self.recipe.budget == "sensitivity" else self.densities
-        written = []
+        written, wanted = [], hidden  # the latter is what the dense blocks make of the windows
         for i, abstract in enumerate(self.model.layers):
-            if self.record.has(i):
+            found, refines = self.record.has(i), self.recipe.refine is not None
+            dense = self._read(i) if refines or not found else None
+            if refines:
+                wanted = self._advance(dense, wanted)
+            if found:
                 for layer in self.record.block(i):
                     self.progress.add(layer)
                 block = checkpoint.load_block(self.out, i, abstract, unpack=True)
             else:
-                block = self._compress(i, hidden, densities.of_block(i, written))
+                block = self._compress(i, dense, hidden, wanted, densities.of_block(i, written))
             given = {layer.path: layer.density for layer in self.record.block(i)}
             written.append((given, checkpoint.part_file(self.out, i).stat().st_size))
             if i + 1 < len(self.model.layers):
@@ -336,10 +340,17 @@ class _Run:
             hidden = self._advance(block, hidden)
         return allocate_densities(curves, sizes, density)
 
-    def _compress(self, index, hidden, densities):
-        """Compresses one block and writes it; the block as it now is, dense with zeros."""
-        prefix, block = f"layers/{index}", self._read(index)
-        began = time.perf_counter()
+    def _compress(self, index, block, hidden, wanted, densities):
+        """Compresses one block and writes it; the block as it now is, dense with zeros.
+
+        Args:
+          index: the block's number.
+          block: the dense block.
+          hidden: its inputs, batch by batch.
+          wanted: the outputs towards which it is refined, if it is.
+          densities: of its layers that are not skipped, by path in the model.
+        """
+        prefix, began = f"layers/{index}", time.perf_counter()
         if not densities:  # all of its layers are skipped
             self._write(index, block, [], began)
             return block
@@ -363,17 +374,18 @@ class _Run:
             raise ValueError(f"block {index}: {error}") from error
         finished = compressed.model
         if self.recipe.refine is not None:
-            finished = self._refine(index, finished, block, hidden)
+            finished = self._refine(index, finished, block, hidden, wanted)
         self._write(index, finished, compressed.report.layers, began)
         shutil.rmtree(work)
         return finished
 
-    def _refine(self, index, compressed, dense, hidden):
-        """A compressed block trained towards the dense one on its present inputs."""
+    def _refine(self, index, compressed, dense, hidden, wanted):
+        """A compressed block trained towards what the dense model has behind its own."""
         refined, report = dsf_jax.refine_block(
             compressed,
             dense,
             hidden,
+            targets=wanted,
             forward=self.forward,
             steps=self.recipe.refine.steps,
             learning_rate=self.recipe.refine.rate,

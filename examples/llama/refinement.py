@@ -1,4 +1,4 @@
-"""Refinement of a packed model: unpacked, distilled from the dense model, and packed again."""
+"""Refinement of a packed model: unpacked, trained towards the dense one, and packed again."""
 
 import pathlib
 import re
@@ -14,6 +14,7 @@ from examples.llama import checkpoint
 from examples.llama.compression import COPIED
 from examples.llama.json_file import read_json
 from examples.llama.packed import is_matrix
+from examples.llama.rope import rotation
 from examples.records import write_json
 
 
@@ -56,6 +57,16 @@ def _is_matrix(path, leaf):
     return is_matrix(leaf)
 
 
+def _by_blocks(model, tokens):
+    """The logits of a `Llama` that calls each block by itself, where `refine` can see it."""
+    x = model.embed(tokens)
+    positions = jnp.arange(tokens.shape[1])[None]
+    rotary = rotation(positions, model.config)
+    for block in model.layers:
+        x, _ = block(x, positions, rotary, None, None)
+    return model.logits(model.norm(x))
+
+
 def refine_checkpoint(
     packed, dense, out, batches, *, dtype, values=None, held_out=None, text=None, **training
 ):
@@ -68,7 +79,7 @@ def refine_checkpoint(
       dtype: what is computed in.
       values: "int8" or "float8_e4m3fn" for 8-bit values; None keeps those of the packed model.
       held_out: batches on which the loss is measured as well.
-      text: what the record calls the text.
+      text: what the record calls the texts.
       **training: keywords of `dsf_jax.refine`.
 
     Returns:
@@ -86,6 +97,7 @@ def refine_checkpoint(
         teacher=checkpoint.load(dense, dtype=dtype),
         values=values,
         held_out=held_out,
+        forward=_by_blocks,
         work_dir=out / "work",
         **training,
     )
@@ -102,6 +114,7 @@ def refine_checkpoint(
         "checkpoint": str(packed),
         "teacher": str(dense),
         "text": text,
+        "stage": training.get("stage", "model"),
         "batches": [len(batches), *batches[0].shape],
         "dtype": jnp.dtype(dtype).name,
         "values": values,

@@ -1,6 +1,8 @@
-"""Texts that models are calibrated and refined on: a file, what Python has, or the model's own."""
+"""Texts that models are calibrated and refined on: files, what Python has, or the model's own."""
 
 import pathlib
+
+import numpy as np
 
 from examples import stdlib_text
 from examples.llama import checkpoint, evaluation
@@ -11,25 +13,30 @@ from examples.llama.own_text import own_windows
 OWN = "self"
 
 
-def read_windows(name, directory, out, count, length):
-    """Windows of the text that --calibration names.
+def read_windows(names, directory, out, count, length):
+    """Windows of the texts that --calibration names, in turn one of each.
 
     Args:
-      name: a file, "self" for the dense model's own text, or None for what comes with Python.
+      names: files, or "self" for the dense model's own text; none for what comes with Python.
       directory: of the dense model.
       out: directory in which the model's own text is kept.
-      count: windows.
+      count: windows of each text, evenly spread over it.
       length: tokens of each; None takes the model's positions, at most 2048.
 
     Returns:
-      [count, length] int32.
+      [len(names or [None]) * count, length] int32.
     """
     config = checkpoint.load_config(directory)
     length = evaluation.window_length(length, config)
-    if name == OWN:
-        return own_windows(directory, out, count, length)
     tokenizer = tokenizers.load_tokenizer(directory, config.vocab_size)
-    return calibration_windows(tokenizer.encode(read_text(name, config)), length, count)
+
+    def windows(name):
+        if name == OWN:
+            return own_windows(directory, out, count, length)
+        return calibration_windows(tokenizer.encode(read_text(name, config)), length, count)
+
+    each = [windows(name) for name in names or (None,)]
+    return np.stack(each, axis=1).reshape(-1, length)
 
 
 def read_text(name, config):

@@ -1,0 +1,276 @@
+"""What each stage of refinement gives a compressed language model, on the text of its kind and not.
+
+    python -m examples.benchmarks.compare_refinement --checkpoint=DIR --method=wanda --density=0.5 \
+        --calibration=FILE --calibration=self --text=OTHER --length=1024 --out=runs/refinement.json
+
+Each model is compressed as examples.compress_llm does it, on the first text of --calibration
+("layers"); its blocks are refined as examples.refine_llm --stage=block does it ("block"), and the
+whole is refined as --stage=model does it, on all texts ("model"). The models stay beside the
+record, which has their perplexities on --text and on topics of Python's help, how often they agree
+with the dense model, and the seconds of each stage. It is rewritten after each of them, and a run
+goes on where an earlier one stopped. --record joins records that are there already:
+
+    python -m examples.benchmarks.compare_refinement --record=a.json --record=b.json
+"""
+
+import dataclasses
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+
+import dsf_jax
+from dsf_jax.pipeline.solve import METHODS
+from examples import cli, stdlib_text
+from examples.benchmarks import timing
+from examples.llama import checkpoint, compression, evaluation, refinement, texts
+from examples.llama import tokenizer as tokenizers
+from examples.llama.json_file import read_json
+from examples.records import write_json
+
+STAGES = ("layers", "block", "model")
+
+flags.DEFINE_string(
+    "checkpoint",
+    str(pathlib.Path(__file__).parents[1] / "llama" / "checkpoint"),
+    "Hugging Face directory of the dense model.",
+)
+flags.DEFINE_string("text", None, "Text file to evaluate on, beside topics of Python's help.")
+flags.DEFINE_multi_string(
+    "calibration",
+    [],
+    "Text file to calibrate on, or 'self' for the dense model's own; repeatable: the first one "
+    "serves the layers, and all of them what comes after.",
+)
+flags.DEFINE_multi_enum("method", ["wanda"], [*METHODS], "How to compress; repeatable.")
+flags.DEFINE_multi_float(
+    "density", [0.5], "Share of weights that stay; repeatable.", lower_bound=0.0, upper_bound=1.0
+)
+flags.DEFINE_multi_enum("stage", [*STAGES], [*STAGES], "What is done and evaluated; repeatable.")
+flags.DEFINE_integer("windows", 64, "Windows to calibrate on, for the layers.", lower_bound=1)
+flags.DEFINE_integer("block_windows", 64, "Windows of each text for blocks.", lower_bound=1)
+flags.DEFINE_integer(
+    "model_windows", 256, "Windows of each text for the whole model.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "length", None, "Tokens of a window; by default the model's positions, at most 2048."
+)
+flags.DEFINE_integer("block_batch", 4, "Windows per step of a block.", lower_bound=1)
+flags.DEFINE_integer("block_steps", 300, "Steps of each block.", lower_bound=1)
+flags.DEFINE_float("block_rate", 3e-4, "Learning rate for blocks.")
+flags.DEFINE_integer("batch", 8, "Windows per step of the whole model.", lower_bound=1)
+flags.DEFINE_integer("steps", 600, "Steps of the whole model.", lower_bound=1)
+flags.DEFINE_float("learning_rate", 3e-4, "Learning rate for the whole model.")
+flags.DEFINE_integer(
+    "eval_windows", 0, "Windows to evaluate, spread over each text; 0 for all.", lower_bound=0
+)
+flags.DEFINE_multi_string("record", [], "Record to join with others; nothing is run.")
+flags.DEFINE_string("out", "runs/compare_refinement.json", "File of the record.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is compared; the flags of the same names say what each is."""
+
+    checkpoint: str
+    text: str | None
+    calibration: tuple[str, ...]
+    method: tuple[str, ...]
+    density: tuple[float, ...]
+    stage: tuple[str, ...]
+    windows: int
+    block_windows: int
+    model_windows: int
+    length: int | None
+    block_batch: int
+    block_steps: int
+    block_rate: float
+    batch: int
+    steps: int
+    learning_rate: float
+    eval_windows: int
+    record: tuple[str, ...]
+    out: str
+
+    def directory(self, *names):
+        """Where a model is, beside the record."""
+        return pathlib.Path(self.out).with_suffix("") / "-".join(map(str, names))
+
+    def described(self):
+        """What must be the same in records that are joined, as they have it."""
+        return {
+            "checkpoint": pathlib.Path(self.checkpoint).name,
+            "length": self.length,
+            "windows": self.eval_windows or "all",
+        }
+
+
+class Judge:
+    """Evaluates models beside the dense one.
+
+    Args:
+      settings: what is compared.
+    """
+
+    def __init__(self, settings):
+        self.dense = checkpoint.load(settings.checkpoint, dtype=jnp.float32)
+        config = self.dense.config
+        self.length = evaluation.window_length(settings.length, config)
+        tokenizer = tokenizers.load_tokenizer(settings.checkpoint, config.vocab_size)
+        read = {"topics": stdlib_text.read_topics(held_out=True)}
+        if settings.text is not None:
+            text = pathlib.Path(settings.text).read_text(encoding="utf-8")
+            read = {"text": text} | read
+        self.tokens = {name: np.array(tokenizer.encode(text)) for name, text in read.items()}
+        self.options = {
+            "length": self.length,
+            "stride": max(1, self.length - 1),
+            "batch": 8,
+            "limit": settings.eval_windows or None,
+        }
+
+    def nats(self, model):
+        """Mean nats a token by text."""
+        sums = {n: evaluation.total_nats(model, t, **self.options) for n, t in self.tokens.items()}
+        return {name: nats / count for name, (nats, count) in sums.items()}
+
+    def __call__(self, directory):
+        """What a row says of the packed model in a directory."""
+        model = checkpoint.load_packed(directory, dtype=jnp.float32, unpack=True)
+        with jax.default_matmul_precision("highest"):
+            nats = self.nats(model)
+            first = next(iter(self.tokens.values()))
+            agreement = evaluation.agreement(model, self.dense, first, **self.options)
+        return {
+            "perplexity": {name: math.exp(mean) for name, mean in nats.items()},
+            "agreement": agreement,
+            "bytes": sum(path.stat().st_size for path in directory.glob("packed-*")),
+        }
+
+    def of_dense(self):
+        """Perplexities of the dense model by text."""
+        with jax.default_matmul_precision("highest"):
+            return {name: math.exp(mean) for name, mean in self.nats(self.dense).items()}
+
+
+def run_all(settings):
+    """Runs what the record lacks; returns it."""
+    judge = Judge(settings)
+    record = read_json(settings.out) if pathlib.Path(settings.out).exists() else None
+    if record is None:
+        record = begin_record(settings, judge)
+    elif record["settings"] != settings.described():
+        raise ValueError(f"{settings.out} has other settings; give another --out")
+    done = {key_of(row) for row in record["rows"]}
+    for density in settings.density:
+        for method in settings.method:
+            before = None
+            for stage in (stage for stage in STAGES if stage in settings.stage):
+                directory = settings.directory(method, density, stage)
+                if (method, density, stage) not in done:
+                    began = time.perf_counter()
+                    row = {"method": method, "density": density, "stage": stage}
+                    row |= make(settings, stage, method, density, before, directory)
+                    row |= {"seconds": time.perf_counter() - began} | judge(directory)
+                    record["rows"].append(row)
+                    write_json(settings.out, record)
+                    print(line(row), flush=True)
+                before = directory
+    return record
+
+
+def make(settings, stage, method, density, before, directory):
+    """Makes the model of a stage from that of the stage before; what a row says of the settings."""
+    if stage == "layers":
+        windows = read_windows(settings, settings.calibration[:1], settings.windows)
+        compression.compress_checkpoint(
+            settings.checkpoint, directory, windows, method=method, density=density
+        )
+        return {"windows": list(windows.shape)}
+    if before is None:
+        raise ValueError(f"--stage={stage} refines what another stage gives: add --stage=layers")
+    whole = stage == "model"
+    on_gpu = jax.default_backend() == "gpu"
+    training = {
+        "steps": settings.steps if whole else settings.block_steps,
+        "learning_rate": settings.learning_rate if whole else settings.block_rate,
+    }
+    count = settings.model_windows if whole else settings.block_windows
+    windows = read_windows(settings, settings.calibration, count)
+    size = settings.batch if whole else settings.block_batch
+    batches = [windows[i : i + size] for i in range(0, len(windows) - size + 1, size)]
+    report, _ = refinement.refine_checkpoint(
+        before,
+        settings.checkpoint,
+        directory,
+        batches,
+        stage=stage,
+        dtype=jnp.bfloat16 if whole and on_gpu else jnp.float32,
+        text=list(settings.calibration),
+        callback=dsf_jax.print_progress,
+        **training,
+    )
+    loss = float(np.mean(report.losses[-20:]))
+    return training | {"windows": list(windows.shape), "batch": size, "last_loss": loss}
+
+
+def read_windows(settings, names, count):
+    """Windows of texts; the model's own text is kept beside the models."""
+    beside = settings.directory("own")
+    beside.mkdir(parents=True, exist_ok=True)
+    return texts.read_windows(names, settings.checkpoint, beside, count, settings.length)
+
+
+def key_of(row):
+    """What tells a row from others."""
+    return row["method"], row["density"], row["stage"]
+
+
+def begin_record(settings, judge):
+    """A record that has the dense model alone."""
+    return {
+        "command": "python -m examples.benchmarks.compare_refinement",
+        "settings": settings.described(),
+        **timing.environment(),
+        "dense": {"perplexity": judge.of_dense()},
+        "rows": [],
+    }
+
+
+def line(row):
+    """A row in short."""
+    perplexity = ", ".join(f"{name} {value:.3f}" for name, value in row["perplexity"].items())
+    return (
+        f"{row['method']:14} {row['density']:4g} {row['stage']:6} {perplexity}, "
+        f"{row['agreement']['overlap']:.1%} accepted, {row['seconds']:.0f} s"
+    )
+
+
+def merge(records):
+    """Records of the same settings as one, rows in order of method, density and stage."""
+    first = records[0]
+    for record in records:
+        if record["settings"] != first["settings"]:
+            raise ValueError(f"other settings: {record['settings']} and {first['settings']}")
+    rows = {key_of(row): row for record in records for row in record["rows"]}
+    order = sorted(rows, key=lambda k: ([*METHODS].index(k[0]), -k[1], STAGES.index(k[2])))
+    return first | {"rows": [rows[key] for key in order]}
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)  # Orbax tells all that it does
+    settings = cli.settings(Settings)
+    missing = [path for path in settings.record if not pathlib.Path(path).is_file()]
+    if missing:
+        raise FileNotFoundError(f"no record at {', '.join(missing)}")
+    record = merge([read_json(path) for path in settings.record] or [run_all(settings)])
+    write_json(settings.out, record)
+    print("\n".join(map(line, record["rows"])))
+
+
+if __name__ == "__main__":
+    cli.run(main)
