@@ -12,7 +12,10 @@ from examples.llama.evaluation import total_nats
 from tests.scripts import run
 from tests.test_llama_compression import save_model
 
-WINDOWS = "--calibration=self --windows=8 --length=16 --batch=4 --encoding=bitmask"
+WINDOWS = (
+    "--calibration=self --windows=8 --length=16 --batch=4 --encoding=bitmask "
+    """--rule="layers/1/mlp/down method=dsf-published" --dsf_options='{"search_rounds": 2}'"""
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def report_of(directory):
 
 def kernels(directory):
     model = checkpoint.load_packed(directory, unpack=True)
-    layers = (model.layers[0].attention.qkv, model.layers[1].mlp.down)
+    layers = (model.layers[0].attention.qkv, model.layers[1].mlp.gate_up)
     return [np.asarray(layer.kernel[...]) for layer in layers]
 
 
@@ -87,6 +90,8 @@ def test_a_packed_model_is_refined_and_packed_again(dense, packed, tmp_path):
     for tree in (part, before):
         matrix = tree["mlp"]["down"]["kernel"]
         assert matrix.scales is not None and matrix.encoding == "bitmask"
+    pair = macko_jax.load(checkpoint.part_file(tmp_path / "out", 1))["mlp"]["down"]
+    assert all(pair[name]["kernel"].encoding == "bitmask" for name in ("left", "right"))
     # What was reported at the end is what the packed model does: it is nearer to the dense one.
     assert not (tmp_path / "out" / "work").exists()
     tokens = own_text.own_windows(dense, tmp_path / "out", 8, 16)
@@ -129,3 +134,31 @@ def test_own_text_is_kept_and_used_again(dense, tmp_path):
     assert (tmp_path / own_text.FILE).read_bytes() == written
     with pytest.raises(ValueError, match="another length or seed"):
         own_text.own_windows(dense, tmp_path, 3, 12, seed=2)
+
+
+@pytest.mark.slow
+def test_stages_are_compared(dense, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "text.txt").write_text("a text to evaluate on " * 20)
+    record = tmp_path / "record.json"
+    command = (
+        f"--checkpoint={dense} --out={record} --method=magnitude --density=0.5 --windows=4",
+        "--calibration=self --block_windows=4 --model_windows=8 --length=16 --batch=4",
+        f"--block_steps=10 --steps=20 --text={tmp_path / 'text.txt'} --eval_windows=2",
+    )
+    run("benchmarks.compare_refinement", *command, "--stage=layers", "--stage=block")
+    made = json.loads(record.read_text())
+    run("benchmarks.compare_refinement", *command)  # goes on
+    rows = json.loads(record.read_text())["rows"]
+    assert rows[:2] == made["rows"] and [row["stage"] for row in rows] == [
+        "layers",
+        "block",
+        "model",
+    ]
+    assert all(block["after"] < block["before"] for block in rows[1]["blocks"])
+    assert len(rows[2]["losses"]) == 2 and rows[2]["losses"][1] < rows[2]["losses"][0]
+    apart = [row["agreement"]["divergence"] for row in rows]
+    assert apart[2] < apart[1] < apart[0]
+    assert all(row["perplexity"].keys() == {"text", "topics"} for row in rows)
+    run("benchmarks.plot_results", f"--kind=refine --record={record} --out={tmp_path / 'a.png'}")
+    assert (tmp_path / "a.png").stat().st_size > 1000

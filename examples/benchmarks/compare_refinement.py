@@ -8,7 +8,8 @@ Each model is compressed as examples.compress_llm does it, on the first text of 
 whole is refined as --stage=model does it, on all texts ("model"). The models stay beside the
 record, which has their perplexities on --text and on topics of Python's help, how often they agree
 with the dense model, and the seconds of each stage. It is rewritten after each of them, and a run
-goes on where an earlier one stopped. --record joins records that are there already:
+goes on where an earlier one stopped. --record joins records that are there already, and
+examples.benchmarks.plot_results draws the curves:
 
     python -m examples.benchmarks.compare_refinement --record=a.json --record=b.json
 """
@@ -33,6 +34,7 @@ from examples.llama.json_file import read_json
 from examples.records import write_json
 
 STAGES = ("layers", "block", "model")
+EVERY = 10  # steps, of which the record has the mean loss
 
 flags.DEFINE_string(
     "checkpoint",
@@ -214,8 +216,15 @@ def make(settings, stage, method, density, before, directory):
         callback=dsf_jax.print_progress,
         **training,
     )
-    loss = float(np.mean(report.losses[-20:]))
-    return training | {"windows": list(windows.shape), "batch": size, "last_loss": loss}
+    return training | {"windows": list(windows.shape), "batch": size} | curves(report)
+
+
+def curves(report):
+    """What a row has to draw: the error of each block, or the mean loss of every ten steps."""
+    if report.blocks:
+        return {"blocks": [{"before": b.before, "after": b.after} for b in report.blocks]}
+    losses = [report.losses[i : i + EVERY] for i in range(0, len(report.losses), EVERY)]
+    return {"losses": [float(np.mean(part)) for part in losses], "steps_of_a_loss": EVERY}
 
 
 def read_windows(settings, names, count):

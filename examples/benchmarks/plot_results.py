@@ -11,7 +11,8 @@ Kinds, and who writes their records:
 - errors: relative output error by layer; report.json of examples.compress_llm, or what
   `to_dict` of a report of `dsf_jax.compress_model` gives, as JSON.
 - refine: loss by step, and the error of blocks before and after; report.json of
-  examples.refine_llm or compress_llm, or what `to_dict` of a report of `dsf_jax.refine` gives.
+  examples.refine_llm or compress_llm, what `to_dict` of a report of `dsf_jax.refine` gives, or a
+  record of examples.benchmarks.compare_refinement.
 
 Several records of one kind are joined: measurements of one device, or layers of one model.
 """
@@ -214,8 +215,9 @@ def draw_errors(records, pyplot):
 
 def draw_refine(records, pyplot):
     """Loss by step; and where blocks were refined, the error of each before and after."""
-    blocks = [block for record in records for block in _refined_blocks(record)]
-    wholes = [record for record in records if not _refined_blocks(record)]
+    runs = [run for record in records for run in _refinements(record)]
+    blocks = [run for run in runs if run["blocks"]]
+    wholes = [run for run in runs if not run["blocks"]]
     count = bool(blocks) + bool(wholes)
     figure, panels = pyplot.subplots(
         1, count, figsize=(6 * count, 4.2), layout="constrained", squeeze=False
@@ -223,20 +225,26 @@ def draw_refine(records, pyplot):
     panels = list(panels[0])
     if wholes:
         axes = panels.pop(0)
-        for record in wholes:
-            name = pathlib.Path(record.get("settings", {}).get("checkpoint", "loss")).name
-            steps = range(1, len(record["losses"]) + 1)
-            (line,) = axes.plot(steps, record["losses"], linewidth=1, label=name)
-            if record["held_out"]:
+        for run in wholes:
+            steps = [run["every"] * (i + 1) for i in range(len(run["losses"]))]
+            (line,) = axes.plot(steps, run["losses"], linewidth=1, label=run["name"])
+            if run["held_out"]:
                 style = {"marker": "o", "markersize": 4, "linestyle": "--"}
-                axes.plot(*zip(*record["held_out"]), color=line.get_color(), **style)
-        axes.set(xlabel="step", ylabel="loss; dashed: held out", yscale="log")
+                axes.plot(*zip(*run["held_out"]), color=line.get_color(), **style)
+        label = "loss; dashed: held out" if any(run["held_out"] for run in wholes) else "loss"
+        axes.set(xlabel="step", ylabel=label, yscale="log")
         axes.legend(fontsize="small", frameon=False)
     if blocks:
-        axes, places = panels.pop(0), range(len(blocks))
-        for name in ("before", "after"):
-            axes.plot(places, [block[name] for block in blocks], marker="o", label=name)
-        axes.set(xlabel="block", ylabel="relative error of its output", yscale="log")
+        axes = panels.pop(0)
+        for run in blocks:
+            before, after = (
+                [block[name] for block in run["blocks"]] for name in ("before", "after")
+            )
+            (line,) = axes.plot(range(len(after)), after, marker=".", label=run["name"])
+            axes.plot(range(len(before)), before, color=line.get_color(), linestyle="--")
+        axes.set(
+            xlabel="block", ylabel="relative error of its output; dashed: before", yscale="log"
+        )
         axes.legend(fontsize="small", frameon=False)
     for axes in figure.axes:
         axes.grid(alpha=0.25)
@@ -244,11 +252,25 @@ def draw_refine(records, pyplot):
     return figure
 
 
-def _refined_blocks(record):
-    """The blocks of a report of `refine`, or of examples.compress_llm."""
+def _refinements(record):
+    """The refinements of a record, each with a name, losses or blocks, and what is held out."""
+    common = {"every": 1, "losses": [], "held_out": [], "blocks": []}
+    if "rows" in record:
+        for row in record["rows"]:
+            if row["stage"] != "layers":
+                name = f"{row['method']} {row['density']:g}"
+                every = row.get("steps_of_a_loss", 1)
+                found = {key: row[key] for key in ("losses", "blocks") if key in row}
+                yield common | {"name": name, "every": every} | found
+        return
+    settings = record.get("settings", {})
+    name = pathlib.Path(settings.get("checkpoint", "model")).name
     if "refined" in record:
-        return [record["refined"][key] for key in sorted(record["refined"], key=int)]
-    return record["blocks"]
+        blocks = [record["refined"][key] for key in sorted(record["refined"], key=int)]
+        yield common | {"name": name, "blocks": blocks}
+    else:
+        found = {key: record[key] for key in ("losses", "held_out", "blocks")}
+        yield common | {"name": name} | found
 
 
 KINDS = {

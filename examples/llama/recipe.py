@@ -34,8 +34,8 @@ class BlockRefinement:
       ValueError: one is not positive.
     """
 
-    steps: int = 200
-    rate: float = 1e-4
+    steps: int = 400
+    rate: float = 2e-4
 
     def __post_init__(self):
         if self.steps < 1 or not 0 < self.rate < math.inf:

@@ -37,19 +37,25 @@ def check(packed, dense, out):
 
 
 def _layouts(packed):
-    """The rules by which a packed model was packed: its matrices' encodings, lanes and 8 bits."""
+    """The rules by which a packed model was packed: its matrices' encodings, lanes and 8 bits.
+
+    What the two factors of a layer do not share is left to be chosen.
+    """
     found = {}
     for i in range(checkpoint.load_config(packed).num_hidden_layers):
         tree = macko_jax.load(checkpoint.part_file(packed, i))
         for names, matrix in traverse_util.flatten_dict(tree, is_leaf=_is_matrix).items():
             if is_matrix(matrix):
                 layer = [name for name in names if name not in ("left", "right")]
+                path = f"layers/{i}/{'/'.join(map(str, layer))}".removesuffix("/kernel")
                 eight = matrix.scales is not None
-                found[f"layers/{i}/{'/'.join(map(str, layer))}".removesuffix("/kernel")] = {
+                layout = {
                     "dtype": jnp.dtype(matrix.values.dtype).name if eight else None,
                     "encoding": matrix.encoding,
                     "lanes": matrix.lanes,
                 }
+                other = found.get(path, layout)
+                found[path] = {k: v if other[k] == v else None for k, v in layout.items()}
     return found
 
 
