@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -177,6 +178,55 @@ def test_a_weight_that_lies_on_the_mesh_is_packed_where_it_lies():
         np.testing.assert_array_equal(dense(found), np.asarray(jnp.asarray(WEIGHT, jnp.bfloat16)))
         again = macko_jax.shard(found, by(dimension, 4))  # from shards to other shards
         np.testing.assert_array_equal(dense(again), dense(found))
+
+
+class NnxAttention(nnx.Module):
+    def __init__(self, rngs):
+        self.q = nnx.Einsum("BTD,DNH->BTNH", (16, 4, 8), rngs=rngs)
+        self.o = nnx.LinearGeneral((4, 8), 16, axis=(-2, -1), use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.o(self.q(x))
+
+
+class LinenAttention(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Einsum((16, 4, 8), "BTD,DNH->BTNH", name="q")(x)
+        return linen.Einsum((4, 8, 16), "BTNH,NHD->BTD", use_bias=False, name="o")(x)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_flax_layers_run_on_shards_as_on_the_whole(kind, tmp_path):
+    x = RNG.standard_normal((1, 3, 16)).astype(np.float32)
+    rules = [macko_jax.Rule(".*", max_density=1.0, encoding="bitmask")]
+    how = {"q": by("rows", 2, kind), "o": by("columns", 2, kind)}
+    make = lambda: NnxAttention(nnx.Rngs(0))
+    model, module = make(), LinenAttention()
+    variables = module.init(jax.random.key(0), x)
+    packed, _ = macko_jax.flax_nnx.substitute(model, rules)
+    tree = macko_jax.flax_nnx.to_pure_dict(packed)
+    params = macko_jax.flax_linen.substitute(module, variables, x, rules=rules)[0]["params"]
+    for name, sharding in how.items():
+        for layers in (tree, params):
+            layers[name]["kernel"] = macko_jax.shard(layers[name]["kernel"], sharding)
+    shared = macko_jax.flax_nnx.from_pure_dict(nnx.eval_shape(make), tree)
+    macko_jax.save_model(tmp_path / "model.safetensors", shared)
+    mesh = mesh_of(2, kind)
+    loaded = macko_jax.load_model(tmp_path / "model.safetensors", make, mesh=mesh)
+    assert isinstance(loaded.q.matrix, macko_jax.ShardedMatrix)
+    with jax.set_mesh(mesh):
+        close(nnx.jit(lambda model: model(x))(loaded), model(x))
+        apply = jax.jit(lambda params: macko_jax.flax_linen.apply(module, {"params": params}, x))
+        close(apply(params), module.apply(variables, x))
+
+
+def test_a_convolution_does_not_run_on_shards():
+    make = lambda: nnx.List([nnx.Conv(4, 8, (1,), rngs=nnx.Rngs(0))])
+    tree = macko_jax.flax_nnx.to_pure_dict(make())
+    tree[0]["kernel"] = macko_jax.shard(sparse(8, 4), by("rows"))
+    with pytest.raises(ValueError, match="in shards, on which an nnx.Conv does not run"):
+        macko_jax.flax_nnx.from_pure_dict(nnx.eval_shape(make), tree)
 
 
 def test_errors_say_what_to_do():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from macko_jax.format.matrix import MackoMatrix
+from macko_jax.format.sharded import Matrix
 from macko_jax.nn.linear import PackedLayer
 from macko_jax.nn.projection import project
 
@@ -89,7 +89,7 @@ class Contraction(NamedTuple):
 
     def apply(
         self,
-        matrix: MackoMatrix | jax.Array,
+        matrix: Matrix | jax.Array,
         inputs: jax.Array,
         bias: jax.Array | None,
         *,
@@ -185,7 +185,7 @@ class MackoEinsum(PackedLayer):
         matrix: [out, in]: the kernel's axes that are summed are `in`, the others `out`.
     """
 
-    def __init__(self, einsum: nnx.Einsum, matrix: MackoMatrix):
+    def __init__(self, einsum: nnx.Einsum, matrix: Matrix):
         super().__init__(matrix, einsum.bias, tuple(einsum.kernel_shape))
         self.einsum_str = einsum.einsum_str
         self.dtype = einsum.dtype

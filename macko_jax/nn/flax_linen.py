@@ -402,11 +402,11 @@ def _why_not_run(layer: nn.Module, kernel: Matrix | FactorizedKernel) -> str | N
         return "it has a __call__ of its own, which would not be run"
     matrices = kernel.matrices if isinstance(kernel, FactorizedKernel) else (kernel,)
     in_shards = any(isinstance(matrix, ShardedMatrix) for matrix in matrices)
-    if in_shards and not isinstance(layer, nn.Dense | nn.DenseGeneral):
-        return "only nn.Dense and DenseGeneral run on one in shards"
+    if in_shards and isinstance(layer, nn.Conv):
+        return "an nn.Conv does not run on one in shards; load it without a mesh"
     if not isinstance(layer, nn.Einsum):
         return None
-    return _why_no_einsum(layer) if isinstance(kernel, MackoMatrix) else why_no_einsum(layer)
+    return _why_no_einsum(layer) if isinstance(kernel, Matrix) else why_no_einsum(layer)
 
 
 def _run_einsum(layer, kernel: Any, bias, inputs, einsum_str=None):
@@ -418,7 +418,7 @@ def _run_einsum(layer, kernel: Any, bias, inputs, einsum_str=None):
         "precision": layer.precision,
     }
     whole = Contraction.of(layer.einsum_str)
-    if isinstance(kernel, MackoMatrix):
+    if isinstance(kernel, Matrix):
         return whole.apply(kernel, inputs, bias, kernel_shape=layer.shape, **options)
     right, left = whole.pair(layer.shape, kernel.inner)
     first, second = reversed(kernel.matrices)

@@ -282,8 +282,8 @@ def _become_as_stored(layer: Any, path: tuple, node: Any) -> list[str]:
         return []
     place = f"{_join(path)}/kernel"
     reason = _why_unsupported(layer)
-    if isinstance(matrix, ShardedMatrix) and not isinstance(layer, nnx.Linear | nnx.LinearGeneral):
-        reason = reason or "in shards, and only an nnx.Linear or LinearGeneral runs on these"
+    if isinstance(matrix, ShardedMatrix) and isinstance(layer, nnx.Conv):
+        reason = reason or "in shards, on which an nnx.Conv does not run; load it without a mesh"
     if reason:
         return [f"{place}: is packed, but {reason}"]
     expected = _kernel_axes(layer).matrix_shape(layer.kernel.get_value().shape)
