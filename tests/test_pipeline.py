@@ -456,6 +456,8 @@ new, report = compress_model(Net(), token_batches(), **call)
 np.savez(f"{sys.argv[3]}/result{sys.argv[2]}.npz", **kernels(new))
 again, report = compress_model(Net(), token_batches(), **call)
 assert all(layer.resumed for layer in report.layers)
+from tests.test_sharded import check_over_processes
+check_over_processes(sys.argv[3] + "/shards" + sys.argv[2])
 """
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -178,6 +179,21 @@ def test_a_weight_that_lies_on_the_mesh_is_packed_where_it_lies():
         np.testing.assert_array_equal(dense(found), np.asarray(jnp.asarray(WEIGHT, jnp.bfloat16)))
         again = macko_jax.shard(found, by(dimension, 4))  # from shards to other shards
         np.testing.assert_array_equal(dense(again), dense(found))
+
+
+def check_over_processes(path):
+    """Runs in each of the processes of tests/test_pipeline.py that share four devices."""
+    for dimension, dtype in (("rows", "int8"), ("columns", None)):
+        whole = macko_jax.compress(WEIGHT, dtype=dtype, encoding="bitmask")
+        matrix = macko_jax.shard(whole, by(dimension, 4))
+        assert not matrix.values.is_fully_addressable
+        multiply = jax.jit(macko_jax.spmv, out_shardings=NamedSharding(mesh_of(4), P()))
+        close(multiply(matrix, X).addressable_shards[0].data, X @ dense(whole).T)
+        with pytest.raises(ValueError, match=r"lies on devices of other processes.*allgather"):
+            macko_jax.save(path, {"a": matrix})
+        macko_jax.save(path, {"a": multihost_utils.process_allgather(matrix, tiled=True)})
+        loaded = macko_jax.load(path, mesh_of(4))["a"]
+        close(multiply(loaded, X).addressable_shards[0].data, X @ dense(whole).T)
 
 
 class NnxAttention(nnx.Module):

@@ -104,6 +104,7 @@ class ShardedMatrix(PackedMatrix):
     def nnz(self) -> int:
         """Number of elements kept; needs concrete arrays."""
         array = self.codes if self.encoding == "bitmask" else self.values
+        check_is_here(array, "nnz")
         if isinstance(array, Tracer):
             raise TypeError(
                 "nnz and density of a ShardedMatrix depend on the contents of its arrays, which "
@@ -142,6 +143,7 @@ class ShardedMatrix(PackedMatrix):
 
     def shards(self) -> list[MackoMatrix]:
         """The shards as matrices on the host; needs concrete arrays."""
+        check_is_here(self, "shards")
         host = jax.tree.map(np.asarray, self)
         own: list = [host.scales] * self.count
         if host.scales is not None and self.dimension == ROWS:
@@ -164,6 +166,7 @@ class ShardedMatrix(PackedMatrix):
                 "join packs a matrix, whose sizes are not known while tracing (jit, vmap, grad); "
                 "join outside"
             )
+        check_is_here(self, "join")
         if self.values.ndim != 2:
             raise ValueError("join takes one matrix, and this one is a stack; join them one by one")
         whole = np.concatenate([*map(dense_values, self.shards())], axis=self.dimension)
@@ -208,6 +211,9 @@ def shard(
     device, and is never gathered. 8-bit values have the scales of whole rows, also where these are
     split by columns: the shards have the elements that the whole matrix has.
 
+    The mesh may have devices of several processes (`jax.distributed`): each of them calls `shard`
+    with the whole weight, on its host or its devices, and keeps the shards of its own devices.
+
     Args:
       weight: [rows, cols], dense as for `compress`, or a `MackoMatrix` or `ShardedMatrix`, whose
         elements stay as they are.
@@ -230,6 +236,7 @@ def shard(
         no multiple of the number of shards.
     """
     _check_sharding(sharding)
+    check_is_here(weight, "shard")
     encoding = check_layout(encoding, lanes)
     if isinstance(weight, ShardedMatrix):
         weight = weight.join()
@@ -250,6 +257,19 @@ def shard(
         scales = jax.device_put(scales, NamedSharding(sharding.mesh, PartitionSpec(*specs)))
     placed = {name: _place(leaves, empty) for name, leaves in zip(ARRAYS, zip(*packed))}
     return dataclasses.replace(empty, **placed, encoding=encoding, lanes=lanes, scales=scales)
+
+
+def check_is_here(tree, what: str) -> None:
+    """Raises a ValueError if an array of a tree lies on devices of other processes, too."""
+    for leaf in jax.tree.leaves(tree):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
+            continue
+        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            raise ValueError(
+                f"{what} reads whole arrays, and one of shape {list(leaf.shape)} lies on devices "
+                "of other processes, too; gather it first, in all processes: "
+                "jax.experimental.multihost_utils.process_allgather(array_or_tree, tiled=True)"
+            )
 
 
 def place(host: ShardedMatrix, mesh: Mesh | None) -> Matrix:
@@ -310,11 +330,6 @@ def _check_sharding(sharding) -> None:
         raise ValueError(
             f"shard splits a matrix by rows, P(axis, None), or by columns, P(None, axis), got "
             f"{sharding.spec}; to have it whole on every device, jax.device_put(matrix, sharding)"
-        )
-    if not sharding.is_fully_addressable:
-        raise ValueError(
-            "shard packs all shards in one process, and the mesh has devices of others; give it a "
-            "mesh of jax.local_devices()"
         )
 
 

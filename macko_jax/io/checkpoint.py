@@ -34,7 +34,7 @@ from safetensors.numpy import save_file
 from macko_jax.format.factors import FactorizedKernel
 from macko_jax.format.matrix import MackoMatrix, validate
 from macko_jax.format.repack import for_here
-from macko_jax.format.sharded import ShardedMatrix, place
+from macko_jax.format.sharded import ShardedMatrix, check_is_here, place
 from macko_jax.io.atomic import replacing
 
 FORMAT = "macko_jax"
@@ -332,6 +332,7 @@ def _encode_sharded(matrix: ShardedMatrix, where: str, put: Callable[[Any, str],
 
 def _store(tensors: dict[str, np.ndarray], array: Any, place: str) -> dict:
     """Add an array to the tensors of a file, and describe it."""
+    check_is_here(array, f"saving {place!r}")
     array = np.asarray(array)
     dtype = _known_dtype(array, place)
     array = np.ascontiguousarray(array).reshape(array.shape)  # the former makes 0-d arrays 1-d
