@@ -23,6 +23,7 @@ from examples import cli
 from examples.benchmarks import timing as benchmark
 from examples.records import write_json
 from macko_jax.format.codes import ENCODINGS
+from macko_jax.gpu import tuning
 from macko_jax.io.atomic import replacing
 
 # Of rounding the result, and of rivals that sum in 16 bits.
@@ -97,6 +98,12 @@ flags.DEFINE_multi_enum(
     "What to time; repeatable. macko may end in an encoding and a type; torch is cuBLAS and "
     "torch_csr cuSPARSE on compressed rows, where torch is installed.",
 )
+flags.DEFINE_multi_string(
+    "tuned",
+    [],
+    "NAME=NUMBER: another value of a number of macko_jax/gpu/tuning.py for this run; repeatable. "
+    "PAIRS_IN_FLIGHT gets it for every number of vectors.",
+)
 flags.DEFINE_integer("repeats", 10, "Passes over all matrices.", lower_bound=1)
 flags.DEFINE_bool("read_floor", True, "Time a plain read of the same bytes (GPU).")
 flags.DEFINE_string("out", "runs/spmv", "Records go to OUT.json and OUT.csv.")
@@ -112,9 +119,24 @@ class Settings:
     product: str
     batch: tuple[int, ...]
     implementation: tuple[str, ...]
+    tuned: tuple[str, ...]
     repeats: int
     read_floor: bool
     out: str
+
+
+def set_tuned(assignments) -> None:
+    """Changes tuned numbers of the kernels in this process, given as NAME=NUMBER."""
+    for assignment in assignments:
+        name, _, number = assignment.partition("=")
+        before = getattr(tuning, name, None)
+        if not isinstance(before, int | dict) or not number.isdigit():
+            raise ValueError(
+                f"--tuned={assignment}: give NAME=NUMBER, the name of a whole number, or of "
+                "several, in macko_jax/gpu/tuning.py"
+            )
+        new = int(number)
+        setattr(tuning, name, dict.fromkeys(before, new) if isinstance(before, dict) else new)
 
 
 def error_of(product, result, dense, x, y, matrix) -> float:
@@ -254,6 +276,7 @@ def measure_case(shape, density, dtype, batch, settings) -> list[dict]:
 
 def main(_):
     settings = cli.settings(Settings)
+    set_tuned(settings.tuned)
     asked = sorted(set(TORCH) & set(settings.implementation))
     if asked and importlib.util.find_spec("torch") is None:
         raise ValueError(f"torch is not installed; leave {asked} out of --implementation")
