@@ -30,14 +30,13 @@ import macko_jax.flax_nnx
 from dsf_jax import export
 from dsf_jax.pipeline.allocation import allocate_densities, probe_errors
 from dsf_jax.pipeline.pace import Pace, Task, compile_seconds
-from dsf_jax.solvers.compiler import COMPILER_OPTIONS
 from dsf_jax.solvers.methods import METHODS
 from examples.llama import checkpoint
 from examples.llama.digests import checkpoint_digests, file_digest
 from examples.llama.json_file import read_json
 from examples.llama.recipe import GIVEN, LAYERS, Recipe
-from examples.llama.rope import rotation
 from examples.llama.sizes import END_HEADER, HEADER, Densities, PackedSizes
+from examples.llama.stream import Stream, run_block
 from examples.records import write_json
 from macko_jax.io.atomic import remove_unfinished
 from macko_jax.nn.report import LayerReport
@@ -178,12 +177,6 @@ def array_bytes(part):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _batches(windows, most):
-    """The largest number of equal batches' parts: as many windows each as divide them evenly."""
-    count = len(windows)
-    return count // next(size for size in range(min(most, count), 0, -1) if count % size == 0)
-
-
 class _Run:
     """The blocks of one model, one after the other.
 
@@ -204,8 +197,7 @@ class _Run:
         self.layers = self._layers()
         self.progress = _Progress(self.layers, callback)
         self.densities = None if recipe.method == GIVEN else self._uniform()
-        self.keep = "host"  # where activations wait
-        self.forward = functools.partial(_forward, stored.config)
+        self.forward = functools.partial(run_block, stored.config)
         self.steps = {}  # of refinements, which blocks that are alike share
 
     def _layers(self):
@@ -223,10 +215,9 @@ class _Run:
 
     def solved(self, windows, batch):
         """Compresses every block on what the packed ones before it give."""
+        device = self.devices[0] if self.devices else None
         embed = self.save_part("embed")
-        self.keep = self._where_to_keep(windows, embed)
-        parts = np.split(windows, _batches(windows, batch))
-        hidden = [self._held(embed(part)) for part in parts]
+        hidden = Stream.of(windows, embed, self.stored.config, batch, device)
         del embed
         densities = self._shared(hidden) if self.recipe.budget == "sensitivity" else self.densities
         written, wanted = [], hidden  # the latter is what the dense blocks make of the windows
@@ -234,7 +225,7 @@ class _Run:
             found, refines = self.record.has(i), self.recipe.refine is not None
             dense = self._read(i) if refines or not found else None
             if refines:
-                wanted = self._advance(dense, wanted)
+                wanted = wanted.behind(dense)
             if found:
                 for layer in self.record.block(i):
                     self.progress.add(layer)
@@ -244,28 +235,7 @@ class _Run:
             given = {layer.path: layer.density for layer in self.record.block(i)}
             written.append((given, checkpoint.part_file(self.out, i).stat().st_size))
             if i + 1 < len(self.model.layers):
-                hidden = self._advance(block, hidden)
-
-    def _held(self, array):
-        return np.asarray(array) if self.keep == "host" else array
-
-    def _advance(self, block, hidden):
-        """The activations behind a block."""
-        split = nnx.split(block)
-        return [self._held(_run_block(*split, self.stored.config, part)) for part in hidden]
-
-    def _where_to_keep(self, windows, embed):
-        """Where activations wait: on the device if a quarter of its memory holds them, or here.
-
-        At most what waits is the stream and the results of the two widest projections.
-        """
-        device = self.devices[0] if self.devices else jax.local_devices()[0]
-        limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-        config = self.stored.config
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        widths = 3 * config.hidden_size + heads * config.head_dim + 2 * config.intermediate_size
-        needed = windows.size * widths * jnp.dtype(embed.dtype).itemsize
-        return "device" if needed < limit / 4 else "host"
+                hidden = hidden.behind(block)
 
     def given(self):
         """Packs every block as it is."""
@@ -330,14 +300,14 @@ class _Run:
         curves, sizes = {}, {}
         for i in range(len(self.model.layers)):
             block = self._read(i)
-            grams = dsf_jax.gram_matrices(block, hidden, forward=self.forward)
+            grams = dsf_jax.gram_matrices(block, hidden.parts, forward=self.forward)
             for layer in LAYERS:
                 path = f"layers/{i}/{layer}"
                 if path in paths:
                     weights = _kernel(block, layer).T[None]
                     curves[path] = probe_errors(weights, grams[layer][None], density, path)
                     sizes[path] = weights.size
-            hidden = self._advance(block, hidden)
+            hidden = hidden.behind(block)
         return allocate_densities(curves, sizes, density)
 
     def _compress(self, index, block, hidden, wanted, densities):
@@ -346,8 +316,8 @@ class _Run:
         Args:
           index: the block's number.
           block: the dense block.
-          hidden: its inputs, batch by batch.
-          wanted: the outputs towards which it is refined, if it is.
+          hidden: the `Stream` before it.
+          wanted: the dense model's `Stream` behind it, towards which it is refined, if it is.
           densities: of its layers that are not skipped, by path in the model.
         """
         prefix, began = f"layers/{index}", time.perf_counter()
@@ -358,13 +328,13 @@ class _Run:
         try:
             compressed = dsf_jax.compress_model(
                 block,
-                hidden,
+                hidden.parts,
                 rules=self.recipe.block_rules(self.assigned, index, densities),
                 values=self.recipe.values,
                 forward=self.forward,
                 execution=dsf_jax.Execution(
                     devices=self.devices,
-                    keep_activations=self.keep,
+                    keep_activations=hidden.keep,
                     work_dir=work,
                     work_key=self.record.key(index),
                 ),
@@ -384,8 +354,8 @@ class _Run:
         refined, report = dsf_jax.refine_block(
             compressed,
             dense,
-            hidden,
-            targets=wanted,
+            hidden.parts,
+            targets=wanted.parts,
             forward=self.forward,
             steps=self.recipe.refine.steps,
             learning_rate=self.recipe.refine.rate,
@@ -467,17 +437,6 @@ def _kernel(block, layer):
 
 def _renamed(layer, prefix):
     return dataclasses.replace(layer, path=f"{prefix}/{layer.path}")
-
-
-def _forward(config, block, hidden):
-    positions = jnp.arange(hidden.shape[1])[None]
-    rotary = rotation(positions, config)
-    return block(hidden, positions, rotary, None, None)[0]
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "config"), compiler_options=COMPILER_OPTIONS)
-def _run_block(graph, state, config, hidden):
-    return _forward(config, nnx.merge(graph, state), hidden)
 
 
 def _others(model, assigned):
