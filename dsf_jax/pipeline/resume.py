@@ -105,7 +105,7 @@ class WorkDirectory:
             return None
         try:
             values = load_file(file)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, AttributeError) as error:  # the last: types unknown here
             _warn_of_damage(file, error)
             return None
         found = metadata.pop("checksum", None)
