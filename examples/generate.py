@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from examples import cli, llama
+from examples import cli, files, llama
 from examples.llama import chat, checkpoint, speculation
 from examples.llama import tokenizer as tokenizers
 from macko_jax.format.quantization import NAMES
@@ -105,8 +105,8 @@ class Settings:
 
     def prompts(self):
         """The texts to continue."""
-        files = [pathlib.Path(path).read_text(encoding="utf-8") for path in self.prompt_file]
-        return [*self.prompt, *files] or ["def main():\n"]
+        read = [files.read_text(path, files.MOST_PROMPT_BYTES) for path in self.prompt_file]
+        return [*self.prompt, *read] or ["def main():\n"]
 
     def asked(self, texts):
         """What the model is given to continue for the texts of the user."""
@@ -114,8 +114,7 @@ class Settings:
             if self.system is not None:
                 raise ValueError("--system is for --chat; without it write it into the prompt")
             return texts
-        template = chat.ChatTemplate(self.checkpoint)
-        return [template.render(text, self.system) for text in texts]
+        return chat.ChatTemplate(self.checkpoint).render(texts, self.system)
 
     def model(self):
         """The model, which computes in the type of its weights, on a CPU in float32."""
