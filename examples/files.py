@@ -2,8 +2,6 @@
 
 import pathlib
 
-MOST_PROMPT_BYTES = 2**23  # of a text that a model is to continue; no context takes as much
-
 
 def regular_file(path):
     """The path of a file that can be read to its end, which pipes and devices cannot.
@@ -33,7 +31,7 @@ def read_bytes(path, most=None):
     """
     path = regular_file(path)
     if most is not None and path.stat().st_size > most:
-        raise ValueError(f"{path} has more than {most} bytes, which is too many for what it is")
+        raise ValueError(f"{path} has more than {most} bytes, the most that is read of its kind")
     try:
         return path.read_bytes()
     except OSError as error:

@@ -81,6 +81,9 @@ flags.register_validator(
 )
 
 
+BYTES_A_TOKEN = 256  # of a prompt; more are refused before they are cut into tokens
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What is continued and how; the flags of the same names say what each is."""
@@ -105,7 +108,11 @@ class Settings:
 
     def prompts(self):
         """The texts to continue."""
-        read = [files.read_text(path, files.MOST_PROMPT_BYTES) for path in self.prompt_file]
+        read = []
+        if self.prompt_file:
+            config = checkpoint.load_config(self.checkpoint)
+            most = BYTES_A_TOKEN * config.max_position_embeddings
+            read = [files.read_text(path, most) for path in self.prompt_file]
         return [*self.prompt, *read] or ["def main():\n"]
 
     def asked(self, texts):
@@ -114,6 +121,7 @@ class Settings:
             if self.system is not None:
                 raise ValueError("--system is for --chat; without it write it into the prompt")
             return texts
+        checkpoint.load_config(self.checkpoint)  # for a directory that is none has no template
         return chat.ChatTemplate(self.checkpoint).render(texts, self.system)
 
     def model(self):

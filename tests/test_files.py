@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 import macko_jax
@@ -96,6 +97,10 @@ def test_damaged_text_of_a_model_is_named(tmp_path):
         put()
         with pytest.raises(ValueError, match=f"{path} is damaged .*; remove it"):
             own_text.own_windows(LLAMA, tmp_path, 2, 16)
-    macko_jax.save(path, {"tokens": 3, "described": "other"})
+    windows = np.zeros((2, 16), np.int32)
+    macko_jax.save(path, {"tokens": windows + 96, "described": "other"})
+    with pytest.raises(ValueError, match=f"{path} is damaged .token 96 is not in the model's"):
+        own_text.own_windows(LLAMA, tmp_path, 2, 16)
+    macko_jax.save(path, {"tokens": windows, "described": "other"})
     with pytest.raises(ValueError, match=f"{path} was written by another model"):
         own_text.own_windows(LLAMA, tmp_path, 2, 16)

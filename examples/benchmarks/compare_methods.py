@@ -329,7 +329,10 @@ class _Lines:
 def main(_):
     settings = cli.settings(Settings)
     records = [read_record(path, "methods") for path in settings.record] or [run_all(settings)]
-    record = add_equal_bytes(merge(records))
+    try:
+        record = add_equal_bytes(merge(records))
+    except ValueError as error:
+        raise ValueError(f"{', '.join(settings.record) or settings.out}: {error}") from None
     write_json(settings.out, record)
     lines = table(record)
     write_text(pathlib.Path(settings.out).with_suffix(".csv"), lines)

@@ -1,6 +1,7 @@
 """config.json of a Hugging Face model directory: read into a `Config`, and written from one."""
 
 import pathlib
+import re
 import warnings
 
 from examples.llama.config import Config, RopeScaling
@@ -71,7 +72,7 @@ def load_config(directory):
 
 def _hint(directory):
     """The remedy for the name of a model on the hub that stands in the place of a directory."""
-    if directory.exists() or directory.is_absolute() or len(directory.parts) != 2:
+    if directory.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(directory)):
         return ""
     return (
         f". To fetch a model of that name from the hub: hf download {directory} "

@@ -44,8 +44,7 @@ def own_windows(directory, out, count, length, *, seed=0):
     files = checkpoint_digests(stored)
     described = json.dumps({"files": files, "length": length, "seed": seed}, sort_keys=True)
     if path.exists():
-        tokens = _read(path, described, length)
-        stored.config.check_tokens(tokens)
+        tokens = _read(path, described, length, stored.config)
         if len(tokens) >= count:
             return tokens[:count]
     tokens = _write(directory, count, length, seed)
@@ -54,22 +53,20 @@ def own_windows(directory, out, count, length, *, seed=0):
     return tokens
 
 
-def _read(path, described, length):
+def _read(path, described, length, config):
     """The windows [N, length] of a file, which `described` must have written."""
     try:
         found = macko_jax.load(path)
         tokens, told = np.asarray(found["tokens"]), found["described"]
+        if tokens.dtype != np.int32 or tokens.ndim != 2:
+            raise ValueError(f"its tokens are {tokens.dtype} {list(tokens.shape)}")
+        config.check_tokens(tokens)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, and it is made anew") from error
-    if told != described:
+    if told != described or tokens.shape[1] != length:
         raise ValueError(
             f"{path} was written by another model, or with another length or seed; remove it, or "
             "give another directory"
-        )
-    if tokens.dtype != np.int32 or tokens.shape[1:] != (length,):
-        raise ValueError(
-            f"{path} is damaged (it has tokens {tokens.dtype} {list(tokens.shape)}); remove it, "
-            "and it is made anew"
         )
     return tokens
 
