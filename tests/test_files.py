@@ -1,5 +1,6 @@
 """Texts and records of strangers: read whole, or refused by a sentence that names the file."""
 
+import functools
 import json
 import os
 
@@ -10,7 +11,7 @@ import macko_jax
 from examples import files
 from examples.benchmarks.record_fields import KINDS, read_record
 from examples.llama import own_text
-from tests.test_fuzz import DEEP, LLAMA
+from tests.test_fuzz import DEEP, LLAMA, ends_well, mutate_json
 
 pytestmark = pytest.mark.once
 
@@ -85,6 +86,14 @@ def test_records_name_the_field_that_is_odd(kind, tmp_path):
         path.write_text(odd, encoding="latin-1")
         with pytest.raises(ValueError, match=str(path)):
             read_record(path, kind)
+
+
+def test_mutated_records_end_well(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "record.json"
+    for i in range(20 * len(KINDS)):
+        kind = [*KINDS][i % len(KINDS)]
+        path.write_text(mutate_json(rng, RECORDS[kind]), errors="surrogatepass")
+        ends_well(functools.partial(read_record, path, kind), path)
 
 
 def test_damaged_text_of_a_model_is_named(tmp_path):
