@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from examples import cli, stdlib_text
+from examples import cli, files, stdlib_text
 from examples.llama import checkpoint, evaluation, parallel, speculation
 from examples.llama import tokenizer as tokenizers
 from examples.records import write_json
@@ -87,7 +87,7 @@ class Settings:
     def read_text(self):
         """The text to evaluate on."""
         if self.text:
-            return pathlib.Path(self.text).read_text(encoding="utf-8")
+            return files.read_text(self.text)
         return "\0".join(text.decode() for text in stdlib_text.read_modules().values())
 
     def models(self):

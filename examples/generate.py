@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from examples import cli, llama
+from examples import cli, files, llama
 from examples.llama import chat, checkpoint, speculation
 from examples.llama import tokenizer as tokenizers
 from macko_jax.format.quantization import NAMES
@@ -81,6 +81,9 @@ flags.register_validator(
 )
 
 
+BYTES_A_TOKEN = 256  # of a prompt; more are refused before they are cut into tokens
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What is continued and how; the flags of the same names say what each is."""
@@ -105,8 +108,12 @@ class Settings:
 
     def prompts(self):
         """The texts to continue."""
-        files = [pathlib.Path(path).read_text(encoding="utf-8") for path in self.prompt_file]
-        return [*self.prompt, *files] or ["def main():\n"]
+        read = []
+        if self.prompt_file:
+            config = checkpoint.load_config(self.checkpoint)
+            most = BYTES_A_TOKEN * config.max_position_embeddings
+            read = [files.read_text(path, most) for path in self.prompt_file]
+        return [*self.prompt, *read] or ["def main():\n"]
 
     def asked(self, texts):
         """What the model is given to continue for the texts of the user."""
@@ -114,8 +121,8 @@ class Settings:
             if self.system is not None:
                 raise ValueError("--system is for --chat; without it write it into the prompt")
             return texts
-        template = chat.ChatTemplate(self.checkpoint)
-        return [template.render(text, self.system) for text in texts]
+        checkpoint.load_config(self.checkpoint)  # for a directory that is none has no template
+        return chat.ChatTemplate(self.checkpoint).render(texts, self.system)
 
     def model(self):
         """The model, which computes in the type of its weights, on a CPU in float32."""

@@ -24,7 +24,7 @@ from absl import flags
 
 import dsf_jax
 from dsf_jax.solvers.methods import METHODS
-from examples import cli, llama, stdlib_text
+from examples import cli, files, llama, stdlib_text
 from examples.llama import checkpoint, compression, evaluation, smollm2
 from examples.llama import tokenizer as tokenizers
 from examples.records import write_json
@@ -118,7 +118,7 @@ class Settings:
 def read_text(path, held_out):
     """The text of a file, or topics of Python's help."""
     if path:
-        return pathlib.Path(path).read_text(encoding="utf-8")
+        return files.read_text(path)
     return stdlib_text.read_topics(held_out)
 
 

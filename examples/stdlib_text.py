@@ -16,7 +16,7 @@ import sysconfig
 import numpy as np
 from absl import flags
 
-from examples import cli
+from examples import cli, files
 from macko_jax.io.atomic import replacing
 
 HELD_OUT = (
@@ -76,7 +76,7 @@ def read_tokens(path=None, modules=HELD_OUT):
     """Tokens of a file, or of modules of the standard library: START, then bytes."""
     if path is None:
         return join(read_modules(modules).values())
-    return join([pathlib.Path(path).read_bytes()])
+    return join([files.read_bytes(path)])
 
 
 def read_topics(held_out):

@@ -328,6 +328,7 @@ def test_former_encodings_are_refused_with_the_cure(path, encoding):
         {"array": "x", "dtype": "object", "crc32": "{crc}"},
         {"dict": [["a"]]},
         {"dict": [[[], {}]]},
+        {"dict": [[True, {"array": "x", "dtype": "float32", "crc32": "{crc}"}]]},
         {"array": "x", "dtype": "float8", "crc32": "{crc}"},
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -137,6 +138,35 @@ def test_files_that_are_no_whole_gguf_are_named(tmp_path, stored):
         from_gguf.read_config(
             from_gguf.Fields({"general.architecture": "llama"} | dict.fromkeys(LLAMA, 1)), set(), ""
         )
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("llama.attention.head_count", 0, "division|modulo"),
+        ("llama.block_count", "x", "num_hidden_layers must be an integer"),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan"), "rms_norm_eps must be a number"),
+        ("llama.feed_forward_length", 97, "blk.0.ffn_gate.weight' has shape .* instead of"),
+        ("llama.block_count", 3, "lacks the tensor model.layers.2"),
+        ("llama.block_count", 1, "tensor 'blk.1.attn_norm.weight' is surplus, or there twice"),
+        ("tokenizer.ggml.merges", ["x", "y z"], "Merges"),
+        ("tokenizer.ggml.eos_token_id", 999, "eos_token_id=999 is none of 259 tokens"),
+        ("tokenizer.chat_template", 3, "tokenizer.chat_template must be text"),
+    ],
+)
+def test_fields_that_do_not_fit_are_named(name, value, message, tmp_path, stored, monkeypatch):
+    source = write(tmp_path / "model.gguf", stored)
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path):
+            super().__init__(path)
+            odd = unittest.mock.Mock(contents=lambda: value)
+            self.fields = dict(self.fields) | {name: odd}
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    with pytest.raises(ValueError, match=f"model.gguf cannot be converted: .*({message})"):
+        from_gguf.convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_models_are_refused(tmp_path, stored):

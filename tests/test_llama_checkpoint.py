@@ -144,6 +144,7 @@ def test_older_configs_are_read():
         ({"num_hidden_layers": 3}, r"9 missing: model.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, r"9 surplus: model.layers.1.input_layernorm.weight"),
         ({"num_key_value_heads": 3}, "multiple"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config: .* \(fp8\)"),
         ({"rope_parameters": {"rope_type": "linear"}}, "lacks factor of its rope type 'linear'"),
     ],
 )
@@ -174,6 +175,34 @@ def test_tensors_of_integers_are_refused(tmp_path):
     edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name].astype(np.int32)}))
     with pytest.raises(ValueError, match="1 not of F64, F32, F16, BF16: model.norm.weight of I32"):
         checkpoint.load(directory)
+
+
+@pytest.mark.once
+def test_float8_with_scales_is_refused(tmp_path):
+    directory = copy_of(tmp_path, "llama3")
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def quantize(tensors):
+        tensors[name] = tensors[name].astype(jnp.float8_e4m3fn)
+        tensors[f"{name}_scale"] = np.ones((), np.float32)
+
+    edit_tensors(directory, quantize)
+    message = f"{directory} .*; 1 surplus: {name}_scale; 1 not of .*: {name} of F8_E4M3; convert"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(directory)
+
+
+def test_tensors_of_several_types_are_joined(tmp_path):
+    directory = copy_of(tmp_path, "llama3")
+    q, k = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
+
+    def mix(tensors):
+        tensors[q], tensors[k] = tensors[q].astype(jnp.bfloat16), tensors[k].astype(np.float16)
+
+    edit_tensors(directory, mix)
+    kernel = checkpoint.load(directory).layers[0].attention.qkv.kernel[...]
+    expected = checkpoint.load(DATA / "llama3").layers[0].attention.qkv.kernel[...]
+    np.testing.assert_allclose(kernel, expected, rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.once
@@ -319,6 +348,9 @@ def test_packed_parts_of_another_place_are_named(tmp_path):
     block.write_bytes(whole)
     shutil.copy(norm, embed)
     with pytest.raises(ValueError, match=f"{embed} has no tensor 'embedding'"):
+        checkpoint.load_any(tmp_path)
+    macko_jax.save(embed, {"embedding": jnp.ones((96, 32), jnp.int8)})
+    with pytest.raises(ValueError, match=f"{embed}: tensor 'embedding' is of I8, not of F64"):
         checkpoint.load_any(tmp_path)
 
 

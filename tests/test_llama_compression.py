@@ -215,6 +215,17 @@ def test_directories_of_something_else_are_refused(dense, packed, windows, tmp_p
     refuse(dense[0], other, "other/report.json is not the report of a run, or was cut off")
     (other / "report.json").write_text(json.dumps({"settings": {}, "layers": [{"old": 1}]}))
     refuse(dense[0], other, "written by another version of this program .* has version 1")
+    for name, odd in (
+        ("nonzeros", "1"),
+        ("seconds", None),
+        ("shape", ["x"]),
+        ("error", float("nan")),
+    ):
+        layers = [report["layers"][0] | {name: odd}, *report["layers"][1:]]
+        (other / "report.json").write_text(json.dumps(report | {"layers": layers}))
+        refuse(dense[0], other, f"other/report.json .*{name} of a layer cannot be")
+    (other / "report.json").write_text(json.dumps(report | {"shares": {"layers/0/mlp/down": "x"}}))
+    refuse(dense[0], other, "other/report.json .*shares must be densities")
     (other / "report.json").write_text("[]")
     refuse(dense[0], other, "other/report.json is not the report of a run, or was cut off")
     (other / "report.json").unlink()

@@ -73,6 +73,17 @@ def test_damaged_tokenizers_are_named(tmp_path, text):
         tokenizers_of_models.load_tokenizer(tmp_path, 4)
 
 
+def test_tokenizers_that_fail_are_named(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    tokenizer = tokenizers_of_models.load_tokenizer(tmp_path, 4)
+    with pytest.raises(ValueError, match=f"{path} cannot encode the text .WordLevel error"):
+        tokenizer.encode("b")
+    with pytest.raises(ValueError, match=f"{path} cannot encode the text"):
+        tokenizer.encode("\udcff")  # a byte of the command line that is not UTF-8
+
+
 def test_damaged_files_beside_a_tokenizer_are_named(tmp_path):
     store(tmp_path, ["<s>", "</s>"])
     path = tmp_path / "generation_config.json"

@@ -372,6 +372,13 @@ def test_a_killed_run_goes_on_where_it_was(dense, pruned, tmp_path):
     assert same(whole, done) and len(seen) == 4
     with pytest.raises(ValueError, match=r"results of another run .*Give another work_dir"):
         dsf_jax.refine(pruned.model, BATCHES, **(common | dict(learning_rate=1e-3)))
+    for path in (tmp_path / "work").glob("checkpoints/*/known/metadata"):
+        path.write_text(path.read_text().replace('"seconds"', '"Seconds"'))
+    with pytest.raises(ValueError, match=r"is damaged .*not match .*Remove the folder of its last"):
+        dsf_jax.refine(pruned.model, BATCHES, **common)
+    (tmp_path / "work/run.json").write_text("[" * 50_000)
+    with pytest.raises(ValueError, match="results of another run"):
+        dsf_jax.refine(pruned.model, BATCHES, **common)
 
 
 def spoiled_from(step, by):

@@ -221,6 +221,9 @@ def test_files_that_do_not_fit_name_the_layer(nnx_model, variables, tmp_path):
         macko_jax.load_model(path)
     with pytest.raises(TypeError, match="must make a flax.nnx.Module"):
         macko_jax.load_model(path, LinenNet)
+    macko_jax.save(path, [1])
+    with pytest.raises(ValueError, match=f"Cannot load {path}: .* and this tree is a list"):
+        macko_jax.load_model(path, served_models.make)
     with pytest.raises(TypeError, match="variables of a linen module, got builtins.list"):
         macko_jax.save_model(path, [packed])
 

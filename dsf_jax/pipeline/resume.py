@@ -47,7 +47,7 @@ def claim(path: pathlib.Path, mark: str, differs: str) -> None:
     if own.is_file():
         try:
             found = json.loads(own.read_text())["fingerprint"]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             found = None
         if found != mark:
             raise ValueError(other_run(path, own.name, differs))
@@ -105,7 +105,7 @@ class WorkDirectory:
             return None
         try:
             values = load_file(file)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, AttributeError) as error:  # the last: types unknown here
             _warn_of_damage(file, error)
             return None
         found = metadata.pop("checksum", None)

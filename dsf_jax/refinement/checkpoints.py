@@ -1,12 +1,14 @@
 """The state of a refinement on disk, so that a run that was killed goes on where it was."""
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from dsf_jax.pipeline.resume import claim
+from dsf_jax.pipeline.resume import claim, fingerprint
 
 
 class Checkpoints:
@@ -20,7 +22,7 @@ class Checkpoints:
       mark: The run's fingerprint.
 
     Raises:
-      ValueError: The directory holds another run.
+      ValueError: The directory holds another run, or a checkpoint that is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str], mark: str):
@@ -30,7 +32,8 @@ class Checkpoints:
         self.orbax, self.path = orbax, pathlib.Path(path).absolute()
         claim(self.path, mark, "model, teacher, batches or settings")
         options = orbax.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self.manager = orbax.CheckpointManager(self.path / "checkpoints", options=options)
+        with self._reading():
+            self.manager = orbax.CheckpointManager(self.path / "checkpoints", options=options)
 
     def save(self, step: int, state: Any, known: dict[str, Any]) -> None:
         """Writes a state, and what is known beside it as JSON."""
@@ -40,7 +43,8 @@ class Checkpoints:
         self.manager.save(
             step,
             args=arguments.Composite(
-                state=arguments.StandardSave(state), known=arguments.JsonSave(known)
+                state=arguments.StandardSave(state),
+                known=arguments.JsonSave({"known": known, "checksum": fingerprint(known)}),
             ),
         )
 
@@ -49,19 +53,38 @@ class Checkpoints:
 
         Args:
           like: A state of the same structure, shapes, dtypes and shardings.
+
+        Raises:
+          ValueError: The checkpoint is damaged.
         """
         step = self.manager.latest_step()
         if step is None:
             return None
         arguments = self.orbax.args
         abstract = jax.tree.map(self.orbax.utils.to_shape_dtype_struct, like)
-        found = self.manager.restore(
-            step,
-            args=arguments.Composite(
-                state=arguments.StandardRestore(abstract), known=arguments.JsonRestore()
-            ),
-        )
-        return found["state"], found["known"]
+        with self._reading():
+            found = self.manager.restore(
+                step,
+                args=arguments.Composite(
+                    state=arguments.StandardRestore(abstract), known=arguments.JsonRestore()
+                ),
+            )
+            told = found["known"]
+            if told["checksum"] != fingerprint(told["known"]):
+                raise ValueError("its numbers do not match their checksum")
+        return found["state"], told["known"]
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Names the directory in what Orbax raises for damaged files, which is of many types."""
+        try:
+            yield
+        except Exception as error:
+            said = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{self.path / 'checkpoints'} holds a checkpoint that is damaged ({said}). Remove "
+                "the folder of its last step, and the run goes on from the one before"
+            ) from error
 
     def close(self) -> None:
         self.manager.close()

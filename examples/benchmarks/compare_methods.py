@@ -33,11 +33,11 @@ from flax import nnx
 import dsf_jax
 from dsf_jax import export
 from dsf_jax.pipeline.solve import METHODS
-from examples import cli, stdlib_text
+from examples import cli, files, stdlib_text
 from examples.benchmarks.few_bits import FEW_BITS, bits_per_weight
+from examples.benchmarks.record_fields import read_record
 from examples.llama import checkpoint, compression, evaluation
 from examples.llama import tokenizer as tokenizers
-from examples.llama.json_file import read_json
 from examples.records import write_json, write_text
 from macko_jax.format.quantization import NAMES
 
@@ -123,7 +123,7 @@ class Settings:
 
 def load(path):
     """A record, or None where there is none."""
-    return read_json(path) if pathlib.Path(path).exists() else None
+    return read_record(path, "methods") if pathlib.Path(path).exists() else None
 
 
 def run_all(settings):
@@ -183,9 +183,7 @@ def read_texts(settings, vocab_size):
         return stdlib_text.read_tokens(settings.text), calibration, 1
     tokenizer = tokenizers.load_tokenizer(settings.checkpoint, vocab_size)
     text, calibration = (
-        pathlib.Path(path).read_text(encoding="utf-8")
-        if path
-        else stdlib_text.read_topics(held_out)
+        files.read_text(path) if path else stdlib_text.read_topics(held_out)
         for path, held_out in ((settings.text, True), (settings.calibration, False))
     )
     tokens = tokenizer.encode(text)
@@ -265,7 +263,10 @@ def merge(records):
         if record["settings"] != first["settings"]:
             raise ValueError(f"other settings: {record['settings']} and {first['settings']}")
     rows = {key_of(row): row for r in records for row in r["rows"]}
-    order = sorted(rows, key=lambda key: ([*METHODS, *FEW_BITS].index(key[0]), -key[1]))
+    known = [*METHODS, *FEW_BITS]
+    if unknown := {method for method, _ in rows if method not in known}:
+        raise ValueError(f"a record has the method {min(unknown)!r}; known: {', '.join(known)}")
+    order = sorted(rows, key=lambda key: (known.index(key[0]), -key[1]))
     return first | {"rows": [rows[key] for key in order]}
 
 
@@ -327,11 +328,11 @@ class _Lines:
 
 def main(_):
     settings = cli.settings(Settings)
-    missing = [path for path in settings.record if not pathlib.Path(path).is_file()]
-    if missing:
-        raise FileNotFoundError(f"no record at {', '.join(missing)}")
-    records = [load(path) for path in settings.record] or [run_all(settings)]
-    record = add_equal_bytes(merge(records))
+    records = [read_record(path, "methods") for path in settings.record] or [run_all(settings)]
+    try:
+        record = add_equal_bytes(merge(records))
+    except ValueError as error:
+        raise ValueError(f"{', '.join(settings.record) or settings.out}: {error}") from None
     write_json(settings.out, record)
     lines = table(record)
     write_text(pathlib.Path(settings.out).with_suffix(".csv"), lines)

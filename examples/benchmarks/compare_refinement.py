@@ -26,11 +26,11 @@ from absl import flags, logging
 
 import dsf_jax
 from dsf_jax.pipeline.solve import METHODS
-from examples import cli, stdlib_text
+from examples import cli, files, stdlib_text
 from examples.benchmarks import timing
+from examples.benchmarks.record_fields import read_record
 from examples.llama import checkpoint, compression, evaluation, refinement, texts
 from examples.llama import tokenizer as tokenizers
-from examples.llama.json_file import read_json
 from examples.records import write_json
 
 STAGES = ("layers", "block", "model")
@@ -125,7 +125,7 @@ class Judge:
         tokenizer = tokenizers.load_tokenizer(settings.checkpoint, config.vocab_size)
         read = {"topics": stdlib_text.read_topics(held_out=True)}
         if settings.text is not None:
-            text = pathlib.Path(settings.text).read_text(encoding="utf-8")
+            text = files.read_text(settings.text)
             read = {"text": text} | read
         self.tokens = {name: np.array(tokenizer.encode(text)) for name, text in read.items()}
         self.options = {
@@ -162,7 +162,8 @@ class Judge:
 def run_all(settings):
     """Runs what the record lacks; returns it."""
     judge = Judge(settings)
-    record = read_json(settings.out) if pathlib.Path(settings.out).exists() else None
+    there = pathlib.Path(settings.out).exists()
+    record = read_record(settings.out, "refinement") if there else None
     if record is None:
         record = begin_record(settings, judge)
     elif record["settings"] != settings.described():
@@ -273,10 +274,11 @@ def merge(records):
 def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax tells all that it does
     settings = cli.settings(Settings)
-    missing = [path for path in settings.record if not pathlib.Path(path).is_file()]
-    if missing:
-        raise FileNotFoundError(f"no record at {', '.join(missing)}")
-    record = merge([read_json(path) for path in settings.record] or [run_all(settings)])
+    records = [read_record(path, "refinement") for path in settings.record] or [run_all(settings)]
+    try:
+        record = merge(records)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(settings.record) or settings.out}: {error}") from None
     write_json(settings.out, record)
     print("\n".join(map(line, record["rows"])))
 

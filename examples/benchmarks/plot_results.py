@@ -26,7 +26,7 @@ import re
 from absl import flags
 
 from examples import cli
-from examples.llama.json_file import read_json
+from examples.benchmarks.record_fields import read_record
 from macko_jax.io.atomic import replacing
 
 GREY = "0.45"
@@ -259,17 +259,17 @@ def _refinements(record):
         for row in record["rows"]:
             if row["stage"] != "layers":
                 name = f"{row['method']} {row['density']:g}"
-                every = row.get("steps_of_a_loss", 1)
-                found = {key: row[key] for key in ("losses", "blocks") if key in row}
+                every = row.get("steps_of_a_loss") or 1
+                found = {key: row[key] for key in ("losses", "blocks") if row.get(key)}
                 yield common | {"name": name, "every": every} | found
         return
-    settings = record.get("settings", {})
-    name = pathlib.Path(settings.get("checkpoint", "model")).name
+    settings = record.get("settings") or {}
+    name = pathlib.Path(settings.get("checkpoint") or "model").name
     if "refined" in record:
         blocks = [record["refined"][key] for key in sorted(record["refined"], key=int)]
         yield common | {"name": name, "blocks": blocks}
     else:
-        found = {key: record[key] for key in ("losses", "held_out", "blocks")}
+        found = {key: record[key] for key in ("losses", "held_out", "blocks") if record.get(key)}
         yield common | {"name": name} | found
 
 
@@ -294,14 +294,12 @@ def main(_):
     except ImportError as error:
         raise ImportError("matplotlib is missing: pip install 'macko-dsf-jax[plots]'") from error
     matplotlib.use("agg")
-    records = [read_json(path) for path in settings.record]
+    records = [read_record(path, settings.kind) for path in settings.record]
     options = [settings.implementation] if settings.kind == "spmv" else []
     try:
         figure = KINDS[settings.kind](records, *options, pyplot)
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{', '.join(settings.record)}: no records of --kind={settings.kind} ({error!r})"
-        ) from error
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise ValueError(f"{', '.join(settings.record)}: nothing to draw: {error}") from error
     with replacing(settings.out) as temporary:
         figure.savefig(temporary, dpi=150, format=pathlib.Path(settings.out).suffix[1:] or "png")
     print(f"written: {settings.out}")

@@ -1,14 +1,23 @@
 """Chat templates: a conversation as the text that a model was trained to continue.
 
 A template is Jinja, and comes with a checkpoint, so it is a program of a stranger: it runs in
-Jinja's immutable sandbox, with the names and filters that Hugging Face transformers gives to it.
+Jinja's immutable sandbox, in a process of its own that ends after some seconds, with the names and
+filters that Hugging Face transformers gives to it.
 """
 
-import datetime
+import importlib.util
 import json
 import pathlib
+import signal
+import subprocess
+import sys
 
-from examples.llama.json_file import Field, read_fields, read_json, regular_file
+from examples.files import read_text
+from examples.llama.json_file import Field, read_fields, read_json
+
+SECONDS = 4  # of a processor; published templates take some milliseconds
+RENDER = pathlib.Path(__file__).with_name("render_chat.py")  # the program
+MOST_BYTES = 2**20  # of a template; published ones have some ten thousand
 
 FILE = "chat_template.jinja"  # where newer checkpoints have it
 CONFIG = "tokenizer_config.json"  # where older ones do, as "chat_template"
@@ -23,73 +32,51 @@ class ChatTemplate:
     Raises:
       ImportError: jinja2 is not installed.
       FileNotFoundError: the directory has no chat template.
-      ValueError: a file is damaged, or the template is not Jinja.
+      ValueError: a file is damaged.
     """
 
     def __init__(self, directory):
-        environment, self._failures = _environment()
-        self.path, source, self._tokens = _read(pathlib.Path(directory))
-        try:
-            self._template = environment.from_string(source)
-        except self._failures as error:
-            raise ValueError(f"{self.path}: the chat template is not Jinja ({error})") from None
+        if importlib.util.find_spec("jinja2") is None:
+            raise ImportError(
+                "chat templates are rendered by the package jinja2: pip install jinja2, or "
+                "install this project with the extra [hf]"
+            )
+        self.path, self._source, self._tokens = _read(pathlib.Path(directory))
 
-    def render(self, user, system=None):
-        """The text that asks for an answer to a message.
+    def render(self, users, system=None):
+        """The texts that ask for answers to messages.
 
         Args:
-          user: the message.
-          system: what the model is told before it; None for nothing.
+          users: messages, each of a conversation of its own.
+          system: what the model is told before each; None for nothing.
 
         Returns:
-          The text, which most templates begin with the token that begins texts; `encode` of a
-          tokenizer puts no second one there.
+          A text for each, which most templates begin with the token that begins texts; `encode` of
+          a tokenizer puts no second one there.
 
         Raises:
-          ValueError: the template refuses the conversation, or fails.
+          ValueError: the template is not Jinja, refuses a conversation, fails, or does not end.
         """
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": user})
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, tools=None, **self._tokens
+        before = [] if system is None else [{"role": "system", "content": system}]
+        conversations = [[*before, {"role": "user", "content": user}] for user in users]
+        asked = {"template": self._source, "tokens": self._tokens, "conversations": conversations}
+        done = subprocess.run(
+            [sys.executable, "-P", str(RENDER), str(SECONDS)],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+            raise ValueError(
+                f"{self.path}: the chat template does not end within {SECONDS} s; leave --chat out"
             )
-        except self._failures as error:
-            raise ValueError(f"{self.path}: the chat template fails: {error}") from None
-
-
-def _environment():
-    """What templates run in, and the errors that running one may end in."""
-    try:
-        import jinja2
-        import jinja2.ext
-        import jinja2.sandbox
-    except ImportError as error:
-        raise ImportError(
-            "chat templates are rendered by the package jinja2: pip install jinja2, or install "
-            "this project with the extra [hf]"
-        ) from error
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %}, which marks the model's own turns and says nothing of the text."""
-
-        tags = frozenset(["generation"])
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    failures = (jinja2.TemplateError, TypeError, ValueError, AttributeError)
-    return environment, (*failures, ArithmeticError, LookupError, RecursionError)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise ValueError(f"{self.path}: the chat template fails: {lines[-1]}")
+        found = json.loads(done.stdout)
+        if "error" in found:
+            raise ValueError(f"{self.path}: the chat template {found['error']}")
+        return found["texts"]
 
 
 def _read(directory):
@@ -102,11 +89,8 @@ def _read(directory):
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     tokens = {name: text for name in names if (text := _text(config.get(name))) is not None}
     if (directory / FILE).exists():
-        path = regular_file(directory / FILE)
-        try:
-            return path, path.read_text(encoding="utf-8"), tokens
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not text in UTF-8 ({error}); fetch it again") from None
+        path = directory / FILE
+        return path, read_text(path, MOST_BYTES), tokens
     path, source = directory / CONFIG, config.get("chat_template")
     if isinstance(source, list):  # several, each with a name
         field = [Field("name", str, required=True), Field("template", str, required=True)]
@@ -134,12 +118,3 @@ def _text(token):
     """A special token, which is stored as text or as an object that has it as "content"."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
-
-
-def _to_json(value, indent=None):
-    """JSON as templates want it: not escaped for HTML, as Jinja's own filter does."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _strftime_now(pattern):
-    return datetime.datetime.now().strftime(pattern)

@@ -486,7 +486,7 @@ class _Record:
             version = found.get("version")
             earlier = dict(found["settings"])
             if version == VERSION:
-                self.shares = found["shares"] and dict(found["shares"])
+                self.shares = found["shares"] and _densities(found["shares"])
                 self.parts = dict(found["parts"])
                 self.refined = dict(found.get("refined", {}))
                 for layer in found["layers"]:
@@ -500,8 +500,8 @@ class _Record:
         if version != VERSION:
             raise ValueError(
                 f"{self.path} was written by another version of this program (its report has "
-                f"version {version or 1}, this program's {VERSION}), whose runs cannot be "
-                "continued. Give another directory, or remove this one"
+                f"version {str(version or 1)[:40]}, this program's {VERSION}), whose runs cannot "
+                "be continued. Give another directory, or remove this one"
             )
         short = [i for i in self.blocks if not self._is_whole(i)]
         if short:
@@ -592,6 +592,13 @@ class _Record:
         return dsf_jax.Report(
             layers=layers, others=self.others, stages=len(layers), seconds=seconds
         )
+
+
+def _densities(shares):
+    """The densities by path that a report has."""
+    if any(type(share) not in (int, float) or not 0 <= share <= 1 for share in shares.values()):
+        raise ValueError("shares must be densities from 0 to 1")
+    return dict(shares)
 
 
 class _Progress:

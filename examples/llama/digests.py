@@ -5,8 +5,11 @@ import hashlib
 
 def file_digest(path):
     """SHA-256 of a file's contents."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise OSError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def checkpoint_digests(stored):

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from examples.llama.json_file import regular_file
+from examples.files import regular_file
+from examples.llama.hub_config import config_from_json
+from examples.llama.weights import model_tensors
 from examples.records import write_json
 from macko_jax.io.atomic import replacing
 
@@ -29,6 +31,7 @@ OTHER_NAMES = {
 }
 # What the package gguf raises for a file that is damaged.
 DAMAGE = (ValueError, LookupError, TypeError, OverflowError, AttributeError, MemoryError, OSError)
+ENDS = ("bos_token_id", "eos_token_id")  # of config.json
 CONTROL = 3  # the type of tokens that stand for no text
 DIGITS_ONE_BY_ONE = ("smollm", "starcoder", "refact", "command-r")  # pre-tokenizers, by name
 
@@ -138,6 +141,56 @@ def make_tokenizer(fields: dict):
     return tokenizer
 
 
+def read_tensors(reader, config: dict, dtype: str) -> dict[str, np.ndarray]:
+    """The tensors of a Hugging Face checkpoint by name: those of its config.json, of their shapes.
+
+    Raises:
+        ValueError: the file has other tensors, or numbers beyond the range of `dtype`.
+    """
+    import gguf
+
+    wanted = {
+        name: shape
+        for shapes in model_tensors(config_from_json(config)).values()
+        for name, shape in shapes.items()
+    }
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    tensors = {}
+    for tensor in reader.tensors:
+        name = stored_name(tensor.name)
+        if name not in wanted or name in tensors:
+            raise ValueError(f"tensor {tensor.name!r} is surplus, or there twice")
+        weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if weight.shape != wanted[name]:
+            raise ValueError(
+                f"tensor {tensor.name!r} has shape {weight.shape} instead of {wanted[name]}"
+            )
+        layer = name.split(".")[-2]
+        if layer in heads:
+            weight = split_halves(weight, heads[layer])
+        rounded = weight.astype(jnp.dtype(dtype))
+        if not np.isfinite(rounded.astype(np.float32)).all():
+            raise ValueError(f"tensor {tensor.name!r} does not fit {dtype}; choose another --dtype")
+        tensors[name] = np.ascontiguousarray(rounded)
+    if missing := wanted.keys() - tensors.keys():
+        raise ValueError(f"the GGUF file lacks the tensor {min(missing)}")
+    return tensors
+
+
+def describe_tokens(fields: dict, config: dict) -> dict:
+    """The fields of tokenizer_config.json: the special tokens, and the template if there is one."""
+    tokens = fields["tokenizer.ggml.tokens"]
+    for name in ENDS:
+        if config[name] is not None and not 0 <= config[name] < len(tokens):
+            raise ValueError(f"{name}={config[name]} is none of {len(tokens)} tokens")
+    names = {n.removesuffix("_id"): tokens[i] for n in ENDS if (i := config[n]) is not None}
+    if (template := fields.get("tokenizer.chat_template")) is None:
+        return names
+    if not isinstance(template, str):
+        raise ValueError("tokenizer.chat_template must be text")
+    return names | {"chat_template": template}
+
+
 def convert(source, directory, dtype="float16") -> None:
     """Writes the Hugging Face directory of a GGUF file.
 
@@ -163,30 +216,21 @@ def convert(source, directory, dtype="float16") -> None:
         fields = Fields({name: field.contents() for name, field in reader.fields.items()})
     except DAMAGE as error:
         raise ValueError(f"{source} is not a whole GGUF file ({error}); fetch it again") from error
-    config = read_config(fields, {tensor.name for tensor in reader.tensors}, dtype)
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    tensors = {}
-    for tensor in reader.tensors:
-        weight = gguf.dequantize(tensor.data, tensor.tensor_type)
-        layer = tensor.name.split(".")[-2]
-        if layer in heads:
-            weight = split_halves(weight, heads[layer])
-        rounded = weight.astype(jnp.dtype(dtype))
-        if not np.isfinite(rounded.astype(np.float32)).all():
-            raise ValueError(f"tensor {tensor.name!r} does not fit {dtype}; choose another --dtype")
-        tensors[stored_name(tensor.name)] = np.ascontiguousarray(rounded)
-    tokenizer = make_tokenizer(fields)
+    try:
+        config = read_config(fields, {tensor.name for tensor in reader.tensors}, dtype)
+        tensors = read_tensors(reader, config, dtype)
+        tokenizer = make_tokenizer(fields)
+        described = describe_tokens(fields, config)
+    except Exception as error:  # the package tokenizers raises nothing more special
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"{source} cannot be converted: {said}") from error
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / "tokenizer.json") as temporary:
         tokenizer.save(str(temporary))
     with replacing(directory / "model.safetensors") as temporary:
         safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
-    ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
-    if "tokenizer.chat_template" in fields:
-        tokens = fields["tokenizer.ggml.tokens"]
-        names = {n.removesuffix("_id"): tokens[i] for n, i in ends.items() if i is not None}
-        template = fields["tokenizer.chat_template"]
-        write_json(directory / "tokenizer_config.json", names | {"chat_template": template})
-    write_json(directory / "generation_config.json", ends)
+    if "chat_template" in described:
+        write_json(directory / "tokenizer_config.json", described)
+    write_json(directory / "generation_config.json", {name: config[name] for name in ENDS})
     write_json(directory / "config.json", config)  # last: a directory without it is no model

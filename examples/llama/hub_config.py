@@ -1,6 +1,7 @@
 """config.json of a Hugging Face model directory: read into a `Config`, and written from one."""
 
 import pathlib
+import re
 import warnings
 
 from examples.llama.config import Config, RopeScaling
@@ -33,6 +34,7 @@ _FIELDS = (
     Field("sliding_window", int, 1, _MOST),
     Field("max_window_layers", int, 0, _MOST),
     Field("layer_types", list, items=str),
+    Field("quantization_config", dict),
 )
 _ONLY = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1}
 _ROPE = (
@@ -70,7 +72,7 @@ def load_config(directory):
 
 def _hint(directory):
     """The remedy for the name of a model on the hub that stands in the place of a directory."""
-    if directory.exists() or directory.is_absolute() or len(directory.parts) != 2:
+    if directory.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(directory)):
         return ""
     return (
         f". To fetch a model of that name from the hub: hf download {directory} "
@@ -94,6 +96,12 @@ def config_from_json(described):
         for fields in (found, rope):
             if fields.get(name, allowed) != allowed:
                 raise ValueError(f"{name}={fields[name]!r} is not supported; only {allowed!r} is")
+    if quantized := found.get("quantization_config"):
+        raise ValueError(
+            f"quantization_config: weights that are quantized "
+            f"({str(quantized.get('quant_method', 'in an unknown way'))[:40]}) are not read, only "
+            "those of 16, 32 or 64 bits; fetch the model that these were made from"
+        )
     if found.get("attention_bias", False):
         raise ValueError("attention_bias=True is not supported: the output projection has no bias")
     layers, heads = found["num_hidden_layers"], found["num_attention_heads"]

@@ -2,8 +2,9 @@
 
 import json
 import math
-import pathlib
 from typing import NamedTuple
+
+from examples.files import read_bytes
 
 MOST_BYTES = 2**26  # of a file of settings; those of the largest models have a few hundred KB
 
@@ -88,11 +89,9 @@ def read_json(path, fields=None):
       FileNotFoundError: there is no such file.
       ValueError: it is not a regular file of JSON, or a field is not as the table says.
     """
-    path = regular_file(path)
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path} has more than {MOST_BYTES} bytes, too many for settings")
+    text = read_bytes(path, MOST_BYTES)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(text.decode())
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply for settings; fetch it again") from None
     except ValueError as error:
@@ -103,16 +102,6 @@ def read_json(path, fields=None):
         return read_fields(found, fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def regular_file(path):
-    """The path of a file that can be read to its end, which pipes and devices cannot."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a regular file; put the file itself there")
-    return path
 
 
 def _shown(value):

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import macko_jax
 from examples.llama import checkpoint
 from examples.llama import tokenizer as tokenizers
 from examples.llama.digests import checkpoint_digests
 from examples.llama.generation import generate
 from examples.llama.sampling import Sampling
-from macko_jax.io.atomic import replacing
 
-FILE = "own_text.npz"
+FILE = "own_text.macko"  # a file of macko_jax.save; no loader of models takes it for one of theirs
 BATCH = 64  # windows that are written at a time
 
 
@@ -27,7 +27,7 @@ def own_windows(directory, out, count, length, *, seed=0):
 
     Args:
       directory: of the dense model, which is loaded whole.
-      out: directory of the file own_text.npz.
+      out: directory of the file own_text.macko.
       count: windows.
       length: tokens of each.
       seed: of all draws.
@@ -40,25 +40,30 @@ def own_windows(directory, out, count, length, *, seed=0):
         or is damaged.
     """
     path = pathlib.Path(out) / FILE
-    files = checkpoint_digests(checkpoint.Checkpoint(directory))
+    stored = checkpoint.Checkpoint(directory)
+    files = checkpoint_digests(stored)
     described = json.dumps({"files": files, "length": length, "seed": seed}, sort_keys=True)
-    if path.is_file():
-        tokens = _read(path, described)
+    if path.exists():
+        tokens = _read(path, described, length, stored.config)
         if len(tokens) >= count:
             return tokens[:count]
     tokens = _write(directory, count, length, seed)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, tokens=tokens, described=described)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    macko_jax.save(path, {"tokens": tokens, "described": described})
     return tokens
 
 
-def _read(path, described):
+def _read(path, described, length, config):
+    """The windows [N, length] of a file, which `described` must have written."""
     try:
-        with np.load(path) as found:
-            tokens, told = found["tokens"], str(found["described"])
-    except (OSError, ValueError, KeyError) as error:
+        found = macko_jax.load(path)
+        tokens, told = np.asarray(found["tokens"]), found["described"]
+        if tokens.dtype != np.int32 or tokens.ndim != 2:
+            raise ValueError(f"its tokens are {tokens.dtype} {list(tokens.shape)}")
+        config.check_tokens(tokens)
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, and it is made anew") from error
-    if told != described:
+    if told != described or tokens.shape[1] != length:
         raise ValueError(
             f"{path} was written by another model, or with another length or seed; remove it, or "
             "give another directory"

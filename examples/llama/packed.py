@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 import macko_jax
 import macko_jax.flax_nnx
+from examples.files import regular_file
 from examples.llama import parallel
 from examples.llama.hub_config import config_to_json, load_config
-from examples.llama.json_file import regular_file
 from examples.llama.weights import abstract_model, dtype_of
 from examples.records import write_json
 from macko_jax.format.choose import shared_capacity

@@ -1,10 +1,8 @@
 """Texts that models are calibrated and refined on: files, what Python has, or the model's own."""
 
-import pathlib
-
 import numpy as np
 
-from examples import stdlib_text
+from examples import files, stdlib_text
 from examples.llama import checkpoint, evaluation
 from examples.llama import tokenizer as tokenizers
 from examples.llama.compression import calibration_windows
@@ -42,7 +40,7 @@ def read_windows(names, directory, out, count, length):
 def read_text(name, config):
     """The text of a file, or by default one that comes with Python and suits the model."""
     if name:
-        return pathlib.Path(name).read_text(encoding="utf-8")
+        return files.read_text(name)
     if config.vocab_size == 256:
         modules = stdlib_text.read_modules(stdlib_text.CALIBRATION)
         return "\0".join(module.decode() for module in modules.values())

@@ -1,8 +1,10 @@
 """Text to tokens and back: a Hugging Face tokenizer.json, or plain bytes for byte-level models."""
 
+import contextlib
 import pathlib
 
-from examples.llama.json_file import Field, read_json, regular_file
+from examples.files import regular_file
+from examples.llama.json_file import Field, read_json
 
 START = 0  # begins every document of the byte-level model
 
@@ -42,11 +44,9 @@ class FileTokenizer:
                 "install this project with the extra [hf]"
             ) from error
         self._vocab_size = vocab_size
-        path = regular_file(directory / "tokenizer.json")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises nothing more special
-            raise ValueError(f"{path} is not a whole tokenizer ({error}); fetch it again") from None
+        self._path = regular_file(directory / "tokenizer.json")
+        with self._named("is not a whole tokenizer ({}); fetch it again"):
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(self._path))
         # What a training run stored there would drop text, and add tokens to it.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -67,9 +67,10 @@ class FileTokenizer:
           add_bos: whether the tokens that the tokenizer puts before a text are put there.
 
         Raises:
-          ValueError: the tokenizer knows tokens that the model does not.
+          ValueError: the tokenizer fails, or knows tokens that the model does not.
         """
-        encoding = self._tokenizer.encode(text)
+        with self._named("cannot encode the text ({}); fetch it again"):
+            encoding = self._tokenizer.encode(text)
         tokens, added = encoding.ids, encoding.special_tokens_mask
         before = added.index(0) if 0 in added else len(added)
         bos, tokens = tokens[:before], tokens[before:]
@@ -78,13 +79,24 @@ class FileTokenizer:
         largest = max(tokens, default=0)
         if largest >= self._vocab_size:
             raise ValueError(
-                f"tokenizer.json gives token {largest}, and the model's vocabulary has "
+                f"{self._path} gives token {largest}, and the model's vocabulary has "
                 f"{self._vocab_size} tokens, from 0; copy the model's own tokenizer.json there"
             )
         return tokens
 
     def decode(self, tokens):
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        with self._named("cannot decode tokens ({}); fetch it again"):
+            return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    @contextlib.contextmanager
+    def _named(self, said):
+        """Names the file in what the package raises, which is nothing special, or a Rust panic."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"{self._path} {said.format(str(error)[:200])}") from None
 
 
 def continuation(tokenizer, prompt, drawn):

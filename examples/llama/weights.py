@@ -17,9 +17,10 @@ import safetensors.numpy
 from flax import nnx
 
 import macko_jax.flax_nnx
+from examples.files import regular_file
 from examples.llama import parallel
 from examples.llama.hub_config import config_to_json, load_config
-from examples.llama.json_file import Field, read_json, regular_file
+from examples.llama.json_file import Field, read_json
 from examples.llama.model import Llama
 from examples.records import write_json
 from macko_jax.io.atomic import replacing
@@ -241,6 +242,8 @@ class Checkpoint:
                     files[self._stored[name].path].get_tensor(name)
                     for name in self._joined[".".join(path)]
                 ]
+                if len({part.dtype for part in parts}) > 1:  # no two types need have a common one
+                    parts = [part.astype(param.dtype) for part in parts]
                 joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
                 joined = jnp.asarray(joined, param.dtype)
                 param.set_value(joined.T if path[-1] == "kernel" else joined)
@@ -280,6 +283,7 @@ class Checkpoint:
             raise ValueError(
                 f"the tensors of {self.directory} are not those that its config.json describes; "
                 + "; ".join(problems)
+                + ("; convert the checkpoint to one of these types" if other_types else "")
             )
 
 
@@ -299,6 +303,8 @@ def _open(path):
     regular_file(path)
     try:
         return safetensors.safe_open(path, framework="np")
+    except OSError as error:
+        raise OSError(f"{path} cannot be read ({error})") from error
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}). It was cut off, or only points to "
@@ -307,11 +313,16 @@ def _open(path):
 
 
 def dtype_of(path, name):
-    """The dtype of a tensor in a safetensors file."""
+    """The dtype of a tensor in a safetensors file; a ValueError unless models compute in it."""
     with _open(path) as file:
         if name not in file.keys():  # noqa: SIM118 (no dict)
             raise ValueError(f"{path} has no tensor {name!r}; it is not the file of that name")
-        return file.get_slice(name)[:1].dtype
+        stored = file.get_slice(name)
+        if stored.get_dtype() not in FLOATS:
+            raise ValueError(
+                f"{path}: tensor {name!r} is of {stored.get_dtype()}, not of {', '.join(FLOATS)}"
+            )
+        return stored[:1].dtype
 
 
 def abstract_model(config, *, dtype, param_dtype):

@@ -384,6 +384,8 @@ def _decode(node: dict, read: Callable[[dict], Any], mesh: Mesh | None = None) -
             raise ValueError(f"its tree has a scalar that is a {type(node['scalar']).__name__}")
         return node["scalar"]
     if "dict" in node:
+        if not all(type(key) in (str, int) for key, _ in node["dict"]):
+            raise ValueError("its tree has a dict with a key that is no string and no integer")
         return {key: _decode(child, read, mesh) for key, child in node["dict"]}
     if "list" in node:
         return [_decode(child, read, mesh) for child in node["list"]]

@@ -223,6 +223,10 @@ def from_pure_dict(abstract_model: Model, tree: dict) -> Model:
         ValueError: if the tree lacks variables or has a surplus of them, or if a shape, a dtype or
             the kind of a layer does not fit; the message names all of them.
     """
+    if not isinstance(tree, Mapping):
+        raise ValueError(
+            f"the variables of a model are nested dicts, and this tree is a {type(tree).__name__}"
+        )
     model = nnx.clone(abstract_model)
     problems = []
     for path, layer in _layers(model):

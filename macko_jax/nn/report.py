@@ -12,7 +12,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +61,14 @@ class LayerReport:
 
         Raises:
             KeyError: if an attribute is missing.
+            ValueError: if one is not of its type, or no number that a report has.
         """
+        types = get_type_hints(cls)
         names = [field.name for field in dataclasses.fields(cls)]
         known: dict[str, Any] = {name: record[name] for name in names}
+        for name in names:
+            if not _is_of(types[name], known[name]):
+                raise ValueError(f"{name} of a layer cannot be {str(known[name])[:60]!r}")
         known["shape"] = tuple(known["shape"])
         return cls(**known)
 
@@ -204,6 +209,15 @@ class Report:
 
     def __str__(self) -> str:
         return format_table(self.rows(), self.totals())
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value from JSON may be that of an attribute of this type."""
+    if kind == tuple[int, ...]:
+        return isinstance(value, list | tuple) and all(_is_of(int, size) for size in value)
+    if kind is float:
+        return type(value) in (int, float) and 0 <= value < 1e30  # no NaN, and sums are finite
+    return type(value) in (get_args(kind) or (kind,)) and not (type(value) is int and value < 0)
 
 
 def _entries(matrices: Sequence[LayerReport]) -> int:
