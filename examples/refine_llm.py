@@ -9,8 +9,8 @@ The matrices of PACKED, of examples.compress_llm, are unpacked to dense ones wit
 values are trained so that the outputs of its blocks, or the distributions of the model, come near
 the dense model's (`dsf_jax.refine`), and the result is packed as PACKED was. No zero becomes
 anything else. DIR serves whatever PACKED serves; its report.json has the loss by step. A run that
-was killed goes on when the same command is given again. examples.compress_llm --refine=block
-refines blocks as it compresses them, in the memory of one block.
+was killed goes on when the same command is given again. --stage=block needs the memory of one
+block; examples.compress_llm --refine=block does the same as it compresses.
 """
 
 import dataclasses

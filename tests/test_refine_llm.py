@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import macko_jax
-from examples.llama import checkpoint, own_text
+from examples.llama import checkpoint, own_text, refinement, texts
 from examples.llama.evaluation import total_nats
 from tests.scripts import run
 from tests.test_llama_compression import save_model
@@ -118,6 +118,23 @@ def test_a_packed_model_is_refined_and_packed_again(dense, packed, tmp_path):
     assert [block["path"] for block in found["blocks"]] == ["layers/0", "layers/1"]
     assert all(block["after"] < block["before"] for block in found["blocks"])
     assert found["settings"]["batches"] == [2, 4, 16]
+    # A run that was killed in its second block goes on there, to the same result.
+    seen = []
+
+    def kill(progress):
+        seen.append(progress.block)
+        if progress.block == "layers/1" and seen.count("layers/1") == 1:
+            raise KeyboardInterrupt
+
+    windows = texts.read_windows(("self", tmp_path / "text.txt"), dense, tmp_path / "blocks", 4, 16)
+    settings = dict(stage="block", dtype="float32", steps=10, learning_rate=1e-3, callback=kill)
+    arguments = packed, dense, tmp_path / "again", [windows[:4], windows[4:]]
+    with pytest.raises(KeyboardInterrupt):
+        refinement.refine_checkpoint(*arguments, **settings)
+    refinement.refine_checkpoint(*arguments, **settings)
+    assert seen.index("layers/1") == len(seen) - seen[::-1].index("layers/0")
+    for one, other in zip(kernels(tmp_path / "blocks"), kernels(tmp_path / "again")):
+        np.testing.assert_array_equal(one, other)
     figure = tmp_path / "figure.png"
     pytest.importorskip("matplotlib")
     records = f"--record={tmp_path / 'out' / 'report.json'} --record={packed / 'report.json'}"

@@ -105,7 +105,7 @@ def compress_checkpoint(
         stored.config.check_tokens(windows)
     assigned = recipe.assign(stored.config)
     out.mkdir(parents=True, exist_ok=True)
-    with _alone_in(out):
+    with alone_in(out):
         settings = recipe.settings() | _inputs(stored, None if given else windows, dtype)
         model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
         record = _Record(out / "report.json", settings, _others(model, assigned))
@@ -154,7 +154,7 @@ def _finish(out, stored):
 
 
 @contextlib.contextmanager
-def _alone_in(directory):
+def alone_in(directory):
     """Refuses a second run in the directory, which would remove what the first is writing."""
     handle = os.open(directory, os.O_RDONLY)
     try:
