@@ -35,11 +35,14 @@ def test_published_preset_reaches_the_published_error():
 @pytest.mark.slow
 @pytest.mark.optimized
 def test_quality_preset_is_several_times_better():
-    """With a quarter of its rounds; docs/results/dsf_layers.json has all rounds and layers."""
+    """With a quarter of its rounds; docs/results/dsf_layers.json has all rounds and layers.
+
+    Single matrices err three times as much as the published DSF, and are not compared anew.
+    """
     weight, gram, other = real_layer("l0.query")
-    result = dsf_jax.factorize(weight, gram, density=0.5, refine_rounds=70)
+    options = dict(refine_rounds=70, compare_single=False)
+    result = dsf_jax.factorize(weight, gram, density=0.5, **options)
     assert result.nnz == int(0.5 * weight.size)
-    assert result.method == "dsf"
     assert result.relative_error <= 0.36 * reference("l0.query", "published DSF", 0.5)
     # It generalizes: on text that it has not seen it loses little.
     error = dsf_jax.relative_output_error(weight, result.product(), other)

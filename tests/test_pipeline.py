@@ -418,7 +418,7 @@ def test_damaged_file_is_solved_again_and_foreign_results_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_pairs_survive_a_resume(tmp_path):
+def test_pairs_survive_a_resume_and_are_packed(tmp_path):
     model, batches = Net(), token_batches()
     expected, report = compress_model(
         model, batches, execution=Execution(work_dir=tmp_path), **MIXED
@@ -427,6 +427,11 @@ def test_pairs_survive_a_resume(tmp_path):
     again, report = compress_model(model, batches, execution=Execution(work_dir=tmp_path), **MIXED)
     assert all(layer.resumed for layer in report.layers)
     assert_same(again, expected)
+    packed, report = pack(again)
+    assert {layer.path for layer in report.packed} == set(LAYERS)
+    run = nnx.jit(lambda model, tokens: model(tokens))
+    found, wanted = run(packed, batches[0]), run(expected, batches[0])
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
