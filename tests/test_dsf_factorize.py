@@ -145,6 +145,7 @@ def test_dead_inputs_keep_weights_where_live_ones_leave_room():
     assert found.note == f"12 of its 16 inputs are zero and keep {kept} non-zeros"
 
 
+@pytest.mark.once
 def test_where_all_that_live_inputs_need_fits_one_matrix_is_exact():
     weight, gram = small_layer(12, 16)
     live = np.arange(16) >= 12
@@ -154,6 +155,7 @@ def test_where_all_that_live_inputs_need_fits_one_matrix_is_exact():
     assert found.note == "12 of its 16 inputs are zero and keep 48 non-zeros"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", "dsf"])
 def test_groups_of_tiny_weights_are_solved_as_others(method):
     layers = [small_layer(seed=seed) for seed in (0, 1)]
@@ -289,6 +291,7 @@ def generic_solution(residual, anchor, rho):
     return np.linalg.lstsq(stacked, right, rcond=None)[0].reshape(anchor.shape)
 
 
+@pytest.mark.once
 def test_left_update_against_a_generic_solver(least_squares):
     weight, gram, anchor, right = least_squares
     root = np.linalg.cholesky(gram)
@@ -307,6 +310,7 @@ def test_left_update_against_a_generic_solver(least_squares):
         np.testing.assert_allclose(got, generic_solution(residual, anchor, rho), atol=2e-3)
 
 
+@pytest.mark.once
 def test_right_update_against_a_generic_solver(least_squares):
     weight, gram, left, anchor = least_squares
     root = np.linalg.cholesky(gram)
@@ -327,6 +331,7 @@ def test_right_update_against_a_generic_solver(least_squares):
         np.testing.assert_allclose(got.T, generic_solution(residual, anchor, rho), atol=2e-3)
 
 
+@pytest.mark.once
 def test_refits_against_a_generic_solver(least_squares):
     weight, gram, left, right = least_squares
     root = np.linalg.cholesky(gram)
@@ -432,6 +437,7 @@ def test_nbytes_counts_what_is_stored():
     assert single.nbytes == packed_by_definition(weight)
 
 
+@pytest.mark.once
 def test_normalized_problem_has_the_layers_error():
     weight, gram = small_layer()
     scaled = problem.normalize(jnp.asarray(weight), jnp.asarray(gram), 0.0)

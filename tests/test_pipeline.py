@@ -496,6 +496,7 @@ def test_spread_over_processes_equals_single(tmp_path):
                 np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
+@pytest.mark.once
 def test_nothing_is_silently_nan():
     model, batches = Net(), token_batches()
     model.up.kernel[...] = model.up.kernel[...].at[0, 0].set(jnp.nan)
@@ -572,6 +573,7 @@ def test_settings_are_checked(make, message):
         make()
 
 
+@pytest.mark.once
 def test_the_former_spelling_works_with_a_warning(tmp_path):
     model, batches = Net(), token_batches(1)
     call = dict(method="magnitude", density=0.5)

@@ -201,6 +201,7 @@ def test_linen_variables_alone_pack_what_is_known(variables, x):
     np.testing.assert_allclose(run(packed, x), run(variables, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.once
 def test_files_that_do_not_fit_name_the_layer(nnx_model, variables, tmp_path):
     path = tmp_path / "model.safetensors"
     packed, _ = dsf_jax.pack(nnx_model)
