@@ -12,10 +12,15 @@ RUN = $(VENV)/bin/python
 # What is imported is compiled then, and no more.
 INSTALL = $(RUN) -m pip install --quiet --no-compile $(if $(JAX),jax==$(JAX) jaxlib==$(JAX)) --editable
 PYTEST = $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
+# The files on what JAX may change on its own, whatever the packages do: compilation for GPUs,
+# lowering and the interpreter of kernels; primitives and transformations; meshes; exports; jaxprs;
+# models of Flax and their files. The longest come first.
+BETWEEN = $(patsubst %,tests/test_%.py,ahead_of_time flax_nnx calibration transforms jax_modes fused \
+  sharded save_model llama_decode_attention kernels chain checkpoint self_check)
 # pytest fails where it finds no test at all, which ARGS may ask of those that are fast, or slow.
 OR_NONE = $(if $(ARGS),|| test $$? -eq 5)
 
-.PHONY: demo llm test test-fast test-jax test-slow lint format docs dist clean
+.PHONY: demo llm test test-fast test-jax test-between test-slow lint format docs dist clean
 
 demo: $(VENV)/installed
 	$(RUN) -m examples.demo $(ARGS)
@@ -33,6 +38,10 @@ test-fast: $(VENV)/installed
 # Those that depend on JAX, for another version of it.
 test-jax: $(VENV)/installed
 	$(PYTEST) -m "not slow and not once" $(OR_NONE)
+
+# Of these, the files that it might break: for a version between two that test-jax has run with.
+test-between: $(VENV)/installed
+	$(PYTEST) -m "not slow and not once" $(BETWEEN) $(OR_NONE)
 
 test-slow: $(VENV)/installed
 	$(PYTEST) -m slow $(OR_NONE)

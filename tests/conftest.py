@@ -12,9 +12,9 @@ gc.disable()  # until everything is imported, which stays
 # `optimized`; processes that the tests start inherit it. What is in XLA_FLAGS has the last word.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 QUICK = ["--xla_cpu_parallel_codegen_split_count=1"]  # the workers of pytest fill the cores
-if importlib.metadata.version("jaxlib") < "0.11":
-    # Newer ones have no other emitter than this slow one, which their tests run.
-    QUICK.append("--xla_cpu_use_fusion_emitters=false")
+if importlib.metadata.version("jaxlib") < "0.12":
+    # XLA's new emitter of fusions compiles slowly. Newer ones have no other, so their tests run it.
+    QUICK.append("--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true")
 os.environ["XLA_FLAGS"] = " ".join(
     [*QUICK, os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
 )

@@ -33,7 +33,6 @@ def has_plugin() -> bool:
         return False
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < device.GUARDING_JAX, reason="needs jax 0.11 or newer")
 @pytest.mark.skipif(not has_plugin(), reason=f"needs {PLUGIN}: install the extra aot")
 @pytest.mark.parametrize("name", cards.CARDS)

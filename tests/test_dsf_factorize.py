@@ -35,11 +35,14 @@ def test_published_preset_reaches_the_published_error():
 @pytest.mark.slow
 @pytest.mark.optimized
 def test_quality_preset_is_several_times_better():
-    """With a quarter of its rounds; docs/results/dsf_layers.json has all rounds and layers."""
+    """With a quarter of its rounds; docs/results/dsf_layers.json has all rounds and layers.
+
+    Single matrices err three times as much as the published DSF, and are not compared anew.
+    """
     weight, gram, other = real_layer("l0.query")
-    result = dsf_jax.factorize(weight, gram, density=0.5, refine_rounds=70)
+    options = dict(refine_rounds=70, compare_single=False)
+    result = dsf_jax.factorize(weight, gram, density=0.5, **options)
     assert result.nnz == int(0.5 * weight.size)
-    assert result.method == "dsf"
     assert result.relative_error <= 0.36 * reference("l0.query", "published DSF", 0.5)
     # It generalizes: on text that it has not seen it loses little.
     error = dsf_jax.relative_output_error(weight, result.product(), other)
@@ -142,6 +145,7 @@ def test_dead_inputs_keep_weights_where_live_ones_leave_room():
     assert found.note == f"12 of its 16 inputs are zero and keep {kept} non-zeros"
 
 
+@pytest.mark.once
 def test_where_all_that_live_inputs_need_fits_one_matrix_is_exact():
     weight, gram = small_layer(12, 16)
     live = np.arange(16) >= 12
@@ -151,6 +155,7 @@ def test_where_all_that_live_inputs_need_fits_one_matrix_is_exact():
     assert found.note == "12 of its 16 inputs are zero and keep 48 non-zeros"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", "dsf"])
 def test_groups_of_tiny_weights_are_solved_as_others(method):
     layers = [small_layer(seed=seed) for seed in (0, 1)]
@@ -286,6 +291,7 @@ def generic_solution(residual, anchor, rho):
     return np.linalg.lstsq(stacked, right, rcond=None)[0].reshape(anchor.shape)
 
 
+@pytest.mark.once
 def test_left_update_against_a_generic_solver(least_squares):
     weight, gram, anchor, right = least_squares
     root = np.linalg.cholesky(gram)
@@ -304,6 +310,7 @@ def test_left_update_against_a_generic_solver(least_squares):
         np.testing.assert_allclose(got, generic_solution(residual, anchor, rho), atol=2e-3)
 
 
+@pytest.mark.once
 def test_right_update_against_a_generic_solver(least_squares):
     weight, gram, left, anchor = least_squares
     root = np.linalg.cholesky(gram)
@@ -324,6 +331,7 @@ def test_right_update_against_a_generic_solver(least_squares):
         np.testing.assert_allclose(got.T, generic_solution(residual, anchor, rho), atol=2e-3)
 
 
+@pytest.mark.once
 def test_refits_against_a_generic_solver(least_squares):
     weight, gram, left, right = least_squares
     root = np.linalg.cholesky(gram)
@@ -429,6 +437,7 @@ def test_nbytes_counts_what_is_stored():
     assert single.nbytes == packed_by_definition(weight)
 
 
+@pytest.mark.once
 def test_normalized_problem_has_the_layers_error():
     weight, gram = small_layer()
     scaled = problem.normalize(jnp.asarray(weight), jnp.asarray(gram), 0.0)

@@ -42,7 +42,14 @@ def test_budget_is_exact_with_ties(density, method, levels):
         assert (pruned != 0).sum() == int(density * weight.size)
 
 
-@pytest.mark.parametrize("name", list(hard_layers()))
+# Those of other shapes are compiled anew.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.once if name.startswith("one ") else ())
+        for name in hard_layers()
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_hard_inputs_have_finite_results(name, method):
     weight, gram = hard_layers()[name]

@@ -22,7 +22,7 @@ from dsf_jax.trace import dataflow
 from dsf_jax.trace.network import read_network
 from macko_jax.nn.flax_nnx import become_pair
 from tests.test_calibration import Stack
-from tests.test_pipeline import MIXED, PAIR, Net, token_batches
+from tests.test_pipeline import PAIR
 
 
 def draw(seed, *shape):
@@ -134,17 +134,8 @@ def test_factorized_convolutional_network_runs_packed():
         layer = next(layer for layer in report.layers if layer.path == name)
         assert sum(int(jnp.count_nonzero(k[...])) for k in kernels) == layer.nonzeros
     packed, _ = export.pack(pair)
-    np.testing.assert_allclose(packed(x), pair(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_pruned_transformer_packs():
-    model, batches = Net(), token_batches()
-    pruned = compress_model(model, batches, **MIXED).model
-    packed, report = export.pack(pruned)
-    assert len(report.packed) == 7
-    assert "down" in {layer.path for layer in report.packed}
-    np.testing.assert_allclose(packed(batches[0]), pruned(batches[0]), rtol=1e-4, atol=1e-4)
+    run = nnx.jit(lambda model, x: model(x))
+    np.testing.assert_allclose(run(packed, x), run(pair, x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

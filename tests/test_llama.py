@@ -105,6 +105,7 @@ def test_cache_gives_the_logits_of_whole_sequences(changes):
     assert cache.lengths.tolist() == [20, 20]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_later_tokens_do_not_change_earlier_logits(changes):
     model, tokens = make_model(**changes), make_tokens(2, 20)
@@ -115,6 +116,7 @@ def test_later_tokens_do_not_change_earlier_logits(changes):
     np.testing.assert_array_equal(before[1], after[1])
 
 
+@pytest.mark.once
 def test_sliding_window_forgets():
     tokens = make_tokens(1, 20)
     changed = tokens.at[0, 0].set((tokens[0, 0] + 1) % CONFIG.vocab_size)
@@ -125,6 +127,7 @@ def test_sliding_window_forgets():
     assert not np.allclose(before[:, 4], after[:, 4], atol=1e-5)
 
 
+@pytest.mark.once
 def test_rotation_depends_on_relative_position_only():
     query = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 1, CONFIG.head_dim)))
     key = query[..., ::-1]
@@ -137,6 +140,7 @@ def test_rotation_depends_on_relative_position_only():
     assert not np.allclose(product(9, 4), product(9, 5), rtol=1e-3)
 
 
+@pytest.mark.once
 def test_llama3_rope_scaling_keeps_short_and_stretches_long_wavelengths():
     scaling = llama.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
     config = dataclasses.replace(CONFIG, head_dim=128, rope_theta=5e5)

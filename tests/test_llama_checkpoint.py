@@ -60,6 +60,7 @@ def test_logits_agree_with_transformers(family):
     assert np.abs(expected["logits"]).max() > 1  # or the comparison would say little
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "family, changes",
     [

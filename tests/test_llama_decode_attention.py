@@ -235,9 +235,11 @@ def test_model_decodes_with_it_as_without(batch, qk_norm, windows, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pairs", [False, True])
-def test_packed_model_decodes_as_its_dense_twin(pairs):
-    """On a GPU through chains of products, elsewhere through the products one after the other."""
+def test_packed_model_decodes_as_its_dense_twin():
+    """A block of single matrices, and one of pairs.
+
+    On a GPU through chains of products, elsewhere through the products one after the other.
+    """
     shape = dict(hidden_size=256, intermediate_size=272, num_attention_heads=2, head_dim=DIM)
     config = dataclasses.replace(CONFIG, qkv_bias=True, **shape)
     dense = llama.Llama(config, dtype=jnp.float16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
@@ -247,7 +249,7 @@ def test_packed_model_decodes_as_its_dense_twin(pairs):
         values = rng.standard_normal(shape) / np.sqrt(0.4 * shape[-1])
         return jnp.asarray(values * (rng.random(shape) < 0.4), jnp.float16)
 
-    for block in dense.layers:
+    for block, pairs in zip(dense.layers, (False, True), strict=True):
         bias = block.attention.qkv.bias
         bias[...] = jnp.asarray(rng.standard_normal(bias.shape), bias.dtype)
         mlp, attention = block.mlp, block.attention

@@ -418,7 +418,7 @@ def test_damaged_file_is_solved_again_and_foreign_results_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_pairs_survive_a_resume(tmp_path):
+def test_pairs_survive_a_resume_and_are_packed(tmp_path):
     model, batches = Net(), token_batches()
     expected, report = compress_model(
         model, batches, execution=Execution(work_dir=tmp_path), **MIXED
@@ -427,6 +427,11 @@ def test_pairs_survive_a_resume(tmp_path):
     again, report = compress_model(model, batches, execution=Execution(work_dir=tmp_path), **MIXED)
     assert all(layer.resumed for layer in report.layers)
     assert_same(again, expected)
+    packed, report = pack(again)
+    assert {layer.path for layer in report.packed} == set(LAYERS)
+    run = nnx.jit(lambda model, tokens: model(tokens))
+    found, wanted = run(packed, batches[0]), run(expected, batches[0])
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -491,6 +496,7 @@ def test_spread_over_processes_equals_single(tmp_path):
                 np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
+@pytest.mark.once
 def test_nothing_is_silently_nan():
     model, batches = Net(), token_batches()
     model.up.kernel[...] = model.up.kernel[...].at[0, 0].set(jnp.nan)
@@ -567,6 +573,7 @@ def test_settings_are_checked(make, message):
         make()
 
 
+@pytest.mark.once
 def test_the_former_spelling_works_with_a_warning(tmp_path):
     model, batches = Net(), token_batches(1)
     call = dict(method="magnitude", density=0.5)

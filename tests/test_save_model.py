@@ -132,27 +132,26 @@ def check_report(report):
         assert ("two factors via 5" in layer.note) == (layer.path in PAIRS)
 
 
+def assert_close(found, expected, tolerance):
+    """Relative to the largest of all numbers."""
+    np.testing.assert_allclose(found, expected, atol=tolerance * float(jnp.abs(expected).max()))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("values, tolerance", [(None, 1e-5), ("int8", 0.05)])
-def test_packed_models_equal_the_compressed_ones(nnx_model, variables, x, values, tolerance):
-    packed, report = dsf_jax.pack(nnx_model, values, RULES)
+def test_packed_models_equal_the_compressed_ones(nnx_model, variables, x):
+    packed, report = dsf_jax.pack(nnx_model, rules=RULES)
     check_report(report)
     assert isinstance(packed.stem, MackoConv) and isinstance(packed.head.left, MackoLinear)
-    expected = run_nnx(nnx_model, x)
-    scale = float(jnp.abs(expected).max())
-    np.testing.assert_allclose(run_nnx(packed, x), expected, atol=tolerance * scale)
+    assert_close(run_nnx(packed, x), run_nnx(nnx_model, x), 1e-5)
 
-    packed, report = dsf_jax.pack(variables, values, RULES, module=LinenNet(), inputs=(x,))
+    packed, report = dsf_jax.pack(variables, rules=RULES, module=LinenNet(), inputs=(x,))
     check_report(report)
-    if values:
-        assert packed["params"]["head"]["kernel"].left.values.dtype == jnp.int8
-    expected = run(variables, x)
-    scale = float(jnp.abs(expected).max())
-    np.testing.assert_allclose(run(packed, x), expected, atol=tolerance * scale)
+    assert_close(run(packed, x), run(variables, x), 1e-5)
 
 
 @pytest.mark.slow
 def test_another_process_loads_and_runs_them(nnx_model, variables, x, tmp_path):
+    """With 8-bit values, which equal the compressed ones up to their rounding."""
     np.save(tmp_path / "inputs.npy", x)
     # Of single matrices and of pairs some have 8-bit values.
     eight_bits = macko_jax.Rule("conv|query|value|blocks/.*", dtype="int8", encoding="bitmask")
@@ -160,15 +159,21 @@ def test_another_process_loads_and_runs_them(nnx_model, variables, x, tmp_path):
     packed, _ = dsf_jax.pack(nnx_model, rules=rules)
     assert packed.value.values.dtype == packed.query.right.values.dtype == jnp.int8
     macko_jax.save_model(tmp_path / "nnx.safetensors", packed)
-    packed_variables, _ = dsf_jax.pack(variables, None, rules, module=LinenNet(), inputs=(x,))
+    packed_variables, report = dsf_jax.pack(
+        variables, "int8", RULES, module=LinenNet(), inputs=(x,)
+    )
+    check_report(report)
+    assert packed_variables["params"]["head"]["kernel"].left.values.dtype == jnp.int8
     macko_jax.save_model(tmp_path / "linen.safetensors", packed_variables)
     subprocess.run(
         [sys.executable, "-m", "tests.served_models", str(tmp_path)], cwd=ROOT, check=True
     )
     expected = run_nnx(packed, x)
     np.testing.assert_allclose(np.load(tmp_path / "nnx.npy"), expected, rtol=1e-6, atol=1e-6)
+    assert_close(expected, run_nnx(nnx_model, x), 0.05)
     expected = run(packed_variables, x)
     np.testing.assert_allclose(np.load(tmp_path / "linen.npy"), expected, rtol=1e-6, atol=1e-6)
+    assert_close(expected, run(variables, x), 0.05)
 
 
 def test_what_is_not_packed_loads_as_well(nnx_model, variables, x, tmp_path):
@@ -196,6 +201,7 @@ def test_linen_variables_alone_pack_what_is_known(variables, x):
     np.testing.assert_allclose(run(packed, x), run(variables, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.once
 def test_files_that_do_not_fit_name_the_layer(nnx_model, variables, tmp_path):
     path = tmp_path / "model.safetensors"
     packed, _ = dsf_jax.pack(nnx_model)
