@@ -129,7 +129,10 @@ def test_loss_is_the_weighted_mean_of_divergences_and_has_their_gradient():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("target, relative_to", [("prefix", "batch"), ("dense", "token")])
+@pytest.mark.parametrize(
+    "target, relative_to",
+    [pytest.param("prefix", "batch", marks=pytest.mark.once), ("dense", "token")],
+)
 def test_blocks_come_nearer_to_the_dense_blocks(dense, pruned, target, relative_to):
     refined, report = dsf_jax.refine(
         pruned.model,
@@ -158,6 +161,7 @@ def test_blocks_come_nearer_to_the_dense_blocks(dense, pruned, target, relative_
     assert report.nonzeros[0] == report.nonzeros[1]
 
 
+@pytest.mark.once
 def test_a_tokens_error_is_relative_to_its_own_size_but_not_to_nothing():
     target = jnp.asarray([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0], [jnp.nan, 1.0]])
     output = target + jnp.asarray([1.0, 0.0])
@@ -181,6 +185,7 @@ def test_one_block_by_itself(dense, pruned):
         np.testing.assert_allclose(leaf, leaves(again)[path], atol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("values", ["int8", "float8_e4m3fn"])
 def test_trained_values_are_packed_as_they_are(dense, pruned, values):
     refined, report = dsf_jax.refine(
@@ -321,6 +326,7 @@ def test_ways_to_compute_a_step_agree(dense, pruned):
     np.testing.assert_allclose(matched.losses[0] - first.losses[0], apart, rtol=1e-3)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -391,6 +397,7 @@ def spoiled_from(step, by):
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("by, what", [(jnp.nan, "was NaN or infinite at step"), (0.3, "diverged")])
 def test_a_run_that_goes_wrong_keeps_its_last_good_state(dense, pruned, by, what):
     common = dict(teacher=dense, steps=20)

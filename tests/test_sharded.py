@@ -237,6 +237,7 @@ def test_flax_layers_run_on_shards_as_on_the_whole(kind, tmp_path):
         close(apply(params), module.apply(variables, x))
 
 
+@pytest.mark.once
 def test_a_convolution_does_not_run_on_shards():
     make = lambda: nnx.List([nnx.Conv(4, 8, (1,), rngs=nnx.Rngs(0))])
     tree = macko_jax.flax_nnx.to_pure_dict(make())
