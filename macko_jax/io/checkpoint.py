@@ -279,7 +279,9 @@ def _encode(node: Any, path: tuple, put: Callable[[Any, str], dict]) -> dict:
                 raise TypeError(
                     f"The dict at {where!r} has the key {key!r}; keys are strings or integers"
                 )
-        return {"dict": [[key, _encode(child, (*path, key), put)] for key, child in node.items()]}
+        # In the order of keys, as JAX has them in a pytree: equal trees are equal files.
+        keys = sorted(node, key=lambda key: (isinstance(key, str), key))
+        return {"dict": [[key, _encode(node[key], (*path, key), put)] for key in keys]}
     if type(node) in (list, tuple):
         return {
             type(node).__name__: [
