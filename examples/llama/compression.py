@@ -104,10 +104,12 @@ def compress_checkpoint(
     if not given:
         stored.config.check_tokens(windows)
     assigned = recipe.assign(stored.config)
+    model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
+    if given:
+        _check_sparse(stored, model, assigned)
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
         settings = recipe.settings() | _inputs(stored, None if given else windows, dtype)
-        model = checkpoint.abstract_model(stored.config, dtype=dtype, param_dtype=stored.dtype())
         record = _Record(out / "report.json", settings, _others(model, assigned))
         remove_unfinished(out)
         run = _Run(out, stored, model, recipe, assigned, record, devices, callback)
@@ -131,6 +133,25 @@ def _open_source(source, out):
             f"{out} is the directory of the checkpoint; give another one for the packed model"
         )
     return checkpoint.Checkpoint(source)
+
+
+def _check_sparse(stored, model, assigned):
+    """Raises a ValueError if no layer that may be packed has few enough non-zeros for it."""
+    asked = False
+    for i, abstract in enumerate(model.layers):
+        block = stored.read(abstract, ("layers", str(i)))
+        for layer in LAYERS:
+            rule, kernel = assigned[f"layers/{i}/{layer}"], _kernel(block, layer)
+            if rule is not None and rule.skip:
+                continue
+            asked = True
+            if jnp.count_nonzero(kernel) < BREAK_EVEN_DENSITY * kernel.size:
+                return
+    if asked:
+        raise ValueError(
+            f"{stored.directory} has no layer in which fewer than {BREAK_EVEN_DENSITY:g} of the "
+            "weights are non-zero: nothing can be packed. Choose a method that prunes it"
+        )
 
 
 def _inputs(stored, windows, dtype):
@@ -247,25 +268,15 @@ class _Run:
             else:
                 began = time.perf_counter()
                 self._write(i, self._read(i), [], began)
-        layers = self.record.report(0.0).layers
-        if layers and all(layer.density >= BREAK_EVEN_DENSITY for layer in layers):
-            raise ValueError(
-                f"{self.stored.directory} has no layer in which fewer than "
-                f"{BREAK_EVEN_DENSITY:g} of the weights are non-zero: nothing can be packed. "
-                "Choose a method that prunes it"
-            )
 
     def save_part(self, name):
         """Reads a dense part of the checkpoint, writes it, also over a damaged one, returns it."""
-        part = nnx.clone(getattr(self.model, name))
-        self.stored.fill(part, (name,))
+        part = self.stored.read(getattr(self.model, name), (name,))
         macko_jax.save(checkpoint.part_file(self.out, name), nnx.to_pure_dict(nnx.state(part)))
         return part
 
     def _read(self, index):
-        block = nnx.clone(self.model.layers[index])
-        self.stored.fill(block, ("layers", str(index)))
-        return block
+        return self.stored.read(self.model.layers[index], ("layers", str(index)))
 
     def _uniform(self):
         """The `Densities` of the layers before a budget is shared out."""

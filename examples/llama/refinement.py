@@ -8,7 +8,7 @@ import time
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, traverse_util
+from flax import traverse_util
 
 import dsf_jax
 import macko_jax
@@ -158,14 +158,12 @@ def _refine_blocks(packed, dense, out, batches, rules, *, dtype, **training):
     done = _Done(out / "work", packed, stored, batches, rules, dtype, training)
     (out / "config.json").unlink(missing_ok=True)  # until all blocks are there
     model = checkpoint.abstract_model(config, dtype=dtype, param_dtype=stored.dtype())
-    embed = nnx.clone(model.embed)
-    stored.fill(embed, ("embed",))
+    embed = stored.read(model.embed, ("embed",))
     hidden = wanted = Stream.of(windows, embed, config, len(batches[0]))
     forward, steps = functools.partial(run_block, config), {}
     for i, abstract in enumerate(model.layers):
         name = f"layers/{i}"
-        block = nnx.clone(abstract)
-        stored.fill(block, ("layers", str(i)))
+        block = stored.read(abstract, ("layers", str(i)))
         wanted = wanted.behind(block)
         file = checkpoint.part_file(out, i)
         if not done.has(i, file):

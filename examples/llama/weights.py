@@ -223,6 +223,12 @@ class Checkpoint:
         """The safetensors files that hold its tensors."""
         return sorted({stored.path for stored in self._stored.values()})
 
+    def read(self, abstract, prefix):
+        """A part of the model, such as a block at ("layers", "3"), that is abstract until then."""
+        part = nnx.clone(abstract)
+        self.fill(part, prefix)
+        return part
+
     def fill(self, module, prefix=()):
         """Gives an abstract module its parameters.
 
