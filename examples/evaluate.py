@@ -124,10 +124,11 @@ def evaluate(directory, kind, model, text, other, settings):
     windowing = {"length": length, "stride": stride, "batch": settings.batch}
     windowing["limit"] = settings.eval_windows or None
     with jax.default_matmul_precision("highest"):
-        nats, count = evaluation.total_nats(model, tokens, **windowing)
-        if other is not None:
+        if other is None:
+            nats, count = evaluation.total_nats(model, tokens, **windowing)
+        else:
             speculation.check_draft(other.config, model.config)
-            agreement = evaluation.agreement(model, other, tokens, **windowing)
+            nats, count, agreement = evaluation.agreement(model, other, tokens, **windowing)
     # Bytes per token of the whole text, should only some of its windows have been read.
     size = len(text.encode()) / (len(tokens) - 1)
     result = {

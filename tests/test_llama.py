@@ -286,7 +286,8 @@ def test_agreement_is_that_of_the_distributions():
     other = nnx.clone(model)
     other.norm.scale[...] *= jnp.linspace(-1, 3, other.norm.scale[...].size)
     options = {"length": 20, "stride": 20, "batch": 1}
-    found = evaluation.agreement(model, other, tokens, **options)
+    nats, count, found = evaluation.agreement(model, other, tokens, **options)
+    assert (nats, count) == evaluation.total_nats(model, tokens, **options)
     q, p = (
         np.asarray(jax.nn.softmax(forward(each, jnp.asarray(tokens[None, :-1])))[0], np.float64)
         for each in (model, other)

@@ -135,28 +135,30 @@ class Judge:
             "limit": settings.eval_windows or None,
         }
 
-    def nats(self, model):
-        """Mean nats a token by text."""
-        sums = {n: evaluation.total_nats(model, t, **self.options) for n, t in self.tokens.items()}
-        return {name: nats / count for name, (nats, count) in sums.items()}
-
     def __call__(self, directory):
-        """What a row says of the packed model in a directory."""
+        """What a row says of a packed model; the agreement is that on the first text."""
         model = checkpoint.load_packed(directory, dtype=jnp.float32, unpack=True)
+        perplexity, agreements = {}, []
         with jax.default_matmul_precision("highest"):
-            nats = self.nats(model)
-            first = next(iter(self.tokens.values()))
-            agreement = evaluation.agreement(model, self.dense, first, **self.options)
+            for name, tokens in self.tokens.items():
+                nats, count, agreement = evaluation.agreement(
+                    model, self.dense, tokens, **self.options
+                )
+                perplexity[name] = math.exp(nats / count)
+                agreements.append(agreement)
         return {
-            "perplexity": {name: math.exp(mean) for name, mean in nats.items()},
-            "agreement": agreement,
+            "perplexity": perplexity,
+            "agreement": agreements[0],
             "bytes": sum(path.stat().st_size for path in directory.glob("packed-*")),
         }
 
     def of_dense(self):
         """Perplexities of the dense model by text."""
         with jax.default_matmul_precision("highest"):
-            return {name: math.exp(mean) for name, mean in self.nats(self.dense).items()}
+            return {
+                name: evaluation.perplexity(self.dense, tokens, **self.options)
+                for name, tokens in self.tokens.items()
+            }
 
 
 def run_all(settings):

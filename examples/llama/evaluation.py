@@ -109,23 +109,26 @@ def _sum_agreement(logits, other, counts):
 
 
 def agreement(model, other, tokens, *, length, stride, batch, limit=None):
-    """How a model agrees with another one on a text; see `total_nats` for the arguments.
+    """How a model predicts a text, and how it agrees with another one there, in one pass.
 
-    Where `model` drafts for `other`, a drafted token is accepted as often as the first two say.
+    Where `model` drafts for `other`, a drafted token is accepted as often as the first two of the
+    shares say. The other arguments are those of `total_nats`.
 
     Returns:
-      A dict: "same_likeliest", the share of places where both have the same likeliest token;
-      "overlap", the mean of sum_t min(p_t, q_t) over the vocabulary, p and q their distributions;
-      "divergence", the mean of sum_t p_t log(p_t / q_t) in nats, p those of `other`.
+      The sum in nats and the number of predicted tokens, as `total_nats`; and a dict:
+      "same_likeliest", the share of places where both have the same likeliest token; "overlap", the
+      mean of sum_t min(p_t, q_t) over the vocabulary, p and q their distributions; "divergence",
+      the mean of sum_t p_t log(p_t / q_t) in nats, p those of `other`.
     """
     parts = [nnx.split(each) for each in (model, other)]
-    sums, predicted = np.zeros(3), 0
-    for inputs, _, counts, _ in _batches(model.config, tokens, length, stride, batch, limit):
+    sums, nats, predicted = np.zeros(3), 0.0, 0
+    for inputs, *rest, _ in _batches(model.config, tokens, length, stride, batch, limit):
         both = [logits(graph, state, inputs) for graph, state in parts]
-        sums += np.asarray(_sum_agreement(*both, counts), np.float64)
-        predicted += int(counts.sum())
+        nats += float(_sum_nats(both[0], *rest))
+        sums += np.asarray(_sum_agreement(*both, rest[-1]), np.float64)
+        predicted += int(rest[-1].sum())
     names = ("same_likeliest", "overlap", "divergence")
-    return dict(zip(names, (sums / predicted).tolist()))
+    return nats, predicted, dict(zip(names, (sums / predicted).tolist()))
 
 
 def bits_per_token(model, tokens, **options):
