@@ -73,6 +73,12 @@ flags.DEFINE_multi_string(
     "the directory of the packed model; repeatable; by default modules of Python's library for a "
     "byte-level model, and topics of its help for others.",
 )
+flags.DEFINE_bool(
+    "whole_blocks",
+    False,
+    "Calibrate the layers of a block together, so that --devices share them; else each is "
+    "calibrated on what the compressed ones before it give.",
+)
 flags.DEFINE_enum(
     "refine", None, ["block"], "Train each block towards the dense one once its layers are solved."
 )
@@ -117,6 +123,7 @@ class Settings:
     dsf_options: str
     values: str | None
     calibration: tuple[str, ...]
+    whole_blocks: bool
     refine: str | None
     refine_steps: int
     refine_rate: float
@@ -138,6 +145,7 @@ class Settings:
             "pattern": self.pattern,
             "dsf_options": cli.read_options(self.dsf_options),
             "values": self.values,
+            "whole_blocks": self.whole_blocks,
             "refine": self.refine and BlockRefinement(self.refine_steps, self.refine_rate),
             "encoding": self.encoding,
         }

@@ -113,6 +113,30 @@ def test_directory_holds_the_model_and_the_report(packed):
 
 
 @pytest.mark.once
+@pytest.mark.slow
+def test_two_devices_share_the_layers_of_whole_blocks(dense, windows, tmp_path):
+    report = compression.compress_checkpoint(
+        dense[0],
+        tmp_path,
+        windows,
+        batch=2,
+        whole_blocks=True,
+        devices=jax.devices()[:2],
+        **SETTINGS,
+    )
+    whole = dsf_jax.compress_model(
+        dense[1],
+        list(np.split(windows, 2)),
+        method="wanda",
+        density=0.5,
+        calibration=dsf_jax.Calibration(blocks=r"layers/\d+"),
+    )
+    found = {layer.path: layer.error for layer in report.layers}
+    wanted = {layer.path: layer.error for layer in whole.report.layers}
+    assert found.keys() == wanted.keys()
+    np.testing.assert_allclose([found[path] for path in wanted], [*wanted.values()], rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "killed_at", [4, 6, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 12))]
 )
@@ -170,10 +194,11 @@ def test_second_run_in_a_directory_is_refused_and_harms_nothing(dense, packed, w
 
 
 @pytest.mark.once
-def test_time_left_is_by_the_pace_of_what_was_solved():
+@pytest.mark.parametrize("whole_blocks", [False, True])
+def test_time_left_is_by_the_pace_of_what_was_solved(whole_blocks):
     seen = []
     blocks = [[(f"{i}/{j}", (32, 32), "wanda") for j in range(4)] for i in range(3)]
-    progress = compression._Progress(blocks, seen.append)
+    progress = compression._Progress(blocks, whole_blocks, seen.append)
     solved = dsf_jax.LayerReport(
         "", "linear", (32, 32), 512, 4096, 4096, method="wanda", inner=None, error=0.1, seconds=10.0
     )

@@ -289,9 +289,12 @@ class _Run:
             yield path, share(solutions.get(path), owner[path].process_index)
 
     def _deal(self, paths: Sequence[str]) -> dict[str, Device]:
-        """The device of each layer: by size, so that the largest do not meet on one."""
-        by_size = sorted(paths, key=lambda path: -self._work(path))
-        return {path: self.devices[i % len(self.devices)] for i, path in enumerate(by_size)}
+        """The device of each layer: from the largest on, the one that has least to do so far."""
+        owner, load = {}, dict.fromkeys(self.devices, 0.0)
+        for path in sorted(paths, key=lambda path: -self._work(path)):
+            owner[path] = min(self.devices, key=load.__getitem__)
+            load[owner[path]] += self._work(path)
+        return owner
 
     def _alike(self, paths: Sequence[str], owner: Mapping[str, Device]) -> list[list[str]]:
         """The paths, those together that a device solves faster in one program."""

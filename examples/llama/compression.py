@@ -216,7 +216,7 @@ class _Run:
         self.out, self.stored, self.model, self.recipe = out, stored, model, recipe
         self.assigned, self.record, self.devices = assigned, record, devices
         self.layers = self._layers()
-        self.progress = _Progress(self.layers, callback)
+        self.progress = _Progress(self.layers, recipe.whole_blocks, callback)
         self.densities = None if recipe.method == GIVEN else self._uniform()
         self.forward = functools.partial(run_block, stored.config)
         self.steps = {}  # of refinements, which blocks that are alike share
@@ -343,6 +343,9 @@ class _Run:
                 rules=self.recipe.block_rules(self.assigned, index, densities),
                 values=self.recipe.values,
                 forward=self.forward,
+                calibration=dsf_jax.Calibration(
+                    "one-pass" if self.recipe.whole_blocks else "sequential"
+                ),
                 execution=dsf_jax.Execution(
                     devices=self.devices,
                     keep_activations=hidden.keep,
@@ -617,15 +620,20 @@ class _Progress:
 
     Args:
       blocks: for each block the (path, shape, method) of its layers.
+      whole_blocks: whether the layers of a block are calibrated together.
       callback: called with a `dsf_jax.Progress` after each layer; None for none.
     """
 
-    def __init__(self, blocks, callback):
+    def __init__(self, blocks, whole_blocks, callback):
         self.callback = callback
         layers = [layer for block in blocks for layer in block]
+        stages = list(filter(None, blocks)) if whole_blocks else [[layer] for layer in layers]
         self.total, self.index, self.last = len(layers), 0, self._now()
-        # Each layer of a block sees inputs of its own, and so is a stage of its own.
-        self.pace = Pace([{path: self._task(shape, method)} for path, shape, method in layers])
+        self.pace = Pace(
+            [{path: self._task(shape, method) for path, shape, method in stage} for stage in stages]
+        )
+        self.stage = {path: i for i, stage in enumerate(stages) for path, *_ in stage}
+        self.begun = set()  # the stages of which a layer is done
 
     def _task(self, shape, method):
         work = 1.0 if method == GIVEN else METHODS[method].work(shape)
@@ -638,13 +646,15 @@ class _Progress:
     def add(self, layer):
         self.index += 1
         now = self._now()
+        if self.stage[layer.path] not in self.begun:
+            self.begun.add(self.stage[layer.path])
+            own = np.array([layer.seconds, layer.compile_seconds])
+            passed = np.zeros(2) if layer.resumed else np.maximum(now - self.last - own, 0.0)
+            self.pace.calibrated(*passed.tolist())
         if layer.resumed:
             self.pace.resumed(layer.path)
-            self.pace.calibrated(0.0)
         else:
-            own = layer.seconds, layer.compile_seconds
-            self.pace.calibrated(*np.maximum(now - self.last - own, 0.0).tolist())
-            self.pace.solved(layer.path, *own)
+            self.pace.solved(layer.path, layer.seconds, layer.compile_seconds)
         self.last = now
         if self.callback is not None:
             left = self.pace.seconds_left()

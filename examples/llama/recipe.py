@@ -59,6 +59,9 @@ class Recipe:
       pattern: N:M pattern of the pruning methods, such as "2:4".
       dsf_options: options of the methods that give two factors, fields of `dsf_jax.Options`.
       values: "int8" or "float8_e4m3fn" to store values in 8 bits; None keeps the checkpoint's type.
+      whole_blocks: calibrate the layers of a block together, on what the block gives while it is
+        dense, as the programs of Wanda's and SparseGPT's authors do, so that several devices share
+        them; False calibrates each on what the compressed ones before it give.
       refine: how each block is refined; None refines none.
       encoding: of the packed matrices; None chooses the fastest for the device at hand.
 
@@ -74,6 +77,7 @@ class Recipe:
     pattern: str | None = None
     dsf_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     values: str | None = None
+    whole_blocks: bool = False
     refine: BlockRefinement | None = None
     encoding: str | None = None
 
@@ -86,8 +90,8 @@ class Recipe:
         if self.method == GIVEN and self._asks_to_solve():
             raise ValueError(
                 "method 'given' packs the zeros that are there: it takes no target_bytes, no "
-                "budget, no pattern, no dsf_options, no refinement, and no rules but those that "
-                "skip; examples.refine_llm refines what somebody else has pruned"
+                "budget, no pattern, no dsf_options, no whole_blocks, no refinement, and no rules "
+                "but those that skip; examples.refine_llm refines what somebody else has pruned"
             )
         if self.pattern and (self.target_bytes or self.budget != "uniform"):
             raise ValueError(
@@ -101,6 +105,7 @@ class Recipe:
             or self.budget != "uniform"
             or self.pattern
             or self.dsf_options
+            or self.whole_blocks
             or self.refine
             or any(not rule.skip for rule in self.rules)
         )
