@@ -110,7 +110,7 @@ def described(text: str, version: int) -> dict[str, str]:
         return {"format": "macko_jax", "version": "1", "tree": text, "crc32": checksum(text)}
     try:
         plain = json.dumps(json.loads(text), separators=(",", ":"))
-    except RecursionError:
+    except (RecursionError, ValueError):  # too deep, or a key that is no string
         plain = text
     return {"macko_jax": f'{{"version":"2","crc32":"{checksum(plain)}","tree":{text}}}'}
 
