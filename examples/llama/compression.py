@@ -241,9 +241,11 @@ class _Run:
         hidden = Stream.of(windows, embed, self.stored.config, batch, device)
         del embed
         densities = self._shared(hidden) if self.recipe.budget == "sensitivity" else self.densities
-        written, wanted = [], hidden  # the latter is what the dense blocks make of the windows
+        refines = self.recipe.refine is not None
+        # What the dense blocks make of the windows is held only where it is aimed at.
+        written, wanted = [], hidden if refines else None
         for i, abstract in enumerate(self.model.layers):
-            found, refines = self.record.has(i), self.recipe.refine is not None
+            found = self.record.has(i)
             dense = self._read(i) if refines or not found else None
             if refines:
                 wanted = wanted.behind(dense)
