@@ -17,7 +17,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags, logging
 
 import dsf_jax
@@ -123,8 +122,7 @@ class Settings:
     def batches(self, names, count):
         """Windows of texts, a step's each."""
         windows = texts.read_windows(names, self.teacher, self.out, count, self.length)
-        whole = max(1, len(windows) // self.batch)
-        return [part.copy() for part in np.split(windows[: whole * self.batch], whole)]
+        return texts.split_steps(windows, self.batch)
 
     def training(self):
         """The keywords of `dsf_jax.refine`."""

@@ -35,7 +35,7 @@ from dsf_jax import export
 from dsf_jax.pipeline.solve import METHODS
 from examples import cli, files, stdlib_text
 from examples.benchmarks.few_bits import FEW_BITS, bits_per_weight
-from examples.benchmarks.record_fields import read_record
+from examples.benchmarks.record_fields import merge, read_record
 from examples.llama import checkpoint, compression, evaluation
 from examples.llama import tokenizer as tokenizers
 from examples.records import write_json, write_text
@@ -256,20 +256,6 @@ def round_model(model, method, bits, grams, quality):
     }
 
 
-def merge(records):
-    """Records of the same settings as one, rows in order of method and density."""
-    first = records[0]
-    for record in records:
-        if record["settings"] != first["settings"]:
-            raise ValueError(f"other settings: {record['settings']} and {first['settings']}")
-    rows = {key_of(row): row for r in records for row in r["rows"]}
-    known = [*METHODS, *FEW_BITS]
-    if unknown := {method for method, _ in rows if method not in known}:
-        raise ValueError(f"a record has the method {min(unknown)!r}; known: {', '.join(known)}")
-    order = sorted(rows, key=lambda key: (known.index(key[0]), -key[1]))
-    return first | {"rows": [rows[key] for key in order]}
-
-
 def loss_at(rows, nbytes, dense):
     """Bits per byte that a method loses when stored in `nbytes`; None outside of its rows.
 
@@ -330,7 +316,7 @@ def main(_):
     settings = cli.settings(Settings)
     records = [read_record(path, "methods") for path in settings.record] or [run_all(settings)]
     try:
-        record = add_equal_bytes(merge(records))
+        record = add_equal_bytes(merge(records, key_of, [*METHODS, *FEW_BITS]))
     except ValueError as error:
         raise ValueError(f"{', '.join(settings.record) or settings.out}: {error}") from None
     write_json(settings.out, record)

@@ -28,7 +28,7 @@ import dsf_jax
 from dsf_jax.pipeline.solve import METHODS
 from examples import cli, files, stdlib_text
 from examples.benchmarks import timing
-from examples.benchmarks.record_fields import read_record
+from examples.benchmarks.record_fields import merge, read_record
 from examples.llama import checkpoint, compression, evaluation, refinement, texts
 from examples.llama import tokenizer as tokenizers
 from examples.records import write_json
@@ -121,7 +121,7 @@ class Judge:
     def __init__(self, settings):
         self.dense = checkpoint.load(settings.checkpoint, dtype=jnp.float32)
         config = self.dense.config
-        self.length = evaluation.window_length(settings.length, config)
+        length = evaluation.window_length(settings.length, config)
         tokenizer = tokenizers.load_tokenizer(settings.checkpoint, config.vocab_size)
         read = {"topics": stdlib_text.read_topics(held_out=True)}
         if settings.text is not None:
@@ -129,8 +129,8 @@ class Judge:
             read = {"text": text} | read
         self.tokens = {name: np.array(tokenizer.encode(text)) for name, text in read.items()}
         self.options = {
-            "length": self.length,
-            "stride": max(1, self.length - 1),
+            "length": length,
+            "stride": max(1, length - 1),
             "batch": 8,
             "limit": settings.eval_windows or None,
         }
@@ -207,7 +207,7 @@ def make(settings, stage, method, density, before, directory):
     count = settings.model_windows if whole else settings.block_windows
     windows = read_windows(settings, settings.calibration, count)
     size = settings.batch if whole else settings.block_batch
-    batches = [windows[i : i + size] for i in range(0, len(windows) - size + 1, size)]
+    batches = texts.split_steps(windows, size)
     report, _ = refinement.refine_checkpoint(
         before,
         settings.checkpoint,
@@ -262,23 +262,12 @@ def line(row):
     )
 
 
-def merge(records):
-    """Records of the same settings as one, rows in order of method, density and stage."""
-    first = records[0]
-    for record in records:
-        if record["settings"] != first["settings"]:
-            raise ValueError(f"other settings: {record['settings']} and {first['settings']}")
-    rows = {key_of(row): row for record in records for row in record["rows"]}
-    order = sorted(rows, key=lambda k: ([*METHODS].index(k[0]), -k[1], STAGES.index(k[2])))
-    return first | {"rows": [rows[key] for key in order]}
-
-
 def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax tells all that it does
     settings = cli.settings(Settings)
     records = [read_record(path, "refinement") for path in settings.record] or [run_all(settings)]
     try:
-        record = merge(records)
+        record = merge(records, key_of, [*METHODS, *STAGES])
     except ValueError as error:
         raise ValueError(f"{', '.join(settings.record) or settings.out}: {error}") from None
     write_json(settings.out, record)

@@ -168,6 +168,29 @@ def read_record(path, kind):
     return record
 
 
+def merge(records, key_of, known):
+    """Records of the same settings as one, which has the last row of each key.
+
+    Args:
+      records: what `read_record` gave.
+      key_of: gives a row's key, a tuple of names and numbers.
+      known: the names that keys may have. Rows are in this order of names, from large numbers on.
+
+    Raises:
+      ValueError: the records have other settings, or a row has an unknown name.
+    """
+    first = records[0]
+    for record in records:
+        if record["settings"] != first["settings"]:
+            raise ValueError(f"other settings: {record['settings']} and {first['settings']}")
+    rows = {key_of(row): row for record in records for row in record["rows"]}
+    names = {part for key in rows for part in key if isinstance(part, str)}
+    if unknown := names - set(known):
+        raise ValueError(f"a record has a row of {min(unknown)!r}; known: {', '.join(known)}")
+    place = lambda part: known.index(part) if isinstance(part, str) else -part
+    return first | {"rows": [rows[key] for key in sorted(rows, key=lambda k: [*map(place, k)])]}
+
+
 def _check_methods(record):
     """What rows and the dense model must have beside what the table says."""
     read_fields(record["dense"], _QUALITY)

@@ -37,6 +37,12 @@ def read_windows(names, directory, out, count, length):
     return np.stack(each, axis=1).reshape(-1, length)
 
 
+def split_steps(windows, batch):
+    """The windows [batch, length] of each step: all where there are fewer; a rest is left out."""
+    whole = max(1, len(windows) // batch)
+    return [part.copy() for part in np.split(windows[: whole * batch], whole)]
+
+
 def read_text(name, config):
     """The text of a file, or by default one that comes with Python and suits the model."""
     if name:

@@ -137,8 +137,7 @@ def load(directory, *, dtype=jnp.float32, param_dtype=None, mesh=None):
         stored.fill(model)
         return model
     for prefix, abstract, put in parts(model):  # so that no device ever holds all of it
-        part = nnx.clone(abstract)
-        stored.fill(part, prefix)
+        part = stored.read(abstract, prefix)
         tree = parallel.place(nnx.to_pure_dict(nnx.state(part)), prefix, stored.config, mesh)
         put(macko_jax.flax_nnx.from_pure_dict(abstract, tree))
     return parallel.spread(model, mesh)
