@@ -223,14 +223,17 @@ def draw_refine(records, pyplot):
         1, count, figsize=(6 * count, 4.2), layout="constrained", squeeze=False
     )
     panels = list(panels[0])
+    names = dict.fromkeys(run["name"] for run in runs)
+    color_of = {name: f"C{i % 10}" for i, name in enumerate(names)}  # the same in both panels
     if wholes:
         axes = panels.pop(0)
         for run in wholes:
             steps = [run["every"] * (i + 1) for i in range(len(run["losses"]))]
-            (line,) = axes.plot(steps, run["losses"], linewidth=1, label=run["name"])
+            style = {"label": run["name"], "color": color_of[run["name"]]}
+            axes.plot(steps, run["losses"], linewidth=1, **style)
             if run["held_out"]:
                 style = {"marker": "o", "markersize": 4, "linestyle": "--"}
-                axes.plot(*zip(*run["held_out"]), color=line.get_color(), **style)
+                axes.plot(*zip(*run["held_out"]), color=color_of[run["name"]], **style)
         label = "loss; dashed: held out" if any(run["held_out"] for run in wholes) else "loss"
         axes.set(xlabel="step", ylabel=label, yscale="log")
         axes.legend(fontsize="small", frameon=False)
@@ -240,8 +243,9 @@ def draw_refine(records, pyplot):
             before, after = (
                 [block[name] for block in run["blocks"]] for name in ("before", "after")
             )
-            (line,) = axes.plot(range(len(after)), after, marker=".", label=run["name"])
-            axes.plot(range(len(before)), before, color=line.get_color(), linestyle="--")
+            color = color_of[run["name"]]
+            axes.plot(range(len(after)), after, marker=".", label=run["name"], color=color)
+            axes.plot(range(len(before)), before, color=color, linestyle="--")
         axes.set(
             xlabel="block", ylabel="relative error of its output; dashed: before", yscale="log"
         )

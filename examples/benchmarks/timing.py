@@ -133,9 +133,11 @@ def time_generations(decoder, repeats):
     """Seconds of each call after the prefill, [repeats, calls].
 
     As in `llama.generate`, the device is given a call while the one before it runs. A CPU would run
-    the second call before the host can note when the first one ended; it is given one at a time.
+    the second call before the host can note when the first one ended, and where several devices
+    share a model the host is busy with a call for as long as it runs; they get one at a time.
     """
-    in_turn = iter if jax.default_backend() == "cpu" else generation.one_ahead
+    alone = jax.default_backend() != "cpu" and decoder.settings.tensor_parallel == 1
+    in_turn = generation.one_ahead if alone else iter
     rows = []
     for _ in range(repeats + 1):
         ready = []

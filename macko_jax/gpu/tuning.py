@@ -19,12 +19,15 @@ DENSIFY_WARPS = 16  # more are slower (tuning_h200.json, "decode")
 # Vectors of a pass, by the bytes of their elements (spmv_h200_batches.json).
 VECTORS = {2: 8, 4: 4}
 
-# Loads in flight. Of the last three no record was kept.
+# Loads in flight.
 SHORT_CHUNK, LONG_CHUNK = 2.5, 8.5  # groups of a lane in a row, see `prefetch_distance`
-GROUPS_IN_FLIGHT = 48  # of an SM's warps together, for each lane, where few warps fit
+# Of an SM's warps together, for each lane, where few warps fit; no record was kept.
+GROUPS_IN_FLIGHT = 48
 MOST_AHEAD = 12  # groups, which take up to 108 of the 255 registers that a lane can have
-ELEMENTS_IN_FLIGHT = 8  # of a thread and vector while x is staged
-PAIRS_IN_FLIGHT = {2: 4, 4: 4, 8: 12}  # the same of so many vectors that are read by pairs
+# Of a thread and vector while x is staged (tuning_h200.json, "elements of x").
+ELEMENTS_IN_FLIGHT = 8
+# The same of so many vectors that are read by pairs; no record was kept.
+PAIRS_IN_FLIGHT = {2: 4, 4: 4, 8: 12}
 
 # Groups that a lane visits at a time, so that one hides the latencies of another
 # (spmv_h200_transposed.json, tuning_h200.json).
