@@ -78,10 +78,25 @@ def settle(weight: jax.Array, dtype) -> jax.Array:
     Returns:
       s q as products have it, float32 [rows, cols]; `quantize` takes it in the weight's type.
     """
+    values, scales = settled(weight, dtype)
+    return values.astype(jnp.float32) * scales.astype(jnp.float32)[:, None]
+
+
+def settled(weight: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """The q and s of `settle`: [rows, cols] of the 8-bit type, and [rows] of the weight's type."""
     for _ in range(3):
         values, scales = _nearest(weight, dtype)
         weight = dequantize(values, scales)
-    return values.astype(jnp.float32) * scales.astype(jnp.float32)[:, None]
+    return values, scales
+
+
+def nearest_value(ratio: jax.Array, dtype) -> jax.Array:
+    """The values of an 8-bit type that are nearest to float32 numbers, as float32."""
+    largest = LARGEST[jnp.dtype(dtype)]
+    ratio = jnp.clip(ratio, -largest, largest)
+    if jnp.dtype(dtype) == jnp.int8:
+        return jnp.round(ratio)
+    return ratio.astype(dtype).astype(jnp.float32)
 
 
 def _round(real, least, dtype):
