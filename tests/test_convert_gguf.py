@@ -14,7 +14,8 @@ from tests.scripts import run
 gguf = pytest.importorskip("gguf")
 
 LLAMA = [f"llama.{name}" for name in ("attention.head_count", "embedding_length")]
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 64, 4, 2, 16, 96, 2
+# Pairs of the layers of a block share their shapes, and so programs.
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, LAYERS = 128, 4, 2, 16, 64, 2
 
 
 def pair_up(weight, heads):
@@ -53,11 +54,12 @@ def stored():
 
 def write(path, stored, architecture="llama", kind="gpt2", quantized=()):
     """A GGUF file of the tensors, those that are named in 8 bits."""
+    blocks = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(MLP)
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(len(blocks))
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_rope_dimension_count(HEAD_DIM)
@@ -181,7 +183,8 @@ def test_other_models_are_refused(tmp_path, stored):
 
 @pytest.mark.slow
 def test_llm_goes_from_the_file_to_a_packed_model_beside_dense(stored, tmp_path):
-    write(tmp_path / "small.gguf", stored)
+    one_block = {name: tensor for name, tensor in stored.items() if ".layers.1." not in name}
+    write(tmp_path / "small.gguf", one_block)
     out = tmp_path / "out"
     done = run(
         "llm",
