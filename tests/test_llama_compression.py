@@ -356,7 +356,7 @@ def test_rules_8_bit_values_and_what_somebody_else_pruned(dense, windows, tmp_pa
     pruned = checkpoint.load_packed(out, unpack=True)
     checkpoint.save(tmp_path / "pruned", pruned, jnp.float32)
     again = compression.compress_checkpoint(
-        tmp_path / "pruned", tmp_path / "given", None, method="given"
+        tmp_path / "pruned", tmp_path / "given", None, method="given", encoding="bitmask"
     )
     assert {layer.method for layer in again.layers} == {"given"}
     nonzeros = {layer.path: layer.nonzeros for layer in again.layers}

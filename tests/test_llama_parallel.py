@@ -15,7 +15,15 @@ from examples.llama import cache as kv_cache
 from examples.llama import checkpoint, parallel, split
 from macko_jax.nn.flax_nnx import become_pair
 from macko_jax.nn.rules import Rule
-from tests.test_llama import CONFIG, begin, continuations, forward, make_model, make_tokens
+from tests.test_llama import (
+    CONFIG,
+    VARIANTS,
+    begin,
+    continuations,
+    forward,
+    make_model,
+    make_tokens,
+)
 
 PROMPTS = [[5, 3, 9], [2, 7]]
 
@@ -75,8 +83,8 @@ def test_packed_on_four_devices():
 
 @pytest.mark.slow
 def test_pairs_of_8_bit_values():
-    changes = {"qk_norm": True, "rope_scaling": llama.RopeScaling("llama3", 8.0, 1.0, 4.0, 32)}
-    assert_same(packed(pruned_model(pairs=True, **changes), dtype="int8"), 2)
+    one_layer = VARIANTS["qwen3"]
+    assert_same(packed(pruned_model(pairs=True, **one_layer), dtype="int8"), 2)
 
 
 @pytest.mark.slow
