@@ -83,11 +83,12 @@ def test_batches_and_stacks_of_several_axes_on_a_mesh():
     close(mapped, y)
 
     # Row shards: each device multiplies by rows of its own.
-    stack = jax.tree.map(lambda a: jnp.stack([a, a]), MATRIX)
-    stack = jax.device_put(stack, NamedSharding(mesh, P("d")))
-    rows = jax.jit(jax.vmap(macko_jax.spmv, (0, None)))(stack, vectors[0, 0])
-    assert spec(rows) == ("d", None)
-    close(rows, [WEIGHT @ vectors[0, 0]] * 2)
+    for matrix in MATRIX, BITMASK, macko_jax.compress(WEIGHT, dtype="int8", encoding="bitmask"):
+        stack = jax.tree.map(lambda a: jnp.stack([a, a]), matrix)
+        stack = jax.device_put(stack, NamedSharding(mesh, P("d")))
+        rows = jax.jit(jax.vmap(macko_jax.spmv, (0, None)))(stack, vectors[0, 0])
+        assert spec(rows) == ("d", None)
+        close(rows, [np.asarray(macko_jax.decompress(matrix)) @ vectors[0, 0]] * 2)
 
     cut = jax.device_put(vectors[..., :300], NamedSharding(mesh, P(None, None, "d")))
     part = jax.device_put(macko_jax.compress(WEIGHT[:, :300], encoding="bitmask"), everywhere)

@@ -62,8 +62,11 @@ def is_zero(values):
 
 
 def masked(values: jax.Array, pattern: jax.Array) -> jax.Array:
-    """The values where the pattern is not zero, and zero elsewhere; all of them if it is empty."""
-    return jnp.where(is_zero(pattern), jnp.zeros_like(values), values) if pattern.size else values
+    """The values where the pattern is not zero, and zero elsewhere; all of them if it is a scalar.
+
+    (XLA of jax 0.11 crashes where an empty array goes into a loop inside `shard_map`.)
+    """
+    return jnp.where(is_zero(pattern), jnp.zeros_like(values), values) if pattern.ndim else values
 
 
 def lane_chunks(count, lanes: int):

@@ -84,10 +84,8 @@ def settle(weight: jax.Array, dtype) -> jax.Array:
 
 def settled(weight: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """The q and s of `settle`: [rows, cols] of the 8-bit type, and [rows] of the weight's type."""
-    for _ in range(3):
-        values, scales = _nearest(weight, dtype)
-        weight = dequantize(values, scales)
-    return values, scales
+    again = lambda _, weight: dequantize(*_nearest(weight, dtype))
+    return _nearest(jax.lax.fori_loop(0, 2, again, weight), dtype)
 
 
 def nearest_value(ratio: jax.Array, dtype) -> jax.Array:

@@ -157,7 +157,7 @@ def sddmm(layout: Layout, positions: Positions, x, y, pattern, *, out_dtype) -> 
 
     A gradient and its pattern have one type.
     """
-    masked = pattern.size > 0
+    masked = pattern.ndim > 0
     chosen = plan(problem_of("sddmm", layout, x, y, out_dtype))
     chosen = dataclasses.replace(chosen, masked=masked)
     return run(chosen, *positions, x, y, *[pattern] * masked)

@@ -10,8 +10,8 @@ sampled dense-dense product, by the values. Each is linear in its two operands, 
 either operand is again one of the three, so derivatives of every order stay within them.
 
 Slots that are padding are left out of the sum. Where an encoding does not tell them, they are those
-where the array `pattern`, the matrix's own values, is zero; else it is empty. If the operand in the
-role of the values is the pattern itself, nothing has to be left out: `own` tells the products so.
+where the array `pattern`, the matrix's own values, is zero; else that is a scalar. If the operand
+in the role of the values is the pattern itself, nothing has to be left out, which `own` says.
 """
 
 import functools
@@ -101,7 +101,7 @@ def _multiply(result, matrix, vectors: dict, out_dtype, implementation) -> jax.A
     values = matrix.values if matrix.scales is None else jax.lax.stop_gradient(matrix.values)
     # Without a bitmask a slot is known to be padding by its value, and it must stay zero.
     tells = matrix.encoding == "bitmask" or matrix.scales is not None
-    pattern = jnp.zeros(0, values.dtype) if tells else jax.lax.stop_gradient(values)
+    pattern = jnp.zeros((), values.dtype) if tells else jax.lax.stop_gradient(values)
     [(role, array)] = vectors.items()
     if not jnp.issubdtype(array.dtype, jnp.floating):
         array = array.astype(out_dtype)
