@@ -118,8 +118,7 @@ def round_rows(matrix: jax.Array, gram: jax.Array, values: str, held: np.dtype) 
     rounded, scales = quantization.settled(matrix.astype(held), values)
     unit = jnp.where(scales > 0, scales, 1).astype(jnp.float32)[:, None]
     start = rounded.astype(jnp.float32)
-    free = (start != 0) | (matrix != 0)
-    free &= jnp.abs(start) < quantization.LARGEST[jnp.dtype(values)]
+    free = (matrix != 0) & (jnp.abs(start) < quantization.LARGEST[jnp.dtype(values)])
     # In units of the scales, in whole blocks of columns.
     pad = -gram.shape[0] % BLOCK
     gram = jnp.pad(gram, ((0, pad), (0, pad)))

@@ -136,8 +136,8 @@ def time_generations(decoder, repeats):
     the second call before the host can note when the first one ended, and where several devices
     share a model the host is busy with a call for as long as it runs; they get one at a time.
     """
-    alone = jax.default_backend() != "cpu" and decoder.settings.tensor_parallel == 1
-    in_turn = generation.one_ahead if alone else iter
+    one_gpu = jax.default_backend() != "cpu" and decoder.settings.tensor_parallel == 1
+    in_turn = generation.one_ahead if one_gpu else iter
     rows = []
     for _ in range(repeats + 1):
         ready = []
