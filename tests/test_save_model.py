@@ -138,11 +138,15 @@ def assert_close(found, expected, tolerance):
 
 
 @pytest.mark.slow
-def test_packed_model_equals_the_compressed_one(nnx_model, x):
+def test_packed_models_equal_the_compressed_ones(nnx_model, variables, x):
     packed, report = dsf_jax.pack(nnx_model, rules=RULES)
     check_report(report)
     assert isinstance(packed.stem, MackoConv) and isinstance(packed.head.left, MackoLinear)
     assert_close(run_nnx(packed, x), run_nnx(nnx_model, x), 1e-5)
+
+    packed, report = dsf_jax.pack(variables, rules=RULES, module=LinenNet(), inputs=(x,))
+    check_report(report)
+    assert_close(run(packed, x), run(variables, x), 1e-5)
 
 
 @pytest.mark.slow
