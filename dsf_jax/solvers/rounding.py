@@ -115,35 +115,37 @@ def round_rows(matrix: jax.Array, gram: jax.Array, values: str, held: np.dtype) 
     Returns:
       X' as products have it, float32; `quantize` takes it in the type `held`.
     """
-    rounded, scales = quantization.settled(matrix.astype(held), values)
+    nearest, scales = quantization.settled(matrix.astype(held), values)
     unit = jnp.where(scales > 0, scales, 1).astype(jnp.float32)[:, None]
-    start = rounded.astype(jnp.float32)
+    start = nearest.astype(jnp.float32)
     free = (matrix != 0) & (jnp.abs(start) < quantization.LARGEST[jnp.dtype(values)])
     # In units of the scales, in whole blocks of columns.
     pad = -gram.shape[0] % BLOCK
     gram = jnp.pad(gram, ((0, pad), (0, pad)))
-    curvature = jnp.maximum(jnp.diagonal(gram), jnp.finfo(jnp.float32).tiny)
+    diagonal = jnp.maximum(jnp.diagonal(gram), jnp.finfo(jnp.float32).tiny)
     start, target, free = (jnp.pad(a, ((0, 0), (0, pad))) for a in (start, matrix / unit, free))
 
     def visit_block(i, state):
         """Lets the columns of a block change one by one; the others then see all changes."""
-        current, slope = state  # slope = (X' - X) S
-        rows = jax.lax.dynamic_slice_in_dim(gram, i * BLOCK, BLOCK)
-        before, old_slope, may, near = (
-            jax.lax.dynamic_slice_in_dim(a, i * BLOCK, BLOCK, axis=1)
-            for a in (current, slope, free, rows)
+        current, gradient = state  # gradient = (X' - X) S
+        of_block = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=i * BLOCK, slice_size=BLOCK, axis=-1
         )
-        steep = jax.lax.dynamic_slice_in_dim(curvature, i * BLOCK, BLOCK)
+        gram_rows = jax.lax.dynamic_slice_in_dim(gram, i * BLOCK, BLOCK)
+        block_gram, block_diagonal = of_block(gram_rows), of_block(diagonal)
+        block_free, before = of_block(free), of_block(current)
 
         def visit(j, state):
-            block, slope = state
-            best = quantization.nearest_value(block[:, j] - slope[:, j] / steep[j], values)
-            new = jnp.where(may[:, j], best, block[:, j])
-            return block.at[:, j].set(new), slope + (new - block[:, j])[:, None] * near[j]
+            block, gradient = state
+            best = block[:, j] - gradient[:, j] / block_diagonal[j]
+            best = quantization.nearest_value(best, values).astype(jnp.float32)
+            new = jnp.where(block_free[:, j], best, block[:, j])
+            change = (new - block[:, j])[:, None]
+            return block.at[:, j].set(new), gradient + change * block_gram[j]
 
-        after, _ = jax.lax.fori_loop(0, BLOCK, visit, (before, old_slope))
+        after, _ = jax.lax.fori_loop(0, BLOCK, visit, (before, of_block(gradient)))
         current = jax.lax.dynamic_update_slice_in_dim(current, after, i * BLOCK, axis=1)
-        return current, slope + (after - before) @ rows
+        return current, gradient + (after - before) @ gram_rows
 
     blocks = gram.shape[0] // BLOCK
     sweep = lambda _, state: jax.lax.fori_loop(0, blocks, visit_block, state)

@@ -56,8 +56,7 @@ def _nearest(weight, dtype):
     least = peak / np.float32(largest + HALF_STEP[dtype])
     scales = xp.minimum(_round(peak / np.float32(largest), least, weight.dtype), most)
     ratio = exact / xp.where(scales > 0, scales.astype(np.float32), 1)[:, None]
-    ratio = xp.clip(ratio, -largest, largest)  # the scale may be smaller than the ratio asks for
-    return (xp.round(ratio) if dtype == jnp.int8 else ratio).astype(dtype), scales
+    return nearest_value(ratio, dtype), scales
 
 
 # A jitted program that rounds must not keep what it rounds in a wider type, as XLA likes to.
@@ -88,13 +87,14 @@ def settled(weight: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     return _nearest(jax.lax.fori_loop(0, 2, again, weight), dtype)
 
 
-def nearest_value(ratio: jax.Array, dtype) -> jax.Array:
-    """The values of an 8-bit type that are nearest to float32 numbers, as float32."""
-    largest = LARGEST[jnp.dtype(dtype)]
-    ratio = jnp.clip(ratio, -largest, largest)
-    if jnp.dtype(dtype) == jnp.int8:
-        return jnp.round(ratio)
-    return ratio.astype(dtype).astype(jnp.float32)
+def nearest_value(ratio, dtype):
+    """The values of an 8-bit type that are nearest to float32 numbers, weights over their scale.
+
+    They are clipped, since a scale may be smaller than the weight asks for.
+    """
+    xp, dtype = ratio.__array_namespace__(), jnp.dtype(dtype)
+    ratio = xp.clip(ratio, -LARGEST[dtype], LARGEST[dtype])
+    return (xp.round(ratio) if dtype == jnp.int8 else ratio).astype(dtype)
 
 
 def _round(real, least, dtype):
