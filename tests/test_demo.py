@@ -130,18 +130,28 @@ def test_compare_methods(byte_model, text, tmp_path):
         "benchmarks.compare_methods",
         f"--checkpoint={byte_model} --text={text} --eval_windows=2",
         f"--calibration={text} --windows=2 --method=magnitude --density=0.5",
-        f"--density=0.25 --bits=8 --bits=3 --out={out}",
+        f"--density=0.25 --values=stored --values=int8 --bits=8 --bits=3 --out={out}",
     )
     record = json.loads(out.read_text())
-    rows = {(r["method"], r.get("bits") or r["asked_density"]): r for r in record["rows"]}
+    rows = {
+        (row["method"], row.get("bits") or row["asked_density"]): row
+        for row in record["rows"]
+        if row.get("values") != "int8"
+    }
+    eight = {row["asked_density"]: row for row in record["rows"] if row.get("values") == "int8"}
     assert rows["magnitude", 0.25]["bytes"] < rows["magnitude", 0.5]["bytes"]
+    for density, row in eight.items():
+        full = rows["magnitude", density]
+        assert row["bytes"] < full["bytes"] and row["nonzeros"] == full["nonzeros"]
+        assert abs(row["bits_per_byte"] - full["bits_per_byte"]) < 0.01
+    assert sorted(eight) == [0.25, 0.5]
     assert rows["rtn", 8]["bytes"] < record["dense"]["bytes"]
     assert rows["rtn", 3]["bytes"] == rows["gptq", 3]["bytes"]
     for bits in (8, 3):
         error, best = (rows[method, bits]["mean_relative_error"] for method in ("rtn", "gptq"))
         assert best < 0.8 * error < 0.1
     table = out.with_suffix(".csv").read_text().splitlines()
-    assert len(table) == 7 and table[1].startswith("magnitude,0.5,,")
+    assert len(table) == 9 and table[2].startswith("magnitude,0.5,,int8,")
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
     python -m examples.benchmarks.compare_methods --out=runs/compare_methods.json
     python -m examples.benchmarks.compare_methods --checkpoint=DIRECTORY --length=1024 \
-        --text=FILE --calibration=FILE --values=int8 --bits=8 --bits=4 --density=0.5
+        --text=FILE --calibration=FILE --values=stored --values=int8 --bits=4 --density=0.5
 
 For each density and method, all linear layers of the model's blocks are pruned or factorized with
 the same Gram matrices and packed into MACKO matrices; the record has the bits per byte of held-out
@@ -19,6 +19,7 @@ that are there already, of several runs; examples.benchmarks.plot_results draws 
 import csv
 import dataclasses
 import importlib.metadata
+import itertools
 import math
 import pathlib
 import platform
@@ -65,11 +66,11 @@ flags.DEFINE_multi_float(
 flags.DEFINE_multi_integer(
     "bits", [], "Bits of dense weights, by rtn and gptq; repeatable.", lower_bound=2, upper_bound=8
 )
-flags.DEFINE_enum(
+flags.DEFINE_multi_enum(
     "values",
-    "stored",
+    ["stored"],
     ["stored", *NAMES],
-    "Type of the packed values; stored: the checkpoint's own.",
+    "Type of the packed values; stored: the checkpoint's own; repeatable.",
 )
 flags.DEFINE_integer("windows", 32, "Windows to calibrate on.", lower_bound=1)
 flags.DEFINE_integer(
@@ -94,7 +95,7 @@ class Settings:
     method: tuple[str, ...]
     density: tuple[float, ...]
     bits: tuple[int, ...]
-    values: str
+    values: tuple[str, ...]
     windows: int
     length: int | None
     eval_windows: int
@@ -102,17 +103,16 @@ class Settings:
     out: str
 
     def asked(self):
-        """(method, density or bits) of every row."""
+        """(method, density or bits, type of the values) of every row."""
         return [
-            *((method, density) for density in self.density for method in self.method),
-            *((method, bits) for bits in self.bits for method in FEW_BITS),
+            *itertools.product(self.method, self.density, self.values),
+            *itertools.product(FEW_BITS, self.bits, ["stored"]),
         ]
 
     def described(self):
         """What must be the same in records that are joined, as they have it."""
-        others = {"values": self.values, "length": self.length}
-        defaults = {"values": "stored", "length": None}
-        return {key: value for key, value in others.items() if value != defaults[key]} | {
+        length = {} if self.length is None else {"length": self.length}
+        return length | {
             "checkpoint": pathlib.Path(self.checkpoint).name,
             "text": "a file" if self.text else "held-out modules",
             "calibration": "a file" if self.calibration else "calibration modules",
@@ -156,20 +156,19 @@ def run_all(settings):
         record = begin_record(settings, model, quality(model))
     done = {key_of(row) for row in record["rows"]}
     grams = dsf_jax.gram_matrices(model, batches, layers="layers/.*")
-    for method, asked in settings.asked():
-        if (method, asked) in done:
+    for method, asked, values in settings.asked():
+        if (method, asked, values) in done:
             continue
         began = time.perf_counter()
         if method in FEW_BITS:
             row = round_model(model, method, asked, grams, quality)
         else:
-            values = None if settings.values == "stored" else settings.values
             row = run_method(model, method, asked, values, batches, grams, quality)
         row |= {"seconds": round(time.perf_counter() - began, 1)}
         record["rows"].append(row)
         write_json(settings.out, record)
         print(
-            f"{method:14} {asked:4g}  {row['bits_per_byte']:.4f} bits per byte  "
+            f"{method:14} {asked:4g} {values:8} {row['bits_per_byte']:.4f} bits per byte  "
             f"{row['bytes'] / 1e6:.2f} MB  {row['seconds']:.0f} s",
             flush=True,
         )
@@ -191,8 +190,8 @@ def read_texts(settings, vocab_size):
 
 
 def key_of(row):
-    """What tells a row from others: its method, and the density or the bits."""
-    return row["method"], row.get("bits") or row["asked_density"]
+    """What tells a row from others: its method, the density or the bits, the type of its values."""
+    return row["method"], row.get("bits") or row["asked_density"], row.get("values", "stored")
 
 
 def begin_record(settings, model, quality):
@@ -213,21 +212,23 @@ def begin_record(settings, model, quality):
 
 def run_method(model, method, density, values, batches, grams, quality):
     """Compresses, evaluates and packs the model; a row of the record."""
+    eight_bit = None if values == "stored" else values
     new, report = dsf_jax.compress_model(
         model,
         batches[:1],
         method=method,
         density=density,
-        values=values,
+        values=eight_bit,
         calibration=dsf_jax.Calibration("one-pass", grams=grams),
     )
     return {
         "method": method,
         "asked_density": density,
+        "values": values,
         "density": report.density,
         "nonzeros": report.nonzeros,
         **quality(new),
-        "bytes": export.pack(new, values=values)[1].bytes_after,
+        "bytes": export.pack(new, values=eight_bit)[1].bytes_after,
         "mean_relative_error": float(np.mean([layer.error for layer in report.layers])),
         "single_matrices": sum(layer.inner is None for layer in report.layers),
     }
@@ -268,9 +269,13 @@ def loss_at(rows, nbytes, dense):
 
 
 def add_equal_bytes(record):
-    """Puts beside each row what the reference method loses at the same number of bytes."""
+    """Puts beside each row what the reference method, with stored values, loses at its bytes."""
     dense = record["dense"]["bits_per_byte"]
-    reference = [row for row in record["rows"] if row["method"] == REFERENCE]
+    reference = [
+        row
+        for row in record["rows"]
+        if row["method"] == REFERENCE and row.get("values", "stored") == "stored"
+    ]
     for row in record["rows"]:
         row["lost"] = row["bits_per_byte"] - dense
         row[f"{REFERENCE}_loses_at_equal_bytes"] = (
@@ -285,6 +290,7 @@ def table(record):
         "method",
         "asked_density",
         "bits",
+        "values",
         "nonzeros",
         "bytes",
         "bits_per_byte",
@@ -316,7 +322,7 @@ def main(_):
     settings = cli.settings(Settings)
     records = [read_record(path, "methods") for path in settings.record] or [run_all(settings)]
     try:
-        record = add_equal_bytes(merge(records, key_of, [*METHODS, *FEW_BITS]))
+        record = add_equal_bytes(merge(records, key_of, [*METHODS, *FEW_BITS, "stored", *NAMES]))
     except ValueError as error:
         raise ValueError(f"{', '.join(settings.record) or settings.out}: {error}") from None
     write_json(settings.out, record)

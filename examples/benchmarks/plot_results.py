@@ -142,20 +142,23 @@ def draw_decode(records, pyplot):
 
 
 def draw_methods(records, pyplot):
-    """Bits per byte lost against stored megabytes, a line per method; points have their density."""
+    """Bits per byte lost against stored megabytes, a line per method and type of values."""
     dense = only(records, "dense")
     rows = [row for record in records for row in record["rows"]]
     figure, axes = pyplot.subplots(figsize=(8, 5.2), layout="constrained")
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+    lines = collections.defaultdict(list)
+    for row in rows:
+        lines[row["method"], row.get("values", "stored")].append(row)
+    for i, ((method, values), of_line) in enumerate(lines.items()):
         found = [
             (row["bytes"] / 1e6, row["bits_per_byte"] - dense["bits_per_byte"], row)
-            for row in rows
-            if row["method"] == method
+            for row in of_line
         ]
         sizes, lost, kept = zip(
             *sorted((point for point in found if point[1] > 0), key=lambda p: p[0])
         )
-        (line,) = axes.plot(sizes, lost, marker="o", markersize=4, label=method)
+        label = method if values == "stored" else f"{method}, {values}"
+        (line,) = axes.plot(sizes, lost, marker="o", markersize=4, label=label)
         # Neighbouring lines have their labels on opposite sides.
         sides = [((3, 2), "left", "bottom"), ((-3, -2), "right", "top")]
         for x, y, row in zip(sizes, lost, kept):

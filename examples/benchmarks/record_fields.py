@@ -97,6 +97,7 @@ KINDS = {
                     *_QUALITY,
                     number("bits", required=False),
                     number("asked_density", required=False),
+                    text("values", required=False),
                 ),
             ),
         ),
