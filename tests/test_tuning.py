@@ -67,6 +67,24 @@ def test_prefetch_distance_is_near_the_fastest_that_was_measured():
     assert compared >= 18
 
 
+def test_loads_in_flight_are_near_the_fastest_that_was_measured():
+    tables = record("tuning_h200.json")
+
+    def check(what, number_of):
+        (table,) = (table for name, table in tables.items() if name.startswith(what))
+        counts = [int(column) for column in table["columns"][1:]]
+        for name, *times in table["rows"]:
+            number = number_of(name)
+            # Of a number between two that were measured, neither may be slow.
+            near = {max(c for c in counts if c <= number), min(c for c in counts if c >= number)}
+            taken = max(times[counts.index(count)] for count in near)
+            assert taken <= 1.035 * min(times), (what, name)
+
+    check("groups in flight", lambda name: tuning.GROUPS_IN_FLIGHT)
+    check("elements of x", lambda name: tuning.ELEMENTS_IN_FLIGHT)
+    check("pairs of columns of x", lambda name: tuning.PAIRS_IN_FLIGHT[int(name.split()[-1])])
+
+
 def test_passes_are_chosen_where_they_were_measured_to_be_faster():
     rows = record("passes_or_densify_h200.json")["rows"]
     for product, *shape, _, encoding, dtype, stored, times in rows:

@@ -1,7 +1,7 @@
 """Every tuned number of the kernels, and the rules that are fitted to measurements.
 
 They were found on an H200 and only affect speed. Each names the record under docs/results that it
-comes from, or says that there is none; tests/test_tuning.py compares the rules with their records.
+comes from; tests/test_tuning.py compares the rules with their records.
 The numbers of packing are in macko_jax/format/choose.py.
 """
 
@@ -21,12 +21,13 @@ VECTORS = {2: 8, 4: 4}
 
 # Loads in flight.
 SHORT_CHUNK, LONG_CHUNK = 2.5, 8.5  # groups of a lane in a row, see `prefetch_distance`
-# Of an SM's warps together, for each lane, where few warps fit; no record was kept.
+# Of an SM's warps together, for each lane, where few warps fit (tuning_h200.json, "groups in
+# flight").
 GROUPS_IN_FLIGHT = 48
 MOST_AHEAD = 12  # groups, which take up to 108 of the 255 registers that a lane can have
 # Of a thread and vector while x is staged (tuning_h200.json, "elements of x").
 ELEMENTS_IN_FLIGHT = 8
-# The same of so many vectors that are read by pairs; no record was kept.
+# The same of so many vectors that are read by pairs (tuning_h200.json, "pairs of columns of x").
 PAIRS_IN_FLIGHT = {2: 4, 4: 4, 8: 12}
 
 # Groups that a lane visits at a time, so that one hides the latencies of another
