@@ -23,6 +23,9 @@ SPARSEGPT_BLOCK = 128
 SPARSEGPT_DAMPING = 0.01
 ADMM_STEPS = 80
 ADMM_RHO = (0.1, 1.0)  # the penalty rises geometrically from the first to the second
+# Without it weights grow in directions that the calibration inputs hardly have, to 55 times the
+# largest one, to the harm of other inputs and of 8-bit values (docs/notebook/2026-12-01.md).
+ADMM_DAMPING = 0.03
 ADMM_MASK_SHARE = 0.75  # of the steps; after them the mask stays and only values move
 REFIT_STEPS = 20
 
@@ -42,10 +45,10 @@ def prune(
 
     `magnitude` keeps the largest |w|; `wanda` the largest |w_ij| G_jj^(1/2), equally many in each
     row; `sparsegpt` removes weights column by column and lets the later columns make up for it;
-    `admm` minimises tr((V - W) G (V - W)^T) over values and mask by ADMM with a rising penalty and
-    then refits the kept values. Where G is zero, so that it says nothing of any weight, every
-    method is `magnitude`; of inputs that were never seen the largest weights are kept, with what
-    the others leave of the budget.
+    `admm` minimises tr((V - W) G' (V - W)^T) over values and mask by ADMM with a rising penalty and
+    then refits the kept values, where G' is G with 1.03 times its diagonal. Where G is zero, so
+    that it says nothing of any weight, every method is `magnitude`; of inputs that were never seen
+    the largest weights are kept, with what the others leave of the budget.
 
     Args:
       weight: W `[out, in]`, float16, bfloat16 or float32.
@@ -289,7 +292,7 @@ def admm(
     to get Z, and adds X - Z to U. One eigendecomposition of R serves every rho.
     """
     with jax.default_matmul_precision(precision):
-        problem = normalize(weight, gram, 0.0)
+        problem = normalize(weight, gram, ADMM_DAMPING)
         values, vectors = jnp.linalg.eigh(problem.gram)
         values = jnp.maximum(values, 0)
         target = problem.weight @ problem.gram

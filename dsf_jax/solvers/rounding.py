@@ -1,22 +1,23 @@
 """Solutions of one layer for 8-bit values: rounded, and the second factor refitted to the first.
 
 A matrix with 8-bit values has a scale for every row; `macko_jax.format.quantization` rounds to
-them. One matrix is rounded, and that is all. Of a pair W ~ A B first B is rounded, to B'. The
-output error of A B' is then larger than it need be, since A was fitted to B. On its fixed mask M, A
-is fitted anew,
+them. Rounding V to V' changes the outputs by
+
+    tr((V' - V) S (V' - V)^T)
+
+where S = G is the Gram matrix of the inputs. Rounding each entry to the nearest value looks at the
+diagonal of S alone, so from there it is made smaller by coordinate descent: entry after entry of a
+row takes the value of the type that is best while the others stay (QuantEase, arXiv 2309.01885).
+The largest entry of a row stays, since it sets the row's scale.
+
+Of a pair W ~ A B first B is rounded to the nearest values, B'. The output error of A B' is then
+larger than it need be, since A was fitted to B. On its fixed mask M, A is fitted anew,
 
     A* = argmin tr((W - X B') G (W - X B')^T)   over X that are zero outside M,
 
 a least-squares problem for each row of X by itself, whose matrix is S = B' G B'^T, restricted to
 the row's mask:  (x_i S)_M = (w_i G B'^T)_M.  It is solved by conjugate gradients from A, which is
-near already. So only A's own rounding, to A', is left in the error of A' B', which is
-
-    tr((A' - A*) S (A' - A*)^T)
-
-more than that of A*. Rounding each entry to the nearest value looks at the diagonal of S alone, so
-from there it is made smaller by coordinate descent: entry after entry of a row takes the value of
-the type that is best while the others stay (QuantEase, arXiv 2309.01885). The largest entry of a
-row stays, since it sets the row's scale.
+near already. So only A*'s own rounding is left, which goes as above, with this S.
 """
 
 import dataclasses
@@ -52,7 +53,7 @@ def round_solution(
     """The solution whose matrices `macko_jax.compress(..., dtype=values)` stores as they are.
 
     Args:
-      problem: What the solution solves; its Gram matrix is what a refit looks at.
+      problem: What the solution solves; its Gram matrix says which roundings matter.
       solution: One matrix, or a pair.
       values: "int8" or "float8_e4m3fn".
       held: Type of the model's weights, and so of the scales: float16, bfloat16 or float32.
@@ -61,7 +62,8 @@ def round_solution(
       The solution with rounded matrices, and its relative output error.
     """
     if solution.right is None:
-        left, right = _round_single(solution.left, values, held), None
+        left = _round_single(problem.weight, problem.gram, solution.left, values, held)
+        right = None
     else:
         left, right = _round_pair(
             problem.weight, problem.gram, solution.left, solution.right, values, held
@@ -78,8 +80,14 @@ _compile = functools.partial(
 
 
 @_compile
-def _round_single(matrix: jax.Array, values: str, held: np.dtype) -> jax.Array:
-    return quantization.settle(matrix.astype(held), values)
+def _round_single(
+    weight: jax.Array, gram: jax.Array, matrix: jax.Array, values: str, held: np.dtype
+) -> jax.Array:
+    """V' `[out, in]`, float32."""
+    with jax.default_matmul_precision("highest"):
+        problem = normalize(weight, gram, DAMPING)
+        seen = problem.gram * problem.scale * problem.scale[:, None]
+        return round_rows(matrix, seen, values, held)
 
 
 @_compile
