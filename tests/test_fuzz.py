@@ -22,10 +22,10 @@ pytestmark = pytest.mark.once
 LLAMA = pathlib.Path(__file__).parent / "data/llama/llama3"
 DEEP = "[" * 50_000  # written as it is
 ODD = [
-    None, True, False, 0, -1, 1, 2, 3.5, 2**31, 2**63, -(2**70), float("nan"), float("inf"),
-    "", "x", "1", "float8_e4m3fn", "int64", "complex64", "two_bank", "banked", "__metadata__",
-    "../model.safetensors", "/etc/passwd", "a\x00b", [], [1], [[]], {}, {"a": 1}, DEEP,
-]  # fmt: skip
+    *[None, True, False, 0, -1, 1, 2, 3.5, 2**31, 2**63, -(2**70), float("nan"), float("inf")],
+    *["", "x", "1", "float8_e4m3fn", "int64", "complex64", "two_bank", "banked", "__metadata__"],
+    *["../model.safetensors", "/etc/passwd", "a\x00b", [], [1], [[]], {}, {"a": 1}, DEEP],
+]
 
 
 def nodes(tree, path=()):
@@ -181,8 +181,8 @@ def fuzz_directories(count, folder, seed):
     tensors = checkpoint.Checkpoint(model)._stored
     index = {"weight_map": {name: "model.safetensors" for name in tensors}}
     (model / checkpoint.INDEX).write_text(json.dumps(index))
-    names = ["config.json", checkpoint.INDEX, "generation_config.json", "model.safetensors",
-             "tokenizer.json"]  # fmt: skip
+    names = ["config.json", checkpoint.INDEX, "generation_config.json"]
+    names += ["model.safetensors", "tokenizer.json"]
 
     def read():
         checkpoint.Checkpoint(model)
