@@ -5,10 +5,10 @@ them. Rounding V to V' changes the outputs by
 
     tr((V' - V) S (V' - V)^T)
 
-where S = G is the Gram matrix of the inputs. Rounding each entry to the nearest value looks at the
-diagonal of S alone, so from there it is made smaller by coordinate descent: entry after entry of a
-row takes the value of the type that is best while the others stay (QuantEase, arXiv 2309.01885).
-The largest entry of a row stays, since it sets the row's scale.
+where S is G, the Gram matrix of the inputs, damped. Rounding each entry to the nearest value looks
+at the diagonal of S alone, so from there it is made smaller by coordinate descent: entry after
+entry of a row takes the value of the type that is best while the others stay (QuantEase, arXiv
+2309.01885). The largest entry of a row stays, since it sets the row's scale.
 
 Of a pair W ~ A B first B is rounded to the nearest values, B'. The output error of A B' is then
 larger than it need be, since A was fitted to B. On its fixed mask M, A is fitted anew,

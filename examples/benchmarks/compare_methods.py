@@ -19,7 +19,6 @@ that are there already, of several runs; examples.benchmarks.plot_results draws 
 import csv
 import dataclasses
 import importlib.metadata
-import itertools
 import math
 import pathlib
 import platform
@@ -105,8 +104,13 @@ class Settings:
     def asked(self):
         """(method, density or bits, type of the values) of every row."""
         return [
-            *itertools.product(self.method, self.density, self.values),
-            *itertools.product(FEW_BITS, self.bits, ["stored"]),
+            *(
+                (method, density, values)
+                for density in self.density
+                for method in self.method
+                for values in self.values
+            ),
+            *((method, bits, "stored") for bits in self.bits for method in FEW_BITS),
         ]
 
     def described(self):
@@ -271,11 +275,7 @@ def loss_at(rows, nbytes, dense):
 def add_equal_bytes(record):
     """Puts beside each row what the reference method, with stored values, loses at its bytes."""
     dense = record["dense"]["bits_per_byte"]
-    reference = [
-        row
-        for row in record["rows"]
-        if row["method"] == REFERENCE and row.get("values", "stored") == "stored"
-    ]
+    reference = [row for row in record["rows"] if key_of(row)[::2] == (REFERENCE, "stored")]
     for row in record["rows"]:
         row["lost"] = row["bits_per_byte"] - dense
         row[f"{REFERENCE}_loses_at_equal_bytes"] = (
